@@ -1,0 +1,57 @@
+"""INT8 W8A8 (PTPC) checkpoints: per-channel weights, per-token dynamic activations.
+
+>>> import w8a8
+>>> result = w8a8.quantize("google/gemma-3-270m", "gemma-3-270m-W8A8")
+>>> w8a8.verify("gemma-3-270m-W8A8", source=result.source).ok
+True
+
+The verbs live in the modules of the same name and are imported on first use, so that importing `w8a8` costs
+milliseconds: neither torch nor Numba is touched before a weight is.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from w8a8.checkpoint import Checkpoint
+    from w8a8.errors import W8A8Error
+    from w8a8.inspection import Inspection, inspect
+    from w8a8.plan import Plan, make_plan
+    from w8a8.quantization import QuantizeResult, plan, quantize
+    from w8a8.verification import VerifyResult, verify
+
+_HOME = {
+    "Checkpoint": "w8a8.checkpoint",
+    "Inspection": "w8a8.inspection",
+    "Plan": "w8a8.plan",
+    "QuantizeResult": "w8a8.quantization",
+    "VerifyResult": "w8a8.verification",
+    "W8A8Error": "w8a8.errors",
+    "inspect": "w8a8.inspection",
+    "make_plan": "w8a8.plan",
+    "plan": "w8a8.quantization",
+    "quantize": "w8a8.quantization",
+    "verify": "w8a8.verification",
+}
+
+__all__ = [
+    "Checkpoint",
+    "Inspection",
+    "Plan",
+    "QuantizeResult",
+    "VerifyResult",
+    "W8A8Error",
+    "inspect",
+    "make_plan",
+    "plan",
+    "quantize",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'w8a8' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

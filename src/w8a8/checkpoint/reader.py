@@ -1,0 +1,206 @@
+"""`Checkpoint.open`: a folder's config, tensors and sidecar files, from headers alone.
+
+Which files are the weights is decided as transformers decides it: `model.safetensors.index.json` if there is one, else
+`model.safetensors`, else the only safetensors file. An index is checked against the shards it names in both
+directions. Paths may not leave the folder; the one exception is a Hugging Face cache snapshot, whose files are links
+into the `blobs` folder of the same repository.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, Self
+
+from w8a8.checkpoint.header import TensorSpec, read_header
+from w8a8.checkpoint.sidecars import LeftOut, sort_files
+from w8a8.errors import (
+    DuplicateTensorError,
+    InvalidIndexError,
+    MissingShardError,
+    MissingTensorError,
+    NoConfigError,
+    NoWeightsError,
+    PathEscapeError,
+    PickleOnlyError,
+    SourceNotFoundError,
+    UnreadableError,
+)
+
+INDEX = "model.safetensors.index.json"
+MAX_JSON_BYTES = 200_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file: its name in the folder, size in bytes, and tensors in file order."""
+
+    name: str
+    size: int
+    tensors: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: opened by headers, no weight read."""
+
+    path: Path
+    config: Mapping[str, Any]
+    shards: tuple[Shard, ...]
+    sidecars: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
+    indexed: bool
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open the checkpoint in `folder`. Raises the source errors of `w8a8.errors`, each naming file and cause."""
+        path = Path(folder)
+        if not path.is_dir():
+            raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
+        try:
+            names = {entry.name for entry in path.iterdir()}
+        except OSError as error:
+            raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+        config = _read_config(path, names)
+        index = _read_index(path) if INDEX in names else None
+        shard_names = sorted(set(index.values())) if index is not None else [_single_file(path, names)]
+        shards = tuple(_open_shard(path, name) for name in shard_names)
+        _check_names(shards, index, path)
+        sidecars, left_out = sort_files(path, {*shard_names, INDEX})
+        for name in sidecars:
+            inside(path, name)
+        return cls(path, config, shards, sidecars, left_out, index is not None)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, TensorSpec]:
+        """Every tensor by name."""
+        return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors (headers not counted)."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def numel(self) -> int:
+        """Elements of all tensors."""
+        return sum(tensor.numel for tensor in self.tensors.values())
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return `folder / name` if it stays within `folder`, links followed; else raise `PathEscapeError`."""
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise PathEscapeError(f"{folder}: {name!r} leads out of the folder; refusing to follow it")
+    path = folder / name
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in _roots(folder)):
+        raise PathEscapeError(f"{path}: a link that leads out of the folder, to {target}; copy the file itself here")
+    return path
+
+
+def _roots(folder: Path) -> tuple[Path, ...]:
+    """The folder itself and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
+    folder = folder.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object, of bounded size. Raises `ValueError` if it is none, `OSError` if unreadable."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return value
+
+
+def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+    if "config.json" not in names:
+        hint = "; params.json is Mistral's own format, use the repository's transformers files" if "params.json" in names else ""
+        raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{hint}")
+    try:
+        return read_json(inside(path, "config.json"))
+    except ValueError as error:
+        raise NoConfigError(f"{path / 'config.json'}: not a valid config ({error})") from error
+    except OSError as error:
+        raise UnreadableError(f"{path / 'config.json'}: cannot be read ({error.strerror})") from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    where = path / INDEX
+    try:
+        index = read_json(inside(path, INDEX))
+    except ValueError as error:
+        raise InvalidIndexError(f"{where}: not a valid index ({error})") from error
+    except OSError as error:
+        raise UnreadableError(f"{where}: cannot be read ({error.strerror})") from error
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InvalidIndexError(f"{where}: no weight_map, so it names no tensors")
+    for tensor, shard in weight_map.items():
+        if not isinstance(shard, str) or not shard:
+            raise InvalidIndexError(f"{where}: tensor {tensor!r} maps to {shard!r}, not to a file name")
+    for shard in sorted(set(weight_map.values())):
+        inside(path, shard)
+        if "/" in shard or not shard.endswith(".safetensors"):
+            raise InvalidIndexError(f"{where}: {shard!r} is not a safetensors file of this folder")
+    return weight_map
+
+
+def _single_file(path: Path, names: set[str]) -> str:
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    if "model.safetensors" in files:
+        return "model.safetensors"
+    candidates = [name for name in files if not name.startswith(("consolidated", "adapter_"))]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise InvalidIndexError(f"{path}: {len(candidates)} safetensors files but no {INDEX}; download the index too")
+    if files:
+        return _only_alternative(path, files)
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        raise PickleOnlyError(
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when opened and never are here. Convert "
+            "them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER) "
+            "in transformers writes safetensors"
+        )
+    raise NoWeightsError(f"{path}: no safetensors weights here")
+
+
+def _only_alternative(path: Path, files: list[str]) -> str:
+    if len(files) == 1 and files[0].startswith("consolidated"):
+        return files[0]
+    raise NoWeightsError(f"{path}: only {', '.join(files)} here; adapters are merged into their base model first")
+
+
+def _open_shard(path: Path, name: str) -> Shard:
+    file = inside(path, name)
+    if not file.is_file():
+        raise MissingShardError(f"{file}: the index names this shard, but it is not there; finish the download")
+    header = read_header(file, name)
+    return Shard(name, header.file_size, header.tensors)
+
+
+def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, path: Path) -> None:
+    home: dict[str, str] = {}
+    for shard in shards:
+        for tensor in shard.tensors:
+            if tensor.name in home:
+                raise DuplicateTensorError(f"{path}: {tensor.name!r} is in {home[tensor.name]} and in {shard.name}")
+            home[tensor.name] = shard.name
+    if index is None:
+        return
+    for name, shard_name in index.items():
+        if home.get(name) != shard_name:
+            found = f"; it is in {home[name]}" if name in home else ""
+            raise MissingTensorError(f"{path}: the index puts {name!r} into {shard_name}, which lacks it{found}")
+    for name, shard_name in home.items():
+        if name not in index:
+            raise InvalidIndexError(f"{path}: {shard_name} holds {name!r}, which the index does not name")

@@ -1,0 +1,214 @@
+"""`execute`: a plan and its source folder in, a published checkpoint out.
+
+Shards are independent, so they run side by side, the largest first. Each finished one is noted in the journal; the
+small files follow; then the whole folder is opened again as any reader would, and only then renamed to OUT.
+"""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import w8a8
+from w8a8.checkpoint import Checkpoint, Shard
+from w8a8.checkpoint.reader import INDEX, inside
+from w8a8.errors import DiskFullError, SelfCheckError, UnreadableError, UsageError, W8A8Error
+from w8a8.execute.shard import ShardRecord, quantize_shard
+from w8a8.execute.staging import Staging
+from w8a8.execute.stream import Stopped
+from w8a8.execute.writer import disk_errors
+from w8a8.formats import Arithmetic
+from w8a8.plan import Plan, ShardPlan
+
+PROVENANCE = "w8a8.json"
+SLACK_BYTES = 16 << 20
+"""Room to leave for the small files, and for a file system's own bookkeeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What a run did: the records of all shards, and how many of them an earlier run had finished."""
+
+    records: tuple[ShardRecord, ...]
+    resumed: int
+
+
+def worker_count() -> int:
+    """Shards to work on at once: one per core this process may use, at most 8, which any one disk is busy with."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def execute(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    out: Path,
+    arithmetic: Arithmetic,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Execution:
+    """Carry out `plan`, made from `checkpoint`, and publish the result as the folder `out`.
+
+    `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
+    of `w8a8.errors` and those of `quantize_shard`; whatever is raised, `out` is untouched and finished shards are kept.
+    """
+    out = Path(os.path.abspath(out))
+    _check_apart(checkpoint.path, out)
+    shards = {shard.name: shard for shard in checkpoint.shards}
+    with Staging.claim(out, overwrite=overwrite) as staging:
+        changed = staging.begin(_job(plan, checkpoint))
+        if changed:
+            notice(changed)
+        resumed = len(staging.finished)
+        if resumed:
+            notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
+            advance(sum(shards[name].size for name in staging.finished))
+        todo = [(shards[p.name], p) for p in plan.shards if p.name not in staging.finished]
+        _check_room(plan, [p for _, p in todo], staging.home)
+        _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
+        records = tuple(staging.finished[p.name] for p in plan.shards)
+        _write_small_files(plan, checkpoint, records, staging.folder)
+        _self_check(plan, staging.folder)
+        staging.publish()
+    return Execution(records, resumed)
+
+
+def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What decides the result's bytes: the plan, this version, and the source files as they are now."""
+    files = {shard.name: os.stat(checkpoint.path / shard.name) for shard in checkpoint.shards}
+    return {
+        "version": w8a8.__version__,
+        "format": plan.format,
+        "recipe": plan.recipe,
+        "plan": plan.fingerprint(),
+        "sources": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
+    }
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    source, target = source.resolve(), out.resolve()
+    if source == target or source.is_relative_to(target) or target.is_relative_to(source):
+        raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
+
+
+def _check_room(plan: Plan, todo: list[ShardPlan], folder: Path) -> None:
+    # A shard that was half-way is written anew, over its own remains.
+    remains = sum(file.stat().st_size for file in folder.glob("out/*") if file.name in {p.name for p in todo})
+    needed = sum(len(plan.header(p)) + p.data_bytes for p in todo) + SLACK_BYTES
+    free = shutil.disk_usage(folder).free + remains
+    if needed > free:
+        raise DiskFullError(
+            f"{folder.parent}: the result needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; "
+            "free some space or choose another disk"
+        )
+
+
+def _run_shards(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    todo: list[tuple[Shard, ShardPlan]],
+    staging: Staging,
+    arithmetic: Arithmetic,
+    workers: int,
+    advance: Callable[[int], None],
+) -> None:
+    stop = threading.Event()
+
+    def run(shard: Shard, shard_plan: ShardPlan) -> ShardRecord:
+        if stop.is_set():
+            raise Stopped
+        source, target = checkpoint.path / shard.name, staging.folder / shard_plan.name
+        return quantize_shard(source, shard, shard_plan, plan.header(shard_plan), target, arithmetic, stop, advance)
+
+    todo = sorted(todo, key=lambda pair: -pair[0].size)
+    with ThreadPoolExecutor(workers, thread_name_prefix="shard") as pool:
+        pending = {pool.submit(run, *pair) for pair in todo}
+        try:
+            while pending:
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                failed = next((future.exception() for future in done if future.exception() is not None), None)
+                for future in done:
+                    if future.exception() is None:
+                        staging.record(future.result())
+                if failed is not None:
+                    raise failed
+        finally:
+            stop.set()
+
+
+def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardRecord, ...], folder: Path) -> None:
+    for name in plan.sidecars:
+        _copy(inside(checkpoint.path, name), folder / name)
+    _write_json(folder / "config.json", plan.config)
+    if plan.indexed:
+        _write_json(folder / INDEX, _index(plan))
+    _write_json(folder / PROVENANCE, _provenance(plan, records))
+
+
+def _index(plan: Plan) -> dict[str, Any]:
+    return {
+        "metadata": {"total_size": sum(shard.data_bytes for shard in plan.shards)},
+        "weight_map": dict(sorted((write.name, shard.name) for shard in plan.shards for write in shard.writes)),
+    }
+
+
+def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
+    """What `w8a8.json` says. No times and no paths: the same job gives the same bytes anywhere."""
+    return {
+        "tool": "w8a8",
+        "version": w8a8.__version__,
+        "source": {
+            "name": plan.source,
+            "revision": plan.revision,
+            "sha256": {record.name: record.source_sha256 for record in records},
+        },
+        "architecture": plan.architecture,
+        "format": plan.format,
+        "recipe": plan.recipe,
+        "scheme": {
+            "weights": "int8, symmetric, per output channel, static, round half to even",
+            "activations": "int8, symmetric, per token, dynamic",
+        },
+        "bytes": {"source": plan.bytes_in, "result": sum(shard.data_bytes for shard in plan.shards)},
+        "quantized_tensors": sum(decision.quantize for decision in plan.decisions),
+        "shards": {record.name: {"size": record.size, "sha256": record.sha256} for record in records},
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        data = source.read_bytes()
+    except OSError as error:
+        raise UnreadableError(f"{source}: cannot be read ({error.strerror})") from error
+    with disk_errors(target):
+        target.parent.mkdir(exist_ok=True)
+    _write_synced(target, data)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    _write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with disk_errors(path), path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _self_check(plan: Plan, folder: Path) -> None:
+    """Open the result as any reader would and compare it with the plan."""
+    try:
+        found = Checkpoint.open(folder)
+    except W8A8Error as error:
+        raise SelfCheckError(f"the finished output does not open, so it was not published: {error}") from error
+    planned = {(w.name, w.dtype, w.shape, w.nbytes) for w in plan.writes()}
+    if {(t.name, t.dtype, t.shape, t.nbytes) for t in found.tensors.values()} != planned:
+        raise SelfCheckError(f"{folder}: the finished output is not what was planned, so it was not published")

@@ -1,0 +1,10 @@
+"""How a quantized tensor and its config are spelled.
+
+A `Format` is a value: the dtype and shape of the stored scale, the arithmetic that makes scales and codes, and the
+`quantization_config`. `get_format` picks one by the names the command line uses.
+"""
+
+from w8a8.formats.base import Arithmetic, Format, LeftAlone
+from w8a8.formats.registry import COMPATS, FORMATS, get_format
+
+__all__ = ["COMPATS", "FORMATS", "Arithmetic", "Format", "LeftAlone", "get_format"]

@@ -1,0 +1,78 @@
+"""compressed-tensors' spelling: `X.weight` INT8 [out, in], `X.weight_scale` [out, 1], `int-quantized`.
+
+Read by vLLM, SGLang and transformers. `ignore` lists the exact module names, as `exclude` does in Quark's spelling, and
+a pattern for each component left alone as a whole: transformers and SGLang match against the names a model has in
+memory, which for vision towers are not always those of the file.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from w8a8.formats.base import LeftAlone
+
+VERSION = "0.19.0"
+
+_RECIPE_IGNORE = ("re:.*lm_head", "re:.*embed_tokens.*", "re:.*vision_tower.*", "re:.*embed_vision.*")
+
+
+_WHOLE_COMPONENTS = (
+    "lm_head", "vision_tower", "visual", "vision_embedder", "audio_tower", "embed_vision", "embed_audio",
+    "multi_modal_projector", "mtp", "router", "experts",
+)  # fmt: skip
+
+
+def quantization_config(left: LeftAlone) -> dict[str, Any]:
+    """The `quantization_config` of config.json: layers left alone are ignored by name and by component."""
+    parts = {part for name in left.linears for part in name.split(".")}
+    patterns = [rf"re:(.*\.)?{part}(\..*)?$" for part in _WHOLE_COMPONENTS if part in parts]
+    return _config([*patterns, *left.linears])
+
+
+def compat_config(left: LeftAlone) -> dict[str, Any]:
+    """What llm-compressor writes: the caller's `ignore` list verbatim.
+
+    The list is the usual recipe's four patterns, and the exact names of whatever else is left alone.
+    """
+    others = [name for name in left.linears if not any(re.match(p.removeprefix("re:"), name) for p in _RECIPE_IGNORE)]
+    return _config([*_RECIPE_IGNORE, *others])
+
+
+def _config(ignore: Sequence[str]) -> dict[str, Any]:
+    """Keyed as compressed-tensors `VERSION` does it."""
+    return {
+        "config_groups": {
+            "W8A8": {
+                "format": "int-quantized",
+                "input_activations": _args(dynamic=True, strategy="token"),
+                "output_activations": None,
+                "targets": ["Linear"],
+                "weights": _args(dynamic=False, strategy="channel"),
+            }
+        },
+        "format": "int-quantized",
+        "global_compression_ratio": None,
+        "ignore": list(ignore),
+        "kv_cache_scheme": None,
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "transform_config": {},
+        "version": VERSION,
+    }
+
+
+def _args(*, dynamic: bool, strategy: str) -> dict[str, Any]:
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": None,
+        "num_bits": 8,
+        "observer": None,
+        "observer_kwargs": {},
+        "scale_dtype": None,
+        "strategy": strategy,
+        "symmetric": True,
+        "type": "int",
+        "zp_dtype": None,
+    }

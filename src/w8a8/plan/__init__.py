@@ -1,0 +1,11 @@
+"""A plan says what becomes of every tensor and where every output byte will lie. Pure: no weight is read.
+
+`rules` judge tensors by name (`architectures.toml`), `layout` places the output, `plan` puts both into a value that
+can be printed, saved as JSON and compared.
+"""
+
+from w8a8.plan.plan import Decision, Plan, make_plan
+from w8a8.plan.layout import ShardPlan, Write
+from w8a8.plan.rules import Rules, architectures, module_name
+
+__all__ = ["Decision", "Plan", "Rules", "ShardPlan", "Write", "architectures", "make_plan", "module_name"]

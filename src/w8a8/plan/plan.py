@@ -1,0 +1,280 @@
+"""`make_plan`: from a checkpoint's headers to a `Plan`.
+
+Judging goes tensor by tensor (rules, then the user's globs), then group by group (what engines fuse must be quantized
+whole), then the output is laid out. Sizes follow from the headers alone.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, Self
+
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint.header import write_header
+from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
+from w8a8.formats import Format, LeftAlone
+from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
+from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, module_name
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What becomes of one source tensor, and why."""
+
+    tensor: TensorSpec
+    component: str
+    quantize: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentSummary:
+    """The totals of one component: bytes in the source, bytes in the result."""
+
+    component: str
+    quantized: bool
+    tensors: int
+    parameters: int
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do, complete: `execute` needs nothing else but the source folder."""
+
+    source: str
+    revision: str | None
+    architecture: str
+    format: str
+    recipe: str
+    decisions: tuple[Decision, ...]
+    shards: tuple[ShardPlan, ...]
+    exclude: tuple[str, ...]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, str]
+    indexed: bool
+    sidecars: tuple[str, ...]
+    left_out: tuple[tuple[str, str], ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def bytes_in(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(decision.tensor.nbytes for decision in self.decisions)
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes of all output shards, headers included: what the result needs on disk."""
+        return sum(len(self.header(shard)) + shard.data_bytes for shard in self.shards)
+
+    @property
+    def ratio(self) -> float:
+        """Output bytes per source byte."""
+        return sum(shard.data_bytes for shard in self.shards) / max(self.bytes_in, 1)
+
+    def header(self, shard: ShardPlan) -> bytes:
+        """The safetensors header of an output shard, as it will be written."""
+        return write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in shard.writes), self.metadata)
+
+    def components(self) -> tuple[ComponentSummary, ...]:
+        """Totals per component, quantized ones first, then by size."""
+        written: dict[str, int] = {}
+        for write in self.writes():
+            written[write.source] = written.get(write.source, 0) + write.nbytes
+        totals: dict[tuple[str, bool], list[int]] = {}
+        for d in self.decisions:
+            row = totals.setdefault((d.component, d.quantize), [0, 0, 0, 0])
+            for i, value in enumerate((1, d.tensor.numel, d.tensor.nbytes, written[d.tensor.name])):
+                row[i] += value
+        rows = [ComponentSummary(component, quantized, *row) for (component, quantized), row in totals.items()]
+        return tuple(sorted(rows, key=lambda row: (not row.quantized, -row.bytes_in, row.component)))
+
+    def writes(self) -> Iterator[Write]:
+        """Every output tensor, shard by shard."""
+        for shard in self.shards:
+            yield from shard.writes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON values; `from_dict` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Rebuild a plan from `to_dict`'s values."""
+        fields = dict(values)
+        fields["decisions"] = tuple(
+            Decision(**{**d, "tensor": TensorSpec(**{**d["tensor"], "shape": tuple(d["tensor"]["shape"])})})
+            for d in values["decisions"]
+        )
+        fields["shards"] = tuple(
+            ShardPlan(s["name"], tuple(Write(**{**w, "shape": tuple(w["shape"])}) for w in s["writes"]), s["streamed"])
+            for s in values["shards"]
+        )
+        for key in ("exclude", "sidecars", "warnings"):
+            fields[key] = tuple(values[key])
+        fields["left_out"] = tuple((name, reason) for name, reason in values["left_out"])
+        return cls(**fields)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the plan: two runs with the same fingerprint write the same files from the same source."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    fmt: Format,
+    *,
+    source: str,
+    revision: str | None = None,
+    recipe: str = "rtn",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    metadata: Mapping[str, str] | None = None,
+) -> Plan:
+    """Decide what becomes of every tensor of `checkpoint` and where it will lie.
+
+    `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins.
+    Raises `AlreadyQuantizedError`, `UsageError` (a glob without effect), `FusedGroupError`, `NothingToQuantizeError`.
+    """
+    refuse_quantized(checkpoint)
+    rules = Rules.for_config(checkpoint.config)
+    decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
+    decisions = _override(decisions, include, quantize=True)
+    decisions = _override(decisions, exclude, quantize=False)
+    _check_groups(decisions, rules)
+    quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
+    if not quantized:
+        raise NothingToQuantizeError(
+            f"{checkpoint.path}: no tensor of this {rules.architecture} model is a decoder linear layer by the rules; "
+            "name them with --include, e.g. --include '*.layers.*_proj'"
+        )
+    _check_new_names(checkpoint, quantized)
+    left = LeftAlone(_linear_layers_left(decisions, rules), [d.tensor for d in decisions if not d.quantize])
+    return Plan(
+        source=source,
+        revision=revision,
+        architecture=rules.architecture,
+        format=fmt.label,
+        recipe=recipe,
+        decisions=tuple(decisions),
+        shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
+        exclude=tuple(left.linears),
+        config={**checkpoint.config, "quantization_config": fmt.quantization_config(left)},
+        metadata={"format": "pt", **(metadata or {})},
+        indexed=checkpoint.indexed,
+        sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
+        left_out=tuple((left.name, left.reason) for left in checkpoint.left_out),
+        warnings=tuple(_warnings(rules, decisions)),
+    )
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise `AlreadyQuantizedError` if the checkpoint says it is quantized, or holds 8-bit decoder weights."""
+    text = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
+        found = config.get("quantization_config") or config.get("compression_config")
+        if found:
+            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
+            raise AlreadyQuantizedError(
+                f"{checkpoint.path}: already quantized (quant_method {method}); quantize the BF16 original"
+            )
+    for tensor in checkpoint.tensors.values():
+        if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.dtype[:2] in {"F8", "I8", "U8"}:
+            raise AlreadyQuantizedError(
+                f"{checkpoint.path}: already quantized ({tensor.name} is {tensor.dtype}); quantize the BF16 original"
+            )
+
+
+def _decide(tensor: TensorSpec, rules: Rules) -> Decision:
+    verdict: Verdict = rules.judge(tensor)
+    return Decision(tensor, verdict.component, verdict.quantize, verdict.reason)
+
+
+def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool) -> list[Decision]:
+    option = "--include" if quantize else "--exclude"
+    used: set[str] = set()
+    result = []
+    for decision in decisions:
+        name = decision.tensor.name
+        glob = next((g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)), None)
+        if glob is not None:
+            used.add(glob)
+            # A bias or norm that a wide --include happens to match is none of its business.
+            eligible = len(decision.tensor.shape) == 2 and name.endswith(".weight") and decision.tensor.numel > 0
+            if quantize and eligible and decision.tensor.dtype not in QUANTIZABLE:
+                raise UsageError(f"--include {glob}: {name} is {decision.tensor.dtype}; only BF16, F16, F32 can be")
+            if decision.quantize != quantize and (eligible or not quantize):
+                decision = replace(decision, quantize=quantize, reason=f"{option} {glob}")
+        result.append(decision)
+    unused = [glob for glob in globs if glob not in used]
+    if unused:
+        raise UsageError(f"{option} {unused[0]!r} matches no tensor; `w8a8 inspect SRC --tensors` lists their names")
+    return result
+
+
+def _check_groups(decisions: list[Decision], rules: Rules) -> None:
+    fate = {module_name(d.tensor.name): d for d in decisions if d.tensor.name.endswith(".weight")}
+    for module, decision in fate.items():
+        if not decision.quantize:
+            continue
+        for member in rules.group_of(module):
+            other = fate.get(member)
+            if other is not None and not other.quantize:
+                group = ", ".join(m for m in rules.group_of(module) if m in fate)
+                raise FusedGroupError(
+                    f"{module} would be quantized but {member} would not ({other.reason}); engines load "
+                    f"{group} as one layer, so include or exclude them together"
+                )
+
+
+def _scale_spec(tensor: TensorSpec, fmt: Format) -> ScaleSpec:
+    rows = tensor.shape[0]
+    return ScaleSpec(f"{module_name(tensor.name)}.weight_scale", fmt.scale_dtype(tensor.dtype), fmt.scale_shape(rows))
+
+
+def _check_new_names(checkpoint: Checkpoint, quantized: Mapping[str, ScaleSpec]) -> None:
+    for spec in quantized.values():
+        if spec.name in checkpoint.tensors:
+            raise AlreadyQuantizedError(f"{checkpoint.path}: {spec.name} exists already; is this a quantized checkpoint?")
+
+
+def _linear_layers_left(decisions: Sequence[Decision], rules: Rules) -> tuple[str, ...]:
+    """Module names of every linear layer that stays as it is.
+
+    Some are listed though the file does not hold them: a tied lm_head, which engines still build as a layer, and the
+    missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
+    """
+    left = {
+        module_name(d.tensor.name)
+        for d in decisions
+        if not d.quantize and d.component not in {"embeddings", "norms"} and _is_linear(d.tensor, d.component)
+    }
+    names = left.union(*(rules.group_of(name) for name in left))
+    if not any(name.split(".")[-1] == "lm_head" for name in names):
+        names.add("lm_head")
+    return tuple(sorted(names))
+
+
+def _is_linear(tensor: TensorSpec, component: str) -> bool:
+    return (len(tensor.shape) == 2 and tensor.name.endswith(".weight")) or component == "experts"
+
+
+def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
+    if not rules.known:
+        chosen = sorted({_pattern(d.tensor.name) for d in decisions if d.quantize})
+        kept = sorted({_pattern(d.tensor.name) for d in decisions if not d.quantize and len(d.tensor.shape) > 1})
+        yield (
+            f"no rules for architecture {rules.architecture!r}; the generic ones decided. Quantized: "
+            f"{', '.join(chosen)}. Left alone: {', '.join(kept) or 'nothing else with two dimensions'}"
+        )
+    odd = sorted(_pattern(d.tensor.name) for d in decisions if d.component == "other" and len(d.tensor.shape) == 2)
+    if rules.known and odd:
+        yield f"matrices that no rule names are left alone: {', '.join(dict.fromkeys(odd))}"
+
+
+def _pattern(name: str) -> str:
+    """A tensor's name with its numbers replaced, so that layers fall together."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))

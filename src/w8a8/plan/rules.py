@@ -1,0 +1,105 @@
+"""What becomes of a tensor, by its name: the rules of `architectures.toml`, read and asked.
+
+`Rules.for_config` picks the table by the config's `model_type`; `Rules.judge` says of one tensor which component it
+belongs to and whether it is quantized. Nothing here looks at a weight.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import translate
+from functools import cache
+from importlib.resources import files
+from typing import Any, Self
+
+from w8a8.checkpoint import TensorSpec
+
+QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
+GENERIC = "generic"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the rules say of a tensor: its component, whether it is quantized, and why (not)."""
+
+    component: str
+    quantize: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Rules:
+    """One architecture's rules. `known` is false where the generic table had to do."""
+
+    architecture: str
+    known: bool
+    keep: Mapping[str, re.Pattern[str]]
+    quantize: Mapping[str, re.Pattern[str]]
+    fused: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def for_config(cls, config: Mapping[str, Any]) -> Self:
+        """The rules for a model's config.json, by its `model_type`."""
+        tables = _tables()
+        model_type = str(config.get("model_type", ""))
+        name = next((name for name, t in tables["architecture"].items() if model_type in t["model_types"]), None)
+        table = tables["architecture"][name or GENERIC]
+        keep = {**table.get("keep", {}), **tables["keep"]}
+        for component, patterns in table.get("keep", {}).items():
+            keep[component] = [*patterns, *tables["keep"].get(component, [])]
+        return cls(
+            architecture=model_type or "unknown",
+            known=name is not None,
+            keep={component: _compile(patterns) for component, patterns in keep.items()},
+            quantize={component: _compile(patterns) for component, patterns in table["quantize"].items()},
+            fused=tuple(tuple(group) for group in table["fused"]),
+        )
+
+    def judge(self, tensor: TensorSpec) -> Verdict:
+        """Say what becomes of `tensor`."""
+        name = "." + module_name(tensor.name)
+        for component, pattern in self.keep.items():
+            if pattern.fullmatch(name):
+                return Verdict(component, quantize=False, reason=f"{component} stays in {tensor.dtype}")
+        for component, pattern in self.quantize.items():
+            if pattern.fullmatch(name):
+                return self._judge_linear(tensor, component)
+        return Verdict("other", quantize=False, reason="no rule names it")
+
+    def _judge_linear(self, tensor: TensorSpec, component: str) -> Verdict:
+        if not tensor.name.endswith(".weight"):
+            return Verdict(component, quantize=False, reason="not a weight")
+        if len(tensor.shape) != 2 or 0 in tensor.shape:
+            return Verdict(component, quantize=False, reason=f"not a matrix: {list(tensor.shape)}")
+        if tensor.dtype not in QUANTIZABLE:
+            return Verdict(component, quantize=False, reason=f"{tensor.dtype} is not a dtype to quantize from")
+        return Verdict(component, quantize=True, reason="linear layer of the text decoder")
+
+    def group_of(self, module: str) -> tuple[str, ...]:
+        """The modules that engines fuse with `module`, itself included; empty if it stands alone."""
+        parent, _, leaf = module.rpartition(".")
+        group = next((group for group in self.fused if leaf in group), ())
+        return tuple(f"{parent}.{member}" if parent else member for member in group)
+
+
+def module_name(tensor_name: str) -> str:
+    """The module a tensor belongs to: its name without the last part (`weight`, `bias`)."""
+    for ending in (".weight", ".bias"):
+        if tensor_name.endswith(ending):
+            return tensor_name.removesuffix(ending)
+    return tensor_name
+
+
+def architectures() -> tuple[str, ...]:
+    """Every `model_type` that has rules of its own."""
+    return tuple(sorted(t for table in _tables()["architecture"].values() for t in table["model_types"]))
+
+
+@cache
+def _tables() -> dict[str, Any]:
+    return tomllib.loads(files("w8a8.plan").joinpath("architectures.toml").read_text(encoding="utf-8"))
+
+
+def _compile(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(translate(pattern) for pattern in patterns))
