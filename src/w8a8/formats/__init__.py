@@ -5,6 +5,7 @@ A `Format` is a value: the dtype and shape of the stored scale, the arithmetic t
 """
 
 from w8a8.formats.base import Arithmetic, Format, LeftAlone
+from w8a8.formats.detect import Scheme, detect
 from w8a8.formats.registry import COMPATS, FORMATS, get_format
 
-__all__ = ["COMPATS", "FORMATS", "Arithmetic", "Format", "LeftAlone", "get_format"]
+__all__ = ["COMPATS", "FORMATS", "Arithmetic", "Format", "LeftAlone", "Scheme", "detect", "get_format"]

@@ -1,0 +1,69 @@
+"""The tools this one is measured against, each in a virtual environment of its own, called as its users call it."""
+
+import subprocess
+import venv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_QUARK = """
+import sys
+from quark.torch import ModelQuantizer
+from quark.torch.quantization.config.config import QConfig, QLayerConfig, QTensorConfig
+from quark.torch.quantization.config.type import Dtype, QSchemeType, RoundType, ScaleType
+from quark.torch.quantization.observer.observer import PerChannelMinMaxObserver
+
+def spec(ch_axis, is_dynamic):
+    return QTensorConfig(dtype=Dtype.int8, qscheme=QSchemeType.per_channel, observer_cls=PerChannelMinMaxObserver,
+                         symmetric=True, scale_type=ScaleType.float, round_method=RoundType.half_even,
+                         ch_axis=ch_axis, is_dynamic=is_dynamic)
+
+if __name__ == "__main__":
+    layer = QLayerConfig(weight=spec(0, False), input_tensors=spec(1, True))
+    config = QConfig(global_quant_config=layer, exclude=["*lm_head*", "*embed_tokens*", "*vision_tower*", "*embed_vision*"])
+    ModelQuantizer(config).direct_quantize_checkpoint(pretrained_model_path=sys.argv[1], save_path=sys.argv[2], device="cpu")
+"""
+
+_LLM_COMPRESSOR = """
+import sys
+from llmcompressor import model_free_ptq
+
+if __name__ == "__main__":
+    model_free_ptq(model_stub=sys.argv[1], save_directory=sys.argv[2], scheme="W8A8", device="cpu",
+                   ignore=["re:.*lm_head", "re:.*embed_tokens.*", "re:.*vision_tower.*", "re:.*embed_vision.*"])
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A tool: its packages, and a script that takes SRC and OUT."""
+
+    key: str
+    name: str
+    packages: tuple[str, ...]
+    script: str
+
+    def command(self, folder: Path, source: Path, out: Path) -> Sequence[str]:
+        """The command that quantizes `source` into `out`, after building the tool's environment if need be.
+
+        Raises `subprocess.CalledProcessError` with pip's words where it cannot be built.
+        """
+        home = folder / self.key
+        python = home / "bin" / "python"
+        ready = home / "ready"
+        if not ready.exists():
+            venv.create(home, with_pip=True, clear=True)
+            # torch first and pinned: an unpinned one would bring the newest CUDA build.
+            for packages in (("torch==2.13.0",), ("torch==2.13.0", *self.packages)):
+                pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
+                subprocess.run(pip, check=True, capture_output=True, text=True)
+            ready.touch()
+        script = home / "run.py"
+        script.write_text(self.script, encoding="utf-8")
+        return [str(python), str(script), str(source), str(out)]
+
+
+PEERS = (
+    Peer("quark", "AMD Quark 0.13", ("amd-quark==0.13", "transformers==5.23.0"), _QUARK),
+    Peer("llm-compressor", "llm-compressor 0.14.0.1", ("llmcompressor==0.14.0.1",), _LLM_COMPRESSOR),
+)

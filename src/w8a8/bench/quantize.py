@@ -1,0 +1,182 @@
+"""`w8a8 bench quantize`: a checkpoint of Gemma 4 31B's layers, quantized and copied by turns.
+
+Every run is a whole process, from start to exit, and its peak memory is what the kernel accounts to it. Runs are
+interleaved so that a noisy machine is noisy to all alike; between runs the output is removed and the disk synced. `cp -r` does not
+sync what it copies; `w8a8 quantize` does, hashes both sides and opens the result again.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w8a8.bench.peers import PEERS, Peer
+from w8a8.checkpoint.header import write_header
+from w8a8.errors import W8A8Error
+
+HIDDEN, INTERMEDIATE, Q, KV = 5376, 21504, 8192, 4096
+LAYER = {
+    "self_attn.q_proj": (Q, HIDDEN),
+    "self_attn.k_proj": (KV, HIDDEN),
+    "self_attn.v_proj": (KV, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, Q),
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+LAYER_BYTES = 2 * sum(rows * columns for rows, columns in LAYER.values())
+LAYERS_PER_SHARD = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender: median seconds, all of them, and the largest peak memory (maximum resident set) of its runs."""
+
+    name: str
+    all_seconds: tuple[float, ...]
+    peak_mib: float
+
+    @property
+    def seconds(self) -> float:
+        """Median."""
+        return statistics.median(self.all_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchResult:
+    """The table; `baseline` is the median of `cp -r`."""
+
+    bytes: int
+    cores: int
+    rows: tuple[Row, ...]
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> float:
+        """Median seconds of `cp -r`."""
+        return self.rows[0].seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain JSON values."""
+        rows = [{**asdict(row), "seconds": row.seconds, "ratio_to_cp": row.seconds / self.baseline} for row in self.rows]
+        return {**asdict(self), "rows": rows}
+
+
+def bench(
+    gib: float, *, runs: int, peers: bool, folder: Path, notice: Callable[[str], None] = lambda _: None
+) -> BenchResult:
+    """Make the checkpoint (once), run every contender `runs` times by turns, and collect the table."""
+    folder = folder.absolute()
+    source, out = folder / f"gemma-4-31b-layers-{gib:g}GiB", folder / "out"
+    make_checkpoint(source, gib, notice)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    caches = tempfile.TemporaryDirectory(dir=folder)
+    warm = {"NUMBA_CACHE_DIR": f"{caches.name}/warm"}
+    quantize = [sys.executable, "-m", "w8a8", "quantize", str(source), str(out), "--quiet"]
+    contenders: dict[str, Callable[[int], tuple[Sequence[str], dict[str, str]]]] = {
+        "cp -r": lambda _: (["cp", "-r", str(source), str(out)], {}),
+        "w8a8 quantize": lambda _: (quantize, warm),
+        "w8a8 quantize, first ever (cold JIT)": lambda i: (quantize, {"NUMBA_CACHE_DIR": f"{caches.name}/cold{i}"}),
+    }
+    failed: dict[str, str] = {}
+    for peer in PEERS if peers else ():
+        command = _peer_command(peer, folder, source, out, notice, failed)
+        if command is not None:
+            contenders[peer.name] = lambda _, command=command: (command, {})  # type: ignore[misc]
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks: dict[str, list[float]] = {name: [] for name in contenders}
+    try:
+        _timed(quantize, warm, out)  # fills the page cache and the warm JIT cache, for all alike
+        for i in range(runs):
+            for name, command_of in contenders.items():
+                took, peak = _timed(*command_of(i), out)
+                seconds[name].append(took)
+                peaks[name].append(peak)
+                notice(f"run {i + 1}/{runs}  {name}: {took:.2f} s, {peak:.0f} MiB")
+    finally:
+        shutil.rmtree(out, ignore_errors=True)
+        caches.cleanup()
+    rows = tuple(Row(name, tuple(seconds[name]), max(peaks[name])) for name in contenders)
+    return BenchResult(size, len(os.sched_getaffinity(0)), rows, failed)
+
+
+def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = lambda _: None) -> None:
+    """Write a BF16 checkpoint of as many Gemma 4 31B decoder layers as fit into `gib` GiB (at least one)."""
+    layers = max(1, int(gib * 2**30 // LAYER_BYTES))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
+              "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "w8a8_bench": 1}  # fmt: skip
+    if (folder / "config.json").is_file() and json.loads((folder / "config.json").read_text()) == config:
+        return
+    notice(f"making {layers} layers, {layers * LAYER_BYTES / 2**30:.2f} GiB, in {folder}")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    values = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32) * 0.02
+    pool = (values.view(np.uint32) >> 16).astype(np.uint16)
+    shards = [range(first, min(first + LAYERS_PER_SHARD, layers)) for first in range(0, layers, LAYERS_PER_SHARD)]
+    weight_map = {}
+    for i, members in enumerate(shards):
+        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        tensors = {f"model.layers.{layer}.{leaf}.weight": shape for layer in members for leaf, shape in LAYER.items()}
+        _write_shard(folder / name, tensors, pool)
+        weight_map.update(dict.fromkeys(tensors, name))
+    index = {"metadata": {"total_size": layers * LAYER_BYTES}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(config))
+    os.sync()
+
+
+def _write_shard(path: Path, tensors: dict[str, tuple[int, int]], pool: NDArray[np.uint16]) -> None:
+    """Fill the tensors with random BF16 numbers, drawn from `pool` at another place for each megabyte or so."""
+    rows, position = [], 0
+    for name, shape in tensors.items():
+        end = position + 2 * shape[0] * shape[1]
+        rows.append((name, "BF16", shape, position, end))
+        position = end
+    rng = np.random.default_rng(len(path.name) + position)
+    with path.open("wb") as file:
+        file.write(write_header(rows, {"format": "pt"}))
+        left = position // 2
+        while left:
+            start = int(rng.integers(0, len(pool) - (1 << 20)))
+            part = pool[start : start + min(left, 1 << 20)]
+            file.write(part.tobytes())
+            left -= len(part)
+
+
+def _timed(command: Sequence[str], environment: dict[str, str], out: Path) -> tuple[float, float]:
+    """Run a command to its end, as the only writer of `out`: `(seconds, peak MiB)`."""
+    shutil.rmtree(out, ignore_errors=True)
+    os.sync()
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        took = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            log.seek(0)
+            tail = log.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise W8A8Error(f"{' '.join(command[:4])} ... failed: {' '.join(tail)}")
+    return took, usage.ru_maxrss / 1024
+
+
+def _peer_command(
+    peer: Peer, folder: Path, source: Path, out: Path, notice: Callable[[str], None], failed: dict[str, str]
+) -> Sequence[str] | None:
+    try:
+        notice(f"preparing {peer.name} in {folder / peer.key}")
+        return peer.command(folder, source, out)
+    except subprocess.CalledProcessError as error:
+        failed[peer.name] = f"its environment could not be built: {(error.stderr or '').strip().splitlines()[-1:]}"
+        return None

@@ -1,0 +1,236 @@
+"""The command line: parses, calls one function, prints. No logic lives here.
+
+Results go to standard output (`--json` for machines), progress and notices to standard error. Errors are one line on
+standard error and an exit code of their own (see `w8a8.errors`); with `--json` the error is JSON on standard output too.
+"""
+
+import json as json_
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+import w8a8
+from w8a8.errors import UsageError, W8A8Error
+
+if TYPE_CHECKING:
+    from w8a8.quantization import QuantizeResult
+    from w8a8.terminal import Terminal
+
+app = typer.Typer(
+    name="w8a8",
+    help="Turn a Hugging Face checkpoint into a verified INT8 W8A8 checkpoint that vLLM loads.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure this tool against its peers, on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only the result and errors.")]
+
+
+def main() -> None:
+    """Run the command line; every `W8A8Error` becomes one line and its exit code."""
+    try:
+        app()
+    except W8A8Error as error:
+        if "--json" in sys.argv:
+            print(json_.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}))
+        print(f"w8a8: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"w8a8 {w8a8.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 quantize google/gemma-4-31b-it gemma-4-31b-it-W8A8`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
+- `MODEL_IN=./gemma MODEL_OUT=./gemma-W8A8 w8a8 quantize`
+"""
+)
+def quantize(
+    source: Annotated[
+        str | None, typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, or Hub id `org/name[@revision]`.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")
+    ] = None,
+    format: Annotated[  # noqa: A002
+        str | None, typer.Option(help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.")
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(help="Reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Glob of tensors to quantize although the rules would not. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob of tensors to leave as they are. Repeatable; wins over --include.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint to INT8 W8A8: weights per channel, activations per token and dynamic.
+
+    Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
+    opened again; a run that was killed goes on where it was when the same command is given again.
+    """
+    from w8a8.quantization import prepare, run
+    from w8a8.terminal import Terminal
+
+    if source is None:
+        raise UsageError("no source: give SRC, or set MODEL_IN")
+    if out is None and not dry_run:
+        raise UsageError("no target: give OUT, or set MODEL_OUT")
+    terminal = Terminal(json=json, quiet=quiet)
+    with terminal.working("reading headers"):
+        job = prepare(
+            source, format=_format(format, compat), compat=compat, include=include or (), exclude=exclude or ()
+        )
+    if dry_run or out is None:
+        terminal.plan(job.plan)
+        return
+    with _resumable(), terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance:
+        result = run(
+            job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice
+        )
+    terminal.quantized(result)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 verify ./gemma-W8A8 --source ./gemma`
+- `w8a8 verify ./gemma-W8A8 --source google/gemma-3-270m --json`
+"""
+)
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
+    source: Annotated[str, typer.Option(help="What it was made from: folder or Hub id `org/name[@revision]`.")],
+    top: Annotated[int, typer.Option(min=0, help="How many of the worst tensors to list.")] = 10,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a W8A8 checkpoint against its source, tensor by tensor and byte by byte.
+
+    Every source tensor must be accounted for, copies identical, quantized ones near; scales finite and positive;
+    config, index, shards and checksums in agreement. Exits with 1 if anything is wrong.
+    """
+    from w8a8.terminal import Terminal
+    from w8a8.verification import prepare, run
+
+    terminal = Terminal(json=json, quiet=quiet)
+    with terminal.working("reading headers"):
+        job = prepare(out, source)
+    with terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance:
+        result = run(job, workers=workers, advance=advance)
+    terminal.verified(result, top)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 inspect ./gemma-W8A8`
+- `w8a8 inspect google/gemma-3-270m --tensors`
+"""
+)
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]`.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint is, quantized or not, from its headers alone."""
+    from w8a8.inspection import inspect as inspect_
+    from w8a8.terminal import Terminal
+
+    Terminal(json=json).inspected(inspect_(checkpoint), tensors=tensors)
+
+
+@bench_app.command(
+    "quantize",
+    epilog="""
+Examples:
+
+- `w8a8 bench quantize`
+- `w8a8 bench quantize --gib 16 --runs 3`
+- `w8a8 bench quantize --peers`
+""",
+)
+def bench_quantize(
+    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint to make, in GiB.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Interleaved runs of each; medians are printed.")] = 5,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Where to work; needs about 2.6 times the size.")
+    ] = Path(".cache/bench"),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint of Gemma 4 31B's layers, timed against `cp -r` of the same files."""
+    from w8a8.bench.quantize import bench
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.benched(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
+
+
+def _format(name: str | None, compat: str | None) -> str:
+    """The format asked for, or the one that `compat` implies; both must agree."""
+    from w8a8.formats import COMPATS
+
+    implied = COMPATS.get(compat) if compat else None
+    if name and implied and name != implied:
+        raise UsageError(f"--compat {compat} writes format {implied}, not {name}; leave --format out")
+    return name or implied or "quark"
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Say after Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("\nw8a8: interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)

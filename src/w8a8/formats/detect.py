@@ -1,0 +1,78 @@
+"""What scheme a config.json declares, whoever wrote it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A declared quantization: its method, a sentence, whether it is INT8 W8A8 PTPC, and the layers it leaves alone."""
+
+    method: str
+    summary: str
+    w8a8: bool
+    excludes: tuple[str, ...]
+
+    def leaves_alone(self, module: str) -> bool:
+        """Whether an engine would leave `module` unquantized: named exactly, or matched from the start by `re:`."""
+        return any(
+            re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
+            for entry in self.excludes
+        )
+
+
+UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
+
+
+def detect(config: Mapping[str, Any]) -> Scheme:
+    """The scheme a config declares; one that is not understood is described, not guessed at."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict):
+        return UNQUANTIZED
+    method = str(quantization.get("quant_method", "unknown"))
+    if method == "quark":
+        return _quark(quantization)
+    if method == "compressed-tensors":
+        return _compressed_tensors(quantization)
+    return Scheme(method, f"{method}, a scheme this tool does not read", w8a8=False, excludes=())
+
+
+def _quark(quantization: Mapping[str, Any]) -> Scheme:
+    weight = _at(quantization, "global_quant_config", "weight")
+    inputs = _at(quantization, "global_quant_config", "input_tensors")
+    per_channel = (weight.get("dtype"), weight.get("qscheme"), weight.get("ch_axis")) == ("int8", "per_channel", 0)
+    per_token = (inputs.get("dtype"), inputs.get("qscheme"), inputs.get("is_dynamic")) == ("int8", "per_channel", True)
+    symmetric = weight.get("symmetric") is True and inputs.get("symmetric") is True
+    ptpc = per_channel and per_token and symmetric
+    detail = f"{weight.get('dtype')} {weight.get('qscheme')} weights, {inputs.get('dtype') or 'unquantized'} inputs"
+    return Scheme("quark", f"quark, {_PTPC if ptpc else detail}", ptpc, _strings(quantization.get("exclude")))
+
+
+def _compressed_tensors(quantization: Mapping[str, Any]) -> Scheme:
+    groups = quantization.get("config_groups")
+    group = next(iter(groups.values()), None) if isinstance(groups, dict) and len(groups) == 1 else None
+    weights, inputs = _at({"g": group}, "g", "weights"), _at({"g": group}, "g", "input_activations")
+    per_channel = (weights.get("num_bits"), weights.get("type"), weights.get("strategy")) == (8, "int", "channel")
+    per_token = (inputs.get("num_bits"), inputs.get("type"), inputs.get("dynamic")) == (8, "int", True)
+    symmetric = weights.get("symmetric") is True and inputs.get("symmetric") is True
+    ptpc = per_channel and per_token and inputs.get("strategy") == "token" and symmetric
+    detail = f"{quantization.get('format')}, {weights.get('num_bits')}-bit {weights.get('type')} weights"
+    summary = f"compressed-tensors, {_PTPC if ptpc else detail}"
+    return Scheme("compressed-tensors", summary, ptpc, _strings(quantization.get("ignore")))
+
+
+_PTPC = "INT8 W8A8: weights per channel, activations per token and dynamic"
+
+
+def _at(values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+    """The object at a path of keys; empty where there is none."""
+    found: Any = values
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list) else ()

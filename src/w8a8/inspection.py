@@ -1,0 +1,77 @@
+"""`w8a8 inspect`: what a checkpoint is, from its headers alone."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.formats import detect
+from w8a8.plan import Rules
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRow:
+    """The tensors of one component and dtype."""
+
+    component: str
+    dtype: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A checkpoint at a glance. `parameters` leaves out the scales of a quantized one."""
+
+    name: str
+    architectures: tuple[str, ...]
+    model_type: str
+    shards: int
+    tensors: int
+    parameters: int
+    nbytes: int
+    components: tuple[ComponentRow, ...]
+    scheme: str
+    w8a8: bool
+    excludes: tuple[str, ...]
+    not_needed: tuple[str, ...]
+    specs: tuple[TensorSpec, ...]
+
+    def to_dict(self, *, tensors: bool = False) -> dict[str, Any]:
+        """Plain JSON values; with every tensor if asked."""
+        values = asdict(self)
+        if not tensors:
+            del values["specs"]
+        return values
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Open the checkpoint in `folder`, quantized or not, and summarize its headers. Raises `w8a8.W8A8Error`."""
+    checkpoint = Checkpoint.open(folder)
+    rules = Rules.for_config(checkpoint.config)
+    scheme = detect(checkpoint.config)
+    totals: dict[tuple[str, str], list[int]] = {}
+    for tensor in checkpoint.tensors.values():
+        is_scale = tensor.name.endswith((".weight_scale", ".weight_scale_inv", ".weight_zero_point"))
+        component = "scales" if is_scale else rules.judge(tensor).component
+        row = totals.setdefault((component, tensor.dtype), [0, 0, 0])
+        for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
+            row[i] += value
+    rows = [ComponentRow(component, dtype, *row) for (component, dtype), row in totals.items()]
+    architectures = checkpoint.config.get("architectures")
+    return Inspection(
+        name=checkpoint.path.resolve().name,
+        architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
+        model_type=str(checkpoint.config.get("model_type", "")),
+        shards=len(checkpoint.shards),
+        tensors=len(checkpoint.tensors),
+        parameters=sum(row.parameters for row in rows if row.component != "scales"),
+        nbytes=checkpoint.nbytes,
+        components=tuple(sorted(rows, key=lambda row: -row.nbytes)),
+        scheme=scheme.summary,
+        w8a8=scheme.w8a8,
+        excludes=scheme.excludes,
+        not_needed=tuple(left.name for left in checkpoint.left_out),
+        specs=tuple(checkpoint.tensors.values()),
+    )
