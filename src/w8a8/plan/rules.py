@@ -61,7 +61,7 @@ class Rules:
         name = "." + module_name(tensor.name)
         for component, pattern in self.keep.items():
             if pattern.fullmatch(name):
-                return Verdict(component, quantize=False, reason=f"{component} stays in {tensor.dtype}")
+                return Verdict(component, quantize=False, reason=f"kept in {tensor.dtype}")
         for component, pattern in self.quantize.items():
             if pattern.fullmatch(name):
                 return self._judge_linear(tensor, component)
@@ -74,7 +74,7 @@ class Rules:
             return Verdict(component, quantize=False, reason=f"not a matrix: {list(tensor.shape)}")
         if tensor.dtype not in QUANTIZABLE:
             return Verdict(component, quantize=False, reason=f"{tensor.dtype} is not a dtype to quantize from")
-        return Verdict(component, quantize=True, reason="linear layer of the text decoder")
+        return Verdict(component, quantize=True, reason="decoder linear layer")
 
     def group_of(self, module: str) -> tuple[str, ...]:
         """The modules that engines fuse with `module`, itself included; empty if it stands alone."""
