@@ -1,25 +1,23 @@
 """The command line: parses, calls one function, prints. No logic lives here.
 
-Results go to standard output (`--json` for machines), progress and notices to standard error. Errors are one line on
-standard error and an exit code of their own (see `w8a8.errors`); with `--json` the error is JSON on standard output too.
+Results go to standard output (`--json` for machines), progress and notices to standard error. An error is one line on
+standard error and an exit code of its own (see `w8a8.errors`); with `--json` it is JSON on standard output too.
 """
 
 import json as json_
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
 import w8a8
 from w8a8.errors import UsageError, W8A8Error
-
-if TYPE_CHECKING:
-    from w8a8.quantization import QuantizeResult
-    from w8a8.terminal import Terminal
 
 app = typer.Typer(
     name="w8a8",
@@ -79,9 +77,7 @@ def quantize(
     source: Annotated[
         str | None, typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, or Hub id `org/name[@revision]`.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")
-    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")] = None,
     format: Annotated[  # noqa: A002
         str | None, typer.Option(help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.")
     ] = None,
@@ -97,7 +93,8 @@ def quantize(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8")
+        int | None,
+        typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
@@ -116,17 +113,12 @@ def quantize(
     if out is None and not dry_run:
         raise UsageError("no target: give OUT, or set MODEL_OUT")
     terminal = Terminal(json=json, quiet=quiet)
-    with terminal.working("reading headers"):
-        job = prepare(
-            source, format=_format(format, compat), compat=compat, include=include or (), exclude=exclude or ()
-        )
+    job = prepare(source, format=_format(format, compat), compat=compat, include=include or (), exclude=exclude or ())
     if dry_run or out is None:
         terminal.plan(job.plan)
         return
     with _resumable(), terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance:
-        result = run(
-            job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice
-        )
+        result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
     terminal.quantized(result)
 
 
@@ -143,7 +135,8 @@ def verify(
     source: Annotated[str, typer.Option(help="What it was made from: folder or Hub id `org/name[@revision]`.")],
     top: Annotated[int, typer.Option(min=0, help="How many of the worst tensors to list.")] = 10,
     workers: Annotated[
-        int | None, typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8")
+        int | None,
+        typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -157,8 +150,7 @@ def verify(
     from w8a8.verification import prepare, run
 
     terminal = Terminal(json=json, quiet=quiet)
-    with terminal.working("reading headers"):
-        job = prepare(out, source)
+    job = prepare(out, source)
     with terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance:
         result = run(job, workers=workers, advance=advance)
     terminal.verified(result, top)
@@ -202,9 +194,9 @@ def bench_quantize(
     peers: Annotated[
         bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
     ] = False,
-    folder: Annotated[
-        Path, typer.Option("--dir", help="Where to work; needs about 2.6 times the size.")
-    ] = Path(".cache/bench"),
+    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs about 2.6 times the size.")] = Path(
+        ".cache/bench"
+    ),
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -228,9 +220,16 @@ def _format(name: str | None, compat: str | None) -> str:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Say after Ctrl-C that nothing is lost."""
+    """On Ctrl-C or SIGTERM end in order, and say that nothing is lost."""
+
+    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stopped:
         print("\nw8a8: interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -4,9 +4,8 @@ Data goes to standard output and everything about its making to standard error, 
 """
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -31,31 +30,24 @@ if TYPE_CHECKING:
     from w8a8.verification import VerifyResult
 
 PLAIN_INTERVAL_SECONDS = 5.0
+SHOWN = 10
+"""Problems or warnings listed before the rest is only counted."""
 
 
 class Terminal:
     """Prints for a person, or JSON for a machine; `quiet` leaves out all but results and errors."""
 
     def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        """`json` implies `quiet` on standard error only for progress bars that are not on a terminal."""
+        """`json` prints results as JSON; `quiet` concerns standard error and tables."""
         self._json = json
         self._quiet = quiet
-        self._out = Console(soft_wrap=False, highlight=False)
+        self._out = Console(highlight=False)
         self._err = Console(stderr=True, highlight=False)
 
     def notice(self, text: str) -> None:
         """Say something about the work under way."""
         if not self._quiet:
             self._err.print(escape(text), soft_wrap=True)
-
-    @contextmanager
-    def working(self, what: str) -> Iterator[None]:
-        """Show that something of unknown length is under way."""
-        if self._quiet or not self._err.is_terminal:
-            yield
-            return
-        with self._err.status(what):
-            yield
 
     @contextmanager
     def bytes(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -81,20 +73,16 @@ class Terminal:
         if self._json:
             self._print_json({**plan.to_dict(), "totals": _totals(plan)})
             return
-        out = self._out
-        out.print(f"[bold]{escape(plan.source)}[/bold]  {escape(plan.architecture)} → {plan.format}, recipe {plan.recipe}")
-        out.print(_component_table(plan))
-        out.print(
-            f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), {len(plan.shards)} "
-            f"shard{_s(len(plan.shards))}; needs {size(plan.bytes_out)} of disk"
+        self._say(f"[bold]{escape(plan.source)}[/bold]: {escape(plan.architecture)} to {plan.format}, {plan.recipe}")
+        self._out.print(_component_table(plan, why=True))
+        self._say(
+            f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), "
+            f"{plural(len(plan.shards), 'shard')}; needs {size(plan.bytes_out)} of disk"
         )
-        if plan.exclude:
-            out.print(f"left alone by name in config.json: {len(plan.exclude)} linear layer{_s(len(plan.exclude))}, "
-                      f"among them {', '.join(plan.exclude[:3])}")
-        for name, reason in plan.left_out:
-            out.print(f"[dim]not copied: {escape(name)} ({escape(reason)})[/dim]")
+        self._say(f"config.json will exclude {plural(len(plan.exclude), 'linear layer')}: {_some(plan.exclude)}")
+        self._not_copied(plan)
         for warning in plan.warnings:
-            out.print(f"[yellow]warning: {escape(warning)}[/yellow]")
+            self._say(f"[yellow]warning:[/yellow] {escape(warning)}")
 
     def quantized(self, result: "QuantizeResult") -> None:
         """What `quantize` did."""
@@ -109,7 +97,7 @@ class Terminal:
                     "seconds": round(result.seconds, 3),
                     "gb_per_second": round(result.gb_per_second, 3),
                     "resumed_shards": result.resumed,
-                    "not_copied": [{"name": name, "reason": reason} for name, reason in plan.left_out],
+                    "not_copied": dict(plan.left_out),
                     "warnings": list(plan.warnings),
                     "totals": _totals(plan),
                 }
@@ -117,10 +105,9 @@ class Terminal:
             return
         if not self._quiet:
             self._out.print(_component_table(plan))
-            for name, reason in plan.left_out:
-                self._out.print(f"[dim]not copied: {escape(name)} ({escape(reason)})[/dim]")
-        self._out.print(
-            f"[bold]{escape(str(result.out))}[/bold]: {size(plan.bytes_in)} → {size(plan.bytes_out)} "
+            self._not_copied(plan)
+        self._say(
+            f"[bold]{escape(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
             f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
         )
 
@@ -129,66 +116,71 @@ class Terminal:
         if self._json:
             self._print_json(result.to_dict())
             return
-        if not self._quiet and result.tensors and top:
-            table = Table(box=None, pad_edge=False, header_style="dim")
-            table.add_column("worst quantized tensors", overflow="fold")
-            for column in ("SQNR dB", "max error / scale", "saturated", "zeroed rows"):
-                table.add_column(column, justify="right")
-            for t in result.tensors[:top]:
-                table.add_row(
-                    escape(t.name), f"{t.sqnr_db:.2f}", f"{t.max_error:.3f}", f"{t.saturated:,}", f"{t.zeroed_rows:,}"
-                )
-            self._out.print(table)
-        for problem in result.problems:
-            self._out.print(f"[red]problem:[/red] {escape(problem)}", soft_wrap=True)
-        color = "green" if result.ok else "red"
-        self._out.print(f"[{color} bold]{escape(result.verdict)}[/]", soft_wrap=True)
+        if not self._quiet:
+            if result.tensors and top:
+                self._out.print(_error_table(result, top))
+            for warning in result.warnings[:SHOWN]:
+                self._say(f"[yellow]warning:[/yellow] {escape(warning)}")
+            self._more(len(result.warnings), "warning")
+        for problem in result.problems[:SHOWN]:
+            self._say(f"[red]problem:[/red] {escape(problem)}")
+        self._more(len(result.problems), "problem")
+        self._say(f"[{'green' if result.ok else 'red'} bold]{escape(result.verdict)}[/]")
 
     def inspected(self, found: "Inspection", *, tensors: bool) -> None:
         """What `inspect` saw."""
         if self._json:
             self._print_json(found.to_dict(tensors=tensors))
             return
-        out = self._out
-        out.print(f"[bold]{escape(found.name)}[/bold]  {escape(', '.join(found.architectures) or 'unknown architecture')}")
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column("component")
-        table.add_column("dtype")
-        for column in ("tensors", "parameters", "bytes", "share"):
-            table.add_column(column, justify="right")
+        self._say(f"[bold]{escape(found.name)}[/bold]: {escape(', '.join(found.architectures) or found.model_type)}")
+        table = _table("component", "dtype", "tensors", "parameters", "bytes", "share", left=2)
         for row in found.components:
             table.add_row(
-                row.component, row.dtype, f"{row.tensors:,}", count(row.parameters), size(row.nbytes),
+                row.component,
+                row.dtype,
+                f"{row.tensors:,}",
+                count(row.parameters),
+                size(row.nbytes),
                 f"{row.nbytes / max(found.nbytes, 1):.1%}",
-            )  # fmt: skip
-        table.add_section()
-        table.add_row("total", "", f"{found.tensors:,}", count(found.parameters), size(found.nbytes), "")
-        out.print(table)
-        out.print(f"{found.shards} shard{_s(found.shards)}; {escape(found.scheme)}", soft_wrap=True)
+            )
+        table.add_row("total", "", f"{found.tensors:,}", count(found.parameters), size(found.nbytes), "", style="bold")
+        self._out.print(table)
+        self._say(f"{plural(found.shards, 'shard')}; {escape(found.scheme)}")
         if found.excludes:
-            shown = ", ".join(found.excludes[:5]) + (f" and {len(found.excludes) - 5} more" if len(found.excludes) > 5 else "")
-            out.print(f"excludes: {escape(shown)}", soft_wrap=True)
+            self._say(f"excludes {len(found.excludes)}: {_some(found.excludes)}")
         if tensors:
             for t in found.specs:
-                out.print(escape(f"{t.dtype:5} {list(t.shape)!s:20} {t.name}  ({t.shard})"), soft_wrap=True)
+                self._say(escape(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
 
     def benched(self, result: "BenchResult") -> None:
         """What a benchmark measured."""
         if self._json:
             self._print_json(result.to_dict())
             return
-        table = Table(box=None, pad_edge=False, header_style="dim")
-        table.add_column(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians")
-        for column in ("seconds", "min–max", "× cp -r", "peak MiB", "runs"):
-            table.add_column(column, justify="right")
+        table = _table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
         for row in result.rows:
             table.add_row(
-                row.name, f"{row.seconds:.2f}", f"{min(row.all_seconds):.2f}–{max(row.all_seconds):.2f}",
-                f"{row.seconds / result.baseline:.2f}", f"{row.peak_mib:.0f}", str(len(row.all_seconds)),
-            )  # fmt: skip
+                f"{row.seconds:.2f}",
+                f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}",
+                f"{row.seconds / result.baseline:.2f}",
+                f"{row.peak_mib:.0f}",
+                row.name,
+            )
+        self._say(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians of {len(result.rows[0].all_seconds)}")
         self._out.print(table)
         for name, reason in result.failed.items():
-            self._out.print(f"[yellow]{escape(name)} did not run: {escape(reason)}[/yellow]", soft_wrap=True)
+            self._say(f"[yellow]{escape(name)} did not run:[/yellow] {escape(reason)}")
+
+    def _say(self, markup: str) -> None:
+        self._out.print(markup, soft_wrap=True)
+
+    def _more(self, number: int, what: str) -> None:
+        if number > SHOWN:
+            self._say(f"... and {plural(number - SHOWN, what)} more (--json lists all)")
+
+    def _not_copied(self, plan: "Plan") -> None:
+        for name, reason in plan.left_out:
+            self._say(f"[dim]not copied: {escape(name)} ({escape(reason)})[/dim]")
 
     def _print_json(self, value: Any) -> None:
         print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
@@ -236,19 +228,50 @@ def count(number: float) -> str:
     return f"{number:.2f}B"
 
 
-def _component_table(plan: "Plan") -> Table:
+def plural(number: int, what: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return escape(", ".join(names[:3])) + more
+
+
+def _table(*columns: str, left: int) -> Table:
+    """A plain table whose first `left` columns and last one are text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("component")
-    table.add_column("becomes")
-    for column in ("tensors", "parameters", "bytes in", "bytes out"):
-        table.add_column(column, justify="right")
-    table.add_column("why")
+    for i, column in enumerate(columns):
+        text = i < left or (i == len(columns) - 1 and left == 0)
+        table.add_column(column, justify="left" if text else "right", overflow="fold" if text else "ellipsis")
+    return table
+
+
+def _component_table(plan: "Plan", *, why: bool = False) -> Table:
+    table = _table("component", "becomes", "tensors", "parameters", "bytes in", "bytes out", left=2)
+    if why:
+        table.add_column("why")
     reasons = _reasons(plan)
     for row in plan.components():
+        cells = (
+            row.component,
+            "INT8" if row.quantized else "as it is",
+            f"{row.tensors:,}",
+            count(row.parameters),
+            size(row.bytes_in),
+            size(row.bytes_out),
+        )
+        table.add_row(*cells, *([escape(reasons[row.component, row.quantized])] if why else []))
+    return table
+
+
+def _error_table(result: "VerifyResult", top: int) -> Table:
+    table = _table("SQNR dB", "max error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
+    for t in result.tensors[:top]:
         table.add_row(
-            row.component, "INT8" if row.quantized else "as it is", f"{row.tensors:,}", count(row.parameters),
-            size(row.bytes_in), size(row.bytes_out), escape(reasons[row.component, row.quantized]),
-        )  # fmt: skip
+            f"{t.sqnr_db:.2f}", f"{t.max_error:.3f}", f"{t.saturated:,}", f"{t.zeroed_rows:,}", escape(t.name)
+        )
     return table
 
 
@@ -281,9 +304,3 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return asdict(value)
     return str(value)
-
-
-def _s(number: int) -> str:
-    return "" if number == 1 else "s"
-
-

@@ -109,14 +109,15 @@ class VerifyResult:
             return f"FAILED: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}; do not use it"
         total = sqnr(sum(t.signal for t in self.tensors), sum(t.noise for t in self.tensors))
         checked = f"{self.checksums} checksums hold" if self.checksums else "no w8a8.json, so no checksums to check"
-        return (
-            f"OK: {len(self.tensors)} tensors quantized at {total:.2f} dB SQNR, {self.copied} copied bit for bit; {checked}"
-        )
+        quantized = f"{len(self.tensors)} tensors quantized at {total:.2f} dB SQNR"
+        return f"OK: {quantized}, {self.copied} copied bit for bit; {checked}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; an infinite SQNR (no error at all) is null."""
         rows = [{**asdict(t), "sqnr_db": _finite(t.sqnr_db), "max_error": _finite(t.max_error)} for t in self.tensors]
-        components = [{**asdict(c), "sqnr_db": _finite(c.sqnr_db), "max_error": _finite(c.max_error)} for c in self.components]
+        components = [
+            {**asdict(c), "sqnr_db": _finite(c.sqnr_db), "max_error": _finite(c.max_error)} for c in self.components
+        ]
         return {
             "ok": self.ok,
             "verdict": self.verdict,
@@ -150,7 +151,9 @@ def prepare(out: str | Path, source: str | Path) -> Job:
     """Open both checkpoints. Raises `W8A8Error` where one does not open."""
     result = Checkpoint.open(out)
     original = Checkpoint.open(resolve(source).path)
-    return Job(original, result, detect(result.config), _read_provenance(result.path), Rules.for_config(original.config))
+    return Job(
+        original, result, detect(result.config), _read_provenance(result.path), Rules.for_config(original.config)
+    )
 
 
 def verify(
@@ -169,11 +172,9 @@ def verify(
 
 def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> VerifyResult:
     """Carry out a prepared job; see `verify`."""
-    problems = list(_structure_problems(job))
-    ours = job.provenance is not None
-    (problems if ours else (warnings := [])).extend(_bookkeeping_problems(job))
-    warnings = [] if ours else warnings
-    warnings.extend(_exclude_warnings(job))
+    problems, warnings = list(_structure_problems(job)), list(_exclude_warnings(job))
+    # What another tool chose to write differently is worth a word; in our own output it is a sign of tampering.
+    (problems if job.provenance is not None else warnings).extend(_bookkeeping_problems(job))
     comparison = _compare_bytes(job, workers or worker_count(), advance)
     problems += comparison.problems
     tensors = sorted(comparison.errors, key=lambda t: (t.sqnr_db, t.name))
@@ -237,7 +238,9 @@ def _bookkeeping_problems(job: Job) -> Iterator[str]:
     """Config, index and sidecars: as the source's, apart from what quantizing adds."""
     theirs = {key: value for key, value in job.out.config.items() if key != "quantization_config"}
     if theirs != dict(job.source.config):
-        changed = sorted(k for k in theirs.keys() | job.source.config.keys() if theirs.get(k) != job.source.config.get(k))
+        changed = sorted(
+            k for k in theirs.keys() | job.source.config.keys() if theirs.get(k) != job.source.config.get(k)
+        )
         yield f"config.json: differs from the source's in {', '.join(changed)}"
     if job.out.indexed:
         total = read_json(job.out.path / INDEX).get("metadata", {}).get("total_size")
@@ -355,7 +358,12 @@ def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _CodesTally | None":
     if made.dtype == tensor.dtype:
         return _CopyTally(tensor, made)
     scale = _scale_of(tensor, job.out)
-    if not _is_quantized(tensor, job) or scale is None or any(_scale_shape_problems(tensor, scale)) or len(made.shape) != 2:
+    if (
+        not _is_quantized(tensor, job)
+        or scale is None
+        or any(_scale_shape_problems(tensor, scale))
+        or len(made.shape) != 2
+    ):
         return None
     return _CodesTally(tensor, made, _read_scale(job.out, scale))
 
@@ -420,7 +428,9 @@ class _CodesTally:
     def conclude(self, found: _Comparison, job: Job) -> None:
         name = self.source.name
         if self._bad_scales:
-            found.problems.append(f"{name}: {self._bad_scales} of {len(self._scale)} scales are not finite and positive")
+            found.problems.append(
+                f"{name}: {self._bad_scales} of {len(self._scale)} scales are not finite and positive"
+            )
         elif not self._max_error <= job.error_limit:
             found.problems.append(
                 f"{name}: a weight is {self._max_error:.3g} scales away from its source; rounding alone leaves at most "
