@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.bench.peers import PEERS, Peer
+from w8a8.bench.process import timed
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import W8A8Error
 
@@ -69,7 +69,9 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The table as plain JSON values."""
-        rows = [{**asdict(row), "seconds": row.seconds, "ratio_to_cp": row.seconds / self.baseline} for row in self.rows]
+        rows = [
+            {**asdict(row), "seconds": row.seconds, "ratio_to_cp": row.seconds / self.baseline} for row in self.rows
+        ]
         return {**asdict(self), "rows": rows}
 
 
@@ -158,17 +160,11 @@ def _timed(command: Sequence[str], environment: dict[str, str], out: Path) -> tu
     """Run a command to its end, as the only writer of `out`: `(seconds, peak MiB)`."""
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
-    start = time.perf_counter()
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, env={**os.environ, **environment}, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        took = time.perf_counter() - start
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode != 0:
-            log.seek(0)
-            tail = log.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise W8A8Error(f"{' '.join(command[:4])} ... failed: {' '.join(tail)}")
-    return took, usage.ru_maxrss / 1024
+    run = timed(command, environment)
+    if run.returncode != 0:
+        tail = run.stderr.strip().splitlines()[-1:]
+        raise W8A8Error(f"{' '.join(command[:4])} ... failed with {run.returncode}: {' '.join(tail)}")
+    return run.seconds, run.peak_mib
 
 
 def _peer_command(
