@@ -22,7 +22,9 @@ def tensor_bytes(values: Array, dtype: str) -> bytes:
     return encode(values, dtype) if values.dtype == np.float32 else values.tobytes()
 
 
-def write_shard(path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str] | None = None) -> None:
+def write_shard(
+    path: Path, tensors: Mapping[str, tuple[str, Array]], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write one safetensors file of `name -> (dtype, array)` in the order given."""
     rows, chunks, position = [], [], 0
     for name, (dtype, values) in tensors.items():

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from w8a8.checkpoint import Checkpoint
     from w8a8.errors import W8A8Error
     from w8a8.inspection import Inspection, inspect
-    from w8a8.plan import Plan, make_plan
-    from w8a8.quantization import QuantizeResult, plan, quantize
+    from w8a8.plan import Plan
+    from w8a8.quantization import QuantizeResult, dry_run, quantize
     from w8a8.verification import VerifyResult, verify
 
 _HOME = {
@@ -29,9 +29,8 @@ _HOME = {
     "QuantizeResult": "w8a8.quantization",
     "VerifyResult": "w8a8.verification",
     "W8A8Error": "w8a8.errors",
+    "dry_run": "w8a8.quantization",
     "inspect": "w8a8.inspection",
-    "make_plan": "w8a8.plan",
-    "plan": "w8a8.quantization",
     "quantize": "w8a8.quantization",
     "verify": "w8a8.verification",
 }
@@ -43,9 +42,8 @@ __all__ = [
     "QuantizeResult",
     "VerifyResult",
     "W8A8Error",
+    "dry_run",
     "inspect",
-    "make_plan",
-    "plan",
     "quantize",
     "verify",
 ]

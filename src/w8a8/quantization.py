@@ -65,7 +65,7 @@ def prepare(
     return Job(found, checkpoint, fmt, plan)
 
 
-def plan(
+def dry_run(
     source: str | Path,
     *,
     format: str = "quark",  # noqa: A002

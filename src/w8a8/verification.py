@@ -182,8 +182,10 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
 
 
 def sqnr(signal: float, noise: float) -> float:
-    """Signal to quantization noise in dB; infinite where there is no noise."""
-    return 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else math.inf if noise == 0 else -math.inf
+    """Signal to quantization noise in dB: infinite without noise, minus infinite with nothing else."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
 
 
 def _finite(value: float) -> float | None:

@@ -1,0 +1,199 @@
+"""verify passes what is right and names what is not: one kind of damage per test."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import w8a8
+from tests.checkpoints import LLAMA, llama_tensors, read_tensor, write_checkpoint
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.errors import W8A8Error
+
+Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def made(llama: Path, tmp_path: Path) -> Path:
+    w8a8.quantize(llama, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def spec(folder: Path, name: str) -> TensorSpec:
+    return Checkpoint.open(folder).tensors[name]
+
+
+def patch(folder: Path, tensor: TensorSpec, change: Callable[[bytes], bytes]) -> None:
+    """Replace a tensor's bytes in place."""
+    path = folder / tensor.shard
+    data = bytearray(path.read_bytes())
+    data[tensor.offset : tensor.offset + tensor.nbytes] = change(bytes(data[tensor.offset :][: tensor.nbytes]))
+    path.write_bytes(data)
+
+
+def forget_checksums(folder: Path) -> None:
+    """Remove the provenance, so that only the content itself can tell."""
+    (folder / "w8a8.json").unlink()
+
+
+def test_a_fresh_result_passes_with_all_checksums(llama: Path, made: Path) -> None:
+    result = w8a8.verify(made, llama)
+    assert result.ok, result.problems
+    assert result.checksums == 4
+    assert result.copied == 2 + 2 * 2
+    assert len(result.tensors) == 2 * 7
+    assert result.warnings == ()
+
+
+@pytest.mark.parametrize("compat", ["quark-0.11", "quark-0.13", "llm-compressor-0.14"])
+def test_results_in_other_tools_arithmetic_pass(llama: Path, tmp_path: Path, compat: str) -> None:
+    w8a8.quantize(llama, tmp_path / "out", compat=compat)
+    assert w8a8.verify(tmp_path / "out", llama).ok
+
+
+@pytest.mark.parametrize("tool", ["quark-0.11.2", "quark-0.13", "llmcompressor-0.14.0.1"])
+def test_what_other_tools_wrote_passes_without_checksums(golden: Path, tool: str) -> None:
+    result = w8a8.verify(golden / tool, golden / "source")
+    assert result.ok, result.problems
+    assert result.checksums == 0
+    assert "no w8a8.json" in result.verdict
+
+
+def test_a_layer_that_quark_forgot_to_exclude_is_a_warning(golden: Path) -> None:
+    warnings = w8a8.verify(golden / "quark-0.13", golden / "source").warnings
+    assert any("embed_vision.embedding_projection" in warning for warning in warnings)
+
+
+def test_sqnr_and_error_are_those_of_a_plain_computation(llama: Path, made: Path) -> None:
+    source, out = Checkpoint.open(llama), Checkpoint.open(made)
+    bits = np.frombuffer(read_tensor(source, source.tensors[Q_PROJ]), np.uint16).astype(np.uint32) << 16
+    w = bits.view(np.float32).reshape(64, 64).astype(np.float64)
+    codes = np.frombuffer(read_tensor(out, out.tensors[Q_PROJ]), np.int8).reshape(64, 64)
+    scale = np.frombuffer(read_tensor(out, out.tensors[f"{Q_PROJ}_scale"]), np.float32)[:, None]
+    error = w - codes * scale.astype(np.float64)
+    found = next(t for t in w8a8.verify(made, llama).tensors if t.name == Q_PROJ)
+    assert found.sqnr_db == pytest.approx(10 * np.log10((w**2).sum() / (error**2).sum()), abs=1e-4)
+    assert found.max_error == pytest.approx((np.abs(error) / scale).max(), rel=1e-4)
+    assert found.saturated == np.count_nonzero(np.abs(codes.astype(int)) == 127)
+    assert found.zeroed_rows == 0
+
+
+def test_zeroed_rows_are_counted(golden: Path) -> None:
+    zeroed = {t.name: t.zeroed_rows for t in w8a8.verify(golden / "quark-0.13", golden / "source").tensors}
+    assert sum(zeroed.values()) > 0
+
+
+def test_our_scales_zero_no_row_that_quark_zeroes(golden: Path, tmp_path: Path) -> None:
+    w8a8.quantize(golden / "source", tmp_path / "out")
+    assert sum(t.zeroed_rows for t in w8a8.verify(tmp_path / "out", golden / "source").tensors) == 0
+
+
+def test_one_flipped_bit_in_a_code_fails_our_own_result(llama: Path, made: Path) -> None:
+    patch(made, spec(made, Q_PROJ), lambda data: bytes([data[0] ^ 2]) + data[1:])
+    problems = w8a8.verify(made, llama).problems
+    assert any("scales away" in p and Q_PROJ in p for p in problems)
+    assert any("SHA-256" in p for p in problems)
+
+
+def test_one_flipped_bit_in_a_copy_is_found_without_checksums(llama: Path, made: Path) -> None:
+    patch(made, spec(made, "lm_head.weight"), lambda data: data[:-1] + bytes([data[-1] ^ 1]))
+    forget_checksums(made)
+    assert w8a8.verify(made, llama).problems == ("lm_head.weight: copied, but not bit for bit",)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, -1.0])
+def test_a_scale_that_is_not_finite_and_positive_is_found(llama: Path, made: Path, value: float) -> None:
+    patch(made, spec(made, f"{Q_PROJ}_scale"), lambda data: np.float32(value).tobytes() + data[4:])
+    forget_checksums(made)
+    assert any("scales are not finite and positive" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_another_source_is_found(llama: Path, made: Path, tmp_path: Path) -> None:
+    other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1), shards=2)
+    problems = w8a8.verify(made, other).problems
+    assert any("is not the file this was made from" in p for p in problems)
+    assert any("not bit for bit" in p for p in problems)
+
+
+def test_missing_extra_and_reshaped_tensors_are_found(made: Path, tmp_path: Path) -> None:
+    tensors = llama_tensors()
+    tensors["model.extra.weight"] = tensors["lm_head.weight"]
+    tensors["model.norm.weight"] = ("BF16", np.zeros(8, np.float32))
+    del tensors["model.embed_tokens.weight"]
+    tensors["lm_head.weight"] = ("BF16", tensors["lm_head.weight"][1].reshape(64, 128))
+    problems = "\n".join(w8a8.verify(made, write_checkpoint(tmp_path / "other", tensors)).problems)
+    assert "model.extra.weight: in the source, missing from the result" in problems
+    assert "model.embed_tokens.weight: in the result, but neither" in problems
+    assert "lm_head.weight: [64, 128] in the source, [128, 64] in the result" in problems
+
+
+def change_json(path: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_a_config_without_the_scheme_is_found(llama: Path, made: Path) -> None:
+    change_json(made / "config.json", lambda config: config.pop("quantization_config"))
+    assert any("does not declare INT8 W8A8" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_a_config_that_differs_elsewhere_is_found(llama: Path, made: Path) -> None:
+    change_json(made / "config.json", lambda config: config.update(hidden_size={"a": 1}))
+    assert any("differs from the source's in hidden_size" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_an_excluded_layer_that_is_int8_is_found(llama: Path, made: Path) -> None:
+    def exclude(config: dict[str, dict[str, object]]) -> None:
+        config["quantization_config"]["exclude"] = ["lm_head", Q_PROJ.removesuffix(".weight")]
+
+    change_json(made / "config.json", exclude)
+    assert any("config.json excludes it" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_a_wrong_total_size_is_found(llama: Path, made: Path) -> None:
+    change_json(made / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
+    assert any("total_size is 1" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_a_missing_sidecar_is_found(llama: Path, tmp_path: Path) -> None:
+    (llama / "tokenizer.json").write_text("{}")
+    w8a8.quantize(llama, tmp_path / "out")
+    (tmp_path / "out" / "tokenizer.json").unlink()
+    assert any("tokenizer.json" in p for p in w8a8.verify(tmp_path / "out", llama).problems)
+
+
+@pytest.mark.parametrize("text", ["[]", "{", ""])
+def test_a_provenance_that_is_not_json_is_named(llama: Path, made: Path, text: str) -> None:
+    (made / "w8a8.json").write_text(text)
+    with pytest.raises(W8A8Error, match=r"w8a8\.json"):
+        w8a8.verify(made, llama)
+
+
+@pytest.mark.parametrize("text", ["{}", '{"shards": 3, "source": []}', '{"shards": {"model": 1}}'])
+def test_a_provenance_without_the_checksums_fails(llama: Path, made: Path, text: str) -> None:
+    (made / "w8a8.json").write_text(text)
+    assert any("SHA-256 differs" in problem for problem in w8a8.verify(made, llama).problems)
+
+
+def test_an_unquantized_checkpoint_is_not_taken_for_a_result(llama: Path) -> None:
+    result = w8a8.verify(llama, llama)
+    assert not result.ok
+    assert "not quantized" in result.problems[0]
+
+
+def test_components_sum_up_their_tensors(llama: Path, made: Path) -> None:
+    result = w8a8.verify(made, llama)
+    assert {c.component: c.tensors for c in result.components} == {"attention": 8, "mlp": 6}
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_a_rounding_free_tensor_has_infinite_sqnr_and_prints_as_null(tmp_path: Path) -> None:
+    exact = {"model.layers.0.mlp.up_proj.weight": ("F32", np.array([[127.0, 1.0]], np.float32)),
+             "model.layers.0.mlp.gate_proj.weight": ("F32", np.array([[127.0, -3.0]], np.float32))}  # fmt: skip
+    w8a8.quantize(write_checkpoint(tmp_path / "in", exact, config=LLAMA), tmp_path / "out")
+    result = w8a8.verify(tmp_path / "out", tmp_path / "in")
+    assert result.ok
+    assert result.to_dict()["tensors"][0]["sqnr_db"] is None
