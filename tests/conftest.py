@@ -2,8 +2,12 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.checkpoints import llama_tensors, write_checkpoint
+
+settings.register_profile("w8a8", deadline=None)  # the first call of a kernel compiles it
+settings.load_profile("w8a8")
 
 
 @pytest.fixture

@@ -16,21 +16,24 @@ from w8a8.formats.base import Arithmetic
 Float32s = NDArray[np.float32]
 
 _SMALLEST_NORMAL = np.float32(2.0**-126)
-_SMALLEST = np.float32(2.0**-149)
+_LARGEST = np.finfo(np.float32).max
 _QUARK_FLOOR = np.float32(2.0**-23)
 _LLM_COMPRESSOR_ZERO_SCALE = {"BF16": np.float32(2.0**-7), "F16": np.float32(2.0**-10), "F32": np.float32(2.0**-23)}
 
 
 def exact_scales(amax: Float32s, dtype: str) -> Float32s:  # noqa: ARG001 - the same for every dtype
-    """amax/127, exact for rows of any magnitude: finite and positive, and never so small that a code passes 127.
+    """amax/127 in float32, for rows of any finite magnitude: positive, never clipping, and 127 times it is finite.
 
-    Where the quotient is subnormal, float32 has no relative precision left, so it is rounded up rather than to nearest:
-    a larger scale costs resolution, a smaller one would clip the row's largest weights. An all-zero row gets 1.
+    Rounding to nearest would break that at the two ends of the range. Where the quotient is subnormal, float32 has no
+    relative precision left, so it is rounded up: a larger scale costs resolution, a smaller one would clip the row's
+    largest weights. Where 127 times the scale passes float32's largest number, it is rounded down: the code 127 must
+    not dequantize to infinity. An all-zero row gets 1.
     """
     scales = amax / np.float32(127)
-    too_small = (scales < _SMALLEST_NORMAL) & (scales.astype(np.float64) * 127 < amax)
-    scales = np.where(too_small, np.maximum(np.nextafter(scales, np.float32(np.inf)), _SMALLEST), scales)
-    return np.where(amax == 0, np.float32(1), scales).astype(np.float32)
+    top = scales.astype(np.float64) * 127
+    beyond = ((scales < _SMALLEST_NORMAL) & (top < amax)) | (top > _LARGEST)
+    scales = np.where(beyond, np.nextafter(scales, np.float32(1)), scales)
+    return np.where(amax == 0, np.float32(1), scales)
 
 
 def quark_scales(amax: Float32s, dtype: str, observer: str) -> Float32s:

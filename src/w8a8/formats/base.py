@@ -29,11 +29,12 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
-class LeftAlone:
-    """What is not quantized: the module names of the linear layers, and every tensor's spec."""
+class Selection:
+    """Module names of the layers `quantized`, of the linear layers `left_alone`, and every tensor that is `copied`."""
 
-    linears: Sequence[str]
-    tensors: Sequence[TensorSpec]
+    quantized: Sequence[str]
+    left_alone: Sequence[str]
+    copied: Sequence[TensorSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,4 +45,4 @@ class Format:
     arithmetic: Arithmetic
     scale_dtype: Callable[[str], str]
     scale_shape: Callable[[int], tuple[int, ...]]
-    quantization_config: Callable[[LeftAlone], Mapping[str, Any]]
+    quantization_config: Callable[[Selection], Mapping[str, Any]]

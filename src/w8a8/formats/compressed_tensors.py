@@ -5,37 +5,41 @@ a pattern for each component left alone as a whole: transformers and SGLang matc
 memory, which for vision towers are not always those of the file.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
-from w8a8.formats.base import LeftAlone
+from w8a8.formats.base import Selection
+from w8a8.formats.detect import matches
 
 VERSION = "0.19.0"
 
-_RECIPE_IGNORE = ("re:.*lm_head", "re:.*embed_tokens.*", "re:.*vision_tower.*", "re:.*embed_vision.*")
-
-
-_WHOLE_COMPONENTS = (
-    "lm_head", "vision_tower", "visual", "vision_embedder", "audio_tower", "embed_vision", "embed_audio",
-    "multi_modal_projector", "mtp", "router", "experts",
+_RECIPE = ("re:.*lm_head", "re:.*embed_tokens.*", "re:.*vision_tower.*", "re:.*embed_vision.*")
+_COMPONENTS = (
+    "lm_head", "vision_tower", "vision_model", "visual", "vision_embedder", "embed_vision", "audio_tower",
+    "audio_model", "embed_audio", "multi_modal_projector", "mm_projector", "mtp", "router", "experts",
 )  # fmt: skip
 
 
-def quantization_config(left: LeftAlone) -> dict[str, Any]:
-    """The `quantization_config` of config.json: layers left alone are ignored by name and by component."""
-    parts = {part for name in left.linears for part in name.split(".")}
-    patterns = [rf"re:(.*\.)?{part}(\..*)?$" for part in _WHOLE_COMPONENTS if part in parts]
-    return _config([*patterns, *left.linears])
+def quantization_config(selection: Selection) -> dict[str, Any]:
+    """The `quantization_config` of config.json: layers left alone are ignored by name, whole components by pattern."""
+    parts = {part for name in selection.left_alone for part in name.split(".")}
+    patterns = _harmless([rf"re:(.*\.)?{part}(\..*)?$" for part in _COMPONENTS if part in parts], selection)
+    return _config([*patterns, *selection.left_alone])
 
 
-def compat_config(left: LeftAlone) -> dict[str, Any]:
+def compat_config(selection: Selection) -> dict[str, Any]:
     """What llm-compressor writes: the caller's `ignore` list verbatim.
 
     The list is the usual recipe's four patterns, and the exact names of whatever else is left alone.
     """
-    others = [name for name in left.linears if not any(re.match(p.removeprefix("re:"), name) for p in _RECIPE_IGNORE)]
-    return _config([*_RECIPE_IGNORE, *others])
+    patterns = _harmless(_RECIPE, selection)
+    others = [name for name in selection.left_alone if not any(matches(pattern, name) for pattern in patterns)]
+    return _config([*patterns, *others])
+
+
+def _harmless(patterns: Sequence[str], selection: Selection) -> list[str]:
+    """The patterns that match no quantized layer: a component may have been included in part."""
+    return [pattern for pattern in patterns if not any(matches(pattern, name) for name in selection.quantized)]
 
 
 def _config(ignore: Sequence[str]) -> dict[str, Any]:

@@ -17,10 +17,17 @@ class Scheme:
 
     def leaves_alone(self, module: str) -> bool:
         """Whether an engine would leave `module` unquantized: named exactly, or matched from the start by `re:`."""
-        return any(
-            re.match(entry[3:], module) is not None if entry.startswith("re:") else entry == module
-            for entry in self.excludes
-        )
+        return any(matches(entry, module) for entry in self.excludes)
+
+
+def matches(entry: str, module: str) -> bool:
+    """Whether an entry of `exclude` or `ignore` means `module`, as vLLM and transformers read it."""
+    if not entry.startswith("re:"):
+        return entry == module
+    try:
+        return re.match(entry[3:], module) is not None
+    except re.error:  # no engine can use it either
+        return False
 
 
 UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
@@ -28,8 +35,8 @@ UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
 
 def detect(config: Mapping[str, Any]) -> Scheme:
     """The scheme a config declares; one that is not understood is described, not guessed at."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict):
+    quantization = _declared(config)
+    if quantization is None:
         return UNQUANTIZED
     method = str(quantization.get("quant_method", "unknown"))
     if method == "quark":
@@ -39,31 +46,45 @@ def detect(config: Mapping[str, Any]) -> Scheme:
     return Scheme(method, f"{method}, a scheme this tool does not read", w8a8=False, excludes=())
 
 
+def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization config, from any of the places engines look for one."""
+    for place in (config, _at(config, "text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if place.get(key):
+                return _at(place, key)
+    return None
+
+
 def _quark(quantization: Mapping[str, Any]) -> Scheme:
     weight = _at(quantization, "global_quant_config", "weight")
     inputs = _at(quantization, "global_quant_config", "input_tensors")
     per_channel = (weight.get("dtype"), weight.get("qscheme"), weight.get("ch_axis")) == ("int8", "per_channel", 0)
     per_token = (inputs.get("dtype"), inputs.get("qscheme"), inputs.get("is_dynamic")) == ("int8", "per_channel", True)
+    static = weight.get("is_dynamic") is False
     symmetric = weight.get("symmetric") is True and inputs.get("symmetric") is True
-    ptpc = per_channel and per_token and symmetric
+    uniform = not quantization.get("layer_quant_config") and not quantization.get("layer_type_quant_config")
+    ptpc = per_channel and static and per_token and symmetric and uniform
     detail = f"{weight.get('dtype')} {weight.get('qscheme')} weights, {inputs.get('dtype') or 'unquantized'} inputs"
-    return Scheme("quark", f"quark, {_PTPC if ptpc else detail}", ptpc, _strings(quantization.get("exclude")))
+    summary = _PTPC if ptpc else detail if weight and uniform else _MIXED
+    return Scheme("quark", f"quark, {summary}", ptpc, _strings(quantization.get("exclude")))
 
 
 def _compressed_tensors(quantization: Mapping[str, Any]) -> Scheme:
     groups = quantization.get("config_groups")
     group = next(iter(groups.values()), None) if isinstance(groups, dict) and len(groups) == 1 else None
-    weights, inputs = _at({"g": group}, "g", "weights"), _at({"g": group}, "g", "input_activations")
+    weights, inputs = _at({"group": group}, "group", "weights"), _at({"group": group}, "group", "input_activations")
     per_channel = (weights.get("num_bits"), weights.get("type"), weights.get("strategy")) == (8, "int", "channel")
     per_token = (inputs.get("num_bits"), inputs.get("type"), inputs.get("dynamic")) == (8, "int", True)
+    static = weights.get("dynamic") is False
     symmetric = weights.get("symmetric") is True and inputs.get("symmetric") is True
-    ptpc = per_channel and per_token and inputs.get("strategy") == "token" and symmetric
+    ptpc = per_channel and static and per_token and inputs.get("strategy") == "token" and symmetric
     detail = f"{quantization.get('format')}, {weights.get('num_bits')}-bit {weights.get('type')} weights"
-    summary = f"compressed-tensors, {_PTPC if ptpc else detail}"
-    return Scheme("compressed-tensors", summary, ptpc, _strings(quantization.get("ignore")))
+    summary = _PTPC if ptpc else detail if weights else _MIXED
+    return Scheme("compressed-tensors", f"compressed-tensors, {summary}", ptpc, _strings(quantization.get("ignore")))
 
 
 _PTPC = "INT8 W8A8: weights per channel, activations per token and dynamic"
+_MIXED = "not one scheme for all layers"
 
 
 def _at(values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:

@@ -7,20 +7,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.formats.base import LeftAlone
+from w8a8.formats.base import Selection
 
 VERSION_011 = "0.11.2"
 VERSION_013 = "0.13"
 
 
-def quantization_config(left: LeftAlone) -> dict[str, Any]:
+def quantization_config(selection: Selection) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
-    return _config(left.linears, VERSION_013, pack_method="order")
+    return _config(selection.left_alone, VERSION_013, pack_method="order")
 
 
-def compat_config(left: LeftAlone, version: str) -> dict[str, Any]:
+def compat_config(selection: Selection, version: str) -> dict[str, Any]:
     """What Quark `version` itself writes: `exclude` names what it takes for a linear layer, which is by name alone."""
-    exclude = {t.name.removesuffix(".weight") for t in left.tensors if _quark_takes_for_linear(t, version)}
+    exclude = {t.name.removesuffix(".weight") for t in selection.copied if _quark_takes_for_linear(t, version)}
     return _config(sorted(exclude), version, pack_method="reorder")
 
 

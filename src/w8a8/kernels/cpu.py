@@ -32,7 +32,12 @@ BITS: Mapping[str, np.dtype[Any]] = {
 """safetensors dtype -> the integer type its bit patterns are handed over in."""
 
 
-def _jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_intrinsic: Decorator = intrinsic  # Numba leaves it untyped
+
+
+def _jit(**options: Any) -> Decorator:
     """Compile without the GIL, cached on disk where a cache can be written and in memory where none can."""
 
     def compile_(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -44,7 +49,7 @@ def _jit(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return compile_
 
 
-@intrinsic
+@_intrinsic
 def _as_float32(_context: Any, bits: Any) -> Any:
     """One element's bit pattern as the float32 of the same value."""
 
@@ -62,7 +67,7 @@ def _as_float32(_context: Any, bits: Any) -> Any:
     return types.float32(bits), generate
 
 
-@intrinsic
+@_intrinsic
 def _round_like(_context: Any, bits: Any, value: Any) -> Any:
     """A float32 rounded to the format of `bits`, half to even; still as float32."""
 
@@ -83,7 +88,7 @@ def _round_like(_context: Any, bits: Any, value: Any) -> Any:
     return types.float32(bits, value), generate
 
 
-@intrinsic
+@_intrinsic
 def _magnitude_bits(_context: Any, value: Any) -> Any:
     """|value| as an integer that orders the same way: LLVM vectorizes an integer maximum, but not one of floats."""
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
-from w8a8.formats import Format, LeftAlone
+from w8a8.formats import Format, Selection, detect
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
 from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, module_name
 
@@ -137,7 +137,8 @@ def make_plan(
     """Decide what becomes of every tensor of `checkpoint` and where it will lie.
 
     `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins.
-    Raises `AlreadyQuantizedError`, `UsageError` (a glob without effect), `FusedGroupError`, `NothingToQuantizeError`.
+    Raises `AlreadyQuantizedError`, `UsageError` (an `include` that matches no linear layer, an `exclude` that matches
+    no tensor), `FusedGroupError`, `NothingToQuantizeError`.
     """
     refuse_quantized(checkpoint)
     rules = Rules.for_config(checkpoint.config)
@@ -152,7 +153,7 @@ def make_plan(
             "name them with --include, e.g. --include '*.layers.*_proj'"
         )
     _check_new_names(checkpoint, quantized)
-    left = LeftAlone(_linear_layers_left(decisions, rules), [d.tensor for d in decisions if not d.quantize])
+    selection = _selection(decisions, rules)
     return Plan(
         source=source,
         revision=revision,
@@ -161,8 +162,8 @@ def make_plan(
         recipe=recipe,
         decisions=tuple(decisions),
         shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
-        exclude=tuple(left.linears),
-        config={**checkpoint.config, "quantization_config": fmt.quantization_config(left)},
+        exclude=tuple(selection.left_alone),
+        config={**checkpoint.config, "quantization_config": fmt.quantization_config(selection)},
         metadata={"format": "pt", **(metadata or {})},
         indexed=checkpoint.indexed,
         sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
@@ -173,14 +174,11 @@ def make_plan(
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Raise `AlreadyQuantizedError` if the checkpoint says it is quantized, or holds 8-bit decoder weights."""
-    text = checkpoint.config.get("text_config")
-    for config in (checkpoint.config, text if isinstance(text, dict) else {}):
-        found = config.get("quantization_config") or config.get("compression_config")
-        if found:
-            method = found.get("quant_method", "unknown") if isinstance(found, dict) else "unknown"
-            raise AlreadyQuantizedError(
-                f"{checkpoint.path}: already quantized (quant_method {method}); quantize the BF16 original"
-            )
+    declared = detect(checkpoint.config).method
+    if declared != "none":
+        raise AlreadyQuantizedError(
+            f"{checkpoint.path}: already quantized (quant_method {declared}); quantize the BF16 original"
+        )
     for tensor in checkpoint.tensors.values():
         if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.dtype[:2] in {"F8", "I8", "U8"}:
             raise AlreadyQuantizedError(
@@ -198,20 +196,20 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
     used: set[str] = set()
     result = []
     for decision in decisions:
-        name = decision.tensor.name
-        glob = next((g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)), None)
-        if glob is not None:
-            used.add(glob)
-            # A bias or norm that a wide --include happens to match is none of its business.
-            eligible = len(decision.tensor.shape) == 2 and name.endswith(".weight") and decision.tensor.numel > 0
-            if quantize and eligible and decision.tensor.dtype not in QUANTIZABLE:
-                raise UsageError(f"--include {glob}: {name} is {decision.tensor.dtype}; only BF16, F16, F32 can be")
-            if decision.quantize != quantize and (eligible or not quantize):
-                decision = replace(decision, quantize=quantize, reason=f"{option} {glob}")
+        name, dtype = decision.tensor.name, decision.tensor.dtype
+        matching = [g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)]
+        # A bias, norm or embedding that a wide --include happens to match is none of its business.
+        if matching and (not quantize or (_is_linear(decision) and decision.tensor.numel > 0)):
+            used.update(matching)
+            if quantize and dtype not in QUANTIZABLE:
+                raise UsageError(f"{option} {matching[0]!r}: {name} is {dtype}; only BF16, F16 and F32 are quantized")
+            if decision.quantize != quantize:
+                decision = replace(decision, quantize=quantize, reason=f"{option} {matching[0]}")
         result.append(decision)
     unused = [glob for glob in globs if glob not in used]
     if unused:
-        raise UsageError(f"{option} {unused[0]!r} matches no tensor; `w8a8 inspect SRC --tensors` lists their names")
+        what = "linear layer" if quantize else "tensor"
+        raise UsageError(f"{option} {unused[0]!r} matches no {what}; `w8a8 inspect SRC --tensors` lists all names")
     return result
 
 
@@ -238,28 +236,27 @@ def _scale_spec(tensor: TensorSpec, fmt: Format) -> ScaleSpec:
 def _check_new_names(checkpoint: Checkpoint, quantized: Mapping[str, ScaleSpec]) -> None:
     for spec in quantized.values():
         if spec.name in checkpoint.tensors:
-            raise AlreadyQuantizedError(f"{checkpoint.path}: {spec.name} exists already; is this a quantized checkpoint?")
+            raise AlreadyQuantizedError(f"{checkpoint.path}: {spec.name} exists already; quantize the BF16 original")
 
 
-def _linear_layers_left(decisions: Sequence[Decision], rules: Rules) -> tuple[str, ...]:
-    """Module names of every linear layer that stays as it is.
+def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:
+    """The layers by name, and every linear layer that stays as it is.
 
-    Some are listed though the file does not hold them: a tied lm_head, which engines still build as a layer, and the
-    missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
+    Of the latter, some are listed though the file does not hold them: a tied lm_head, which engines still build as a
+    layer, and the missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
     """
-    left = {
-        module_name(d.tensor.name)
-        for d in decisions
-        if not d.quantize and d.component not in {"embeddings", "norms"} and _is_linear(d.tensor, d.component)
-    }
-    names = left.union(*(rules.group_of(name) for name in left))
-    if not any(name.split(".")[-1] == "lm_head" for name in names):
-        names.add("lm_head")
-    return tuple(sorted(names))
+    quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
+    copied = [d for d in decisions if not d.quantize]
+    left = {module_name(d.tensor.name) for d in copied if _is_linear(d) or d.component == "experts"}
+    left = left.union(*(rules.group_of(name) for name in left))
+    if not any(name.split(".")[-1] == "lm_head" for name in left | quantized):
+        left.add("lm_head")
+    return Selection(sorted(quantized), sorted(left), [d.tensor for d in copied])
 
 
-def _is_linear(tensor: TensorSpec, component: str) -> bool:
-    return (len(tensor.shape) == 2 and tensor.name.endswith(".weight")) or component == "experts"
+def _is_linear(decision: Decision) -> bool:
+    matrix = len(decision.tensor.shape) == 2 and decision.tensor.name.endswith(".weight")
+    return matrix and decision.component not in {"embeddings", "norms"}
 
 
 def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:

@@ -45,13 +45,11 @@ class Rules:
         model_type = str(config.get("model_type", ""))
         name = next((name for name, t in tables["architecture"].items() if model_type in t["model_types"]), None)
         table = tables["architecture"][name or GENERIC]
-        keep = {**table.get("keep", {}), **tables["keep"]}
-        for component, patterns in table.get("keep", {}).items():
-            keep[component] = [*patterns, *tables["keep"].get(component, [])]
+        own, common = table.get("keep", {}), tables["keep"]
         return cls(
             architecture=model_type or "unknown",
             known=name is not None,
-            keep={component: _compile(patterns) for component, patterns in keep.items()},
+            keep={part: _compile([*own.get(part, []), *common.get(part, [])]) for part in {**own, **common}},
             quantize={component: _compile(patterns) for component, patterns in table["quantize"].items()},
             fused=tuple(tuple(group) for group in table["fused"]),
         )
@@ -74,7 +72,7 @@ class Rules:
             return Verdict(component, quantize=False, reason=f"not a matrix: {list(tensor.shape)}")
         if tensor.dtype not in QUANTIZABLE:
             return Verdict(component, quantize=False, reason=f"{tensor.dtype} is not a dtype to quantize from")
-        return Verdict(component, quantize=True, reason="decoder linear layer")
+        return Verdict(component, quantize=True, reason="decoder linear")
 
     def group_of(self, module: str) -> tuple[str, ...]:
         """The modules that engines fuse with `module`, itself included; empty if it stands alone."""
