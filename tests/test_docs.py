@@ -1,0 +1,22 @@
+"""What the documents say is true."""
+
+import re
+from pathlib import Path
+
+from w8a8 import errors
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_every_exit_code_is_documented_and_used_once() -> None:
+    classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.W8A8Error)]
+    codes = [c.exit_code for c in classes]
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs/quantize.md").read_text(), re.M)}
+    assert len(codes) == len(set(codes))
+    assert set(codes) | {0} == documented
+
+
+def test_every_path_the_documents_name_exists() -> None:
+    for document in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        for path in re.findall(r"`((?:src|tests|docs|scripts)/[\w./-]+)`", document.read_text()):
+            assert (ROOT / path).exists(), f"{document.name} names {path}"
