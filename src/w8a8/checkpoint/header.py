@@ -10,8 +10,10 @@ long as they say. The safetensors library checks the file again before the resul
 import json
 import math
 import os
+import reprlib
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,12 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes per element of every dtype of the format that fills whole bytes."""
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 200
+_shown.maxlist = 12
+show = _shown.repr
+"""`repr`, but short and shallow: a header may hold megabytes where a name or a number should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +82,10 @@ def read_header(path: Path, shard: str | None = None) -> Header:
     `TruncatedShardError` or `UnreadableError`.
     """
     shard = shard or path.name
-    try:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = _header_length(file.read(8), size, path)
-            raw = file.read(length)
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+    with reading(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = _header_length(file.read(8), size, path)
+        raw = file.read(length)
     entries = _parse(raw, path)
     metadata = _metadata(entries.pop("__metadata__", {}), path)
     data_start = 8 + length
@@ -98,6 +103,15 @@ def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int, int]], 
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn the `OSError`s of reading `path`, or what lies in it, into `UnreadableError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
 
 
 def _by_offset(tensor: TensorSpec) -> tuple[int, int]:
@@ -126,7 +140,7 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         if len(result) != len(pairs):
             seen: set[str] = set()
             repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-            raise DuplicateTensorError(f"{path}: the header names {repeated!r} twice")
+            raise DuplicateTensorError(f"{path}: the header names {show(repeated)} twice")
         return result
 
     try:
@@ -145,22 +159,26 @@ def _metadata(value: Any, path: Path) -> dict[str, str]:
 
 
 def _tensor(name: str, entry: Any, shard: str, data_start: int, path: Path) -> TensorSpec:
-    where = f"{path}: tensor {name!r}"
+    where = f"{path}: tensor {show(name)}"
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise HeaderError(f"{where} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise HeaderError(f"{where} has dtype {dtype!r}, which this version does not know")
+        raise HeaderError(f"{where} has dtype {show(dtype)}, which this version does not know")
     if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
-        raise HeaderError(f"{where} has shape {shape!r}, which is not a list of sizes")
+        raise HeaderError(f"{where} has shape {show(shape)}, which is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(n) for n in offsets):
-        raise OffsetsError(f"{where} has data_offsets {offsets!r}, which are not two positions")
+        raise OffsetsError(f"{where} has data_offsets {show(offsets)}, which are not two positions")
     begin, end = offsets
     if end < begin:
         raise OffsetsError(f"{where} ends at byte {end:,}, before it begins at {begin:,}")
-    expected = math.prod(shape) * DTYPE_BYTES[dtype]
+    expected = _nbytes(shape, dtype)
+    if expected is None:
+        raise TensorSizeError(f"{where}: {dtype} {show(shape)} is larger than any file")
     if end - begin != expected:
-        raise TensorSizeError(f"{where}: {dtype} {shape} needs {expected:,} bytes, its offsets give {end - begin:,}")
+        raise TensorSizeError(
+            f"{where}: {dtype} {show(shape)} needs {expected:,} bytes, its offsets give {end - begin:,}"
+        )
     return TensorSpec(name, dtype, tuple(shape), shard, data_start + begin, end - begin)
 
 
@@ -168,12 +186,24 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def _nbytes(shape: list[int], dtype: str) -> int | None:
+    """Bytes of a tensor, or None once 64 bits do not hold them: a million dimensions would multiply for hours."""
+    nbytes = DTYPE_BYTES[dtype]
+    for size in shape:
+        nbytes *= size
+        if nbytes >= 2**63:
+            return None
+    return nbytes
+
+
 def _check_tiling(tensors: list[TensorSpec], data_start: int, file_size: int, path: Path) -> None:
     position = data_start
     for tensor in tensors:
         if tensor.offset != position:
             problem = "overlaps the tensor before it" if tensor.offset < position else "leaves a hole before it"
-            raise OffsetsError(f"{path}: tensor {tensor.name!r} {problem} (byte {tensor.offset:,}, not {position:,})")
+            raise OffsetsError(
+                f"{path}: tensor {show(tensor.name)} {problem} (byte {tensor.offset:,}, not {position:,})"
+            )
         position += tensor.nbytes
     if position > file_size:
         raise TruncatedShardError(

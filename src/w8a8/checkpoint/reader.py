@@ -7,13 +7,15 @@ into the `blobs` folder of the same repository.
 """
 
 import json
+import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from w8a8.checkpoint.header import TensorSpec, read_header
+from w8a8.checkpoint.header import TensorSpec, read_header, reading, show
 from w8a8.checkpoint.sidecars import LeftOut, sort_files
 from w8a8.errors import (
     DuplicateTensorError,
@@ -30,6 +32,8 @@ from w8a8.errors import (
 
 INDEX = "model.safetensors.index.json"
 MAX_JSON_BYTES = 200_000_000
+MAX_JSON_DEPTH = 100
+"""Real configs nest five levels; Python's own limit would be met by whatever walks the config later."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +60,19 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Self:
         """Open the checkpoint in `folder`. Raises the source errors of `w8a8.errors`, each naming file and cause."""
         path = Path(folder)
-        if not path.is_dir():
-            raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
-        try:
+        with reading(path):
+            if not path.is_dir():
+                raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
             names = {entry.name for entry in path.iterdir()}
-        except OSError as error:
-            raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
         config = _read_config(path, names)
         index = _read_index(path) if INDEX in names else None
         shard_names = sorted(set(index.values())) if index is not None else [_single_file(path, names)]
         shards = tuple(_open_shard(path, name) for name in shard_names)
         _check_names(shards, index, path)
-        sidecars, left_out = sort_files(path, {*shard_names, INDEX})
+        with reading(path):
+            sidecars, left_out = sort_files(path, {*shard_names, INDEX})
         for name in sidecars:
-            inside(path, name)
+            _check_copyable(inside(path, name))
         return cls(path, config, shards, sidecars, left_out, index is not None)
 
     @cached_property
@@ -92,9 +95,9 @@ def inside(folder: Path, name: str) -> Path:
     """Return `folder / name` if it stays within `folder`, links followed; else raise `PathEscapeError`."""
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise PathEscapeError(f"{folder}: {name!r} leads out of the folder; refusing to follow it")
+        raise PathEscapeError(f"{folder}: {show(name)} leads out of the folder; refusing to follow it")
     path = folder / name
-    target = path.resolve()
+    target = Path(os.path.realpath(path))  # where links go round in circles, Path.resolve raises in Python 3.11
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise PathEscapeError(f"{path}: a link that leads out of the folder, to {target}; copy the file itself here")
     return path
@@ -109,47 +112,62 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object, of bounded size. Raises `ValueError` if it is none, `OSError` if unreadable."""
-    if path.stat().st_size > MAX_JSON_BYTES:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    if status.st_size > MAX_JSON_BYTES:
         raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        depth = _depth(value)
+    except RecursionError:
+        depth = MAX_JSON_DEPTH + 1
+    if depth > MAX_JSON_DEPTH:
+        raise ValueError("nested too deeply")
     if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
+        raise ValueError("not a JSON object")  # noqa: TRY004 - callers catch one error
+    json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character, which no file could hold
     return value
+
+
+def _depth(value: Any) -> int:
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, children), default=0)
 
 
 def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if "config.json" not in names:
-        hint = "; params.json is Mistral's own format, use the repository's transformers files" if "params.json" in names else ""
+        hint = (
+            "; params.json is Mistral's own format, use the repository's transformers files"
+            if "params.json" in names
+            else ""
+        )
         raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{hint}")
+    file = inside(path, "config.json")
     try:
-        return read_json(inside(path, "config.json"))
+        with reading(file):
+            return read_json(file)
     except ValueError as error:
-        raise NoConfigError(f"{path / 'config.json'}: not a valid config ({error})") from error
-    except OSError as error:
-        raise UnreadableError(f"{path / 'config.json'}: cannot be read ({error.strerror})") from error
+        raise NoConfigError(f"{file}: not a valid config ({error})") from error
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    where = path / INDEX
+    where = inside(path, INDEX)
     try:
-        index = read_json(inside(path, INDEX))
+        with reading(where):
+            index = read_json(where)
     except ValueError as error:
         raise InvalidIndexError(f"{where}: not a valid index ({error})") from error
-    except OSError as error:
-        raise UnreadableError(f"{where}: cannot be read ({error.strerror})") from error
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InvalidIndexError(f"{where}: no weight_map, so it names no tensors")
     for tensor, shard in weight_map.items():
         if not isinstance(shard, str) or not shard:
-            raise InvalidIndexError(f"{where}: tensor {tensor!r} maps to {shard!r}, not to a file name")
+            raise InvalidIndexError(f"{where}: tensor {show(tensor)} maps to {show(shard)}, not to a file name")
     for shard in sorted(set(weight_map.values())):
         inside(path, shard)
         if "/" in shard or not shard.endswith(".safetensors"):
-            raise InvalidIndexError(f"{where}: {shard!r} is not a safetensors file of this folder")
+            raise InvalidIndexError(f"{where}: {show(shard)} is not a safetensors file of this folder")
     return weight_map
 
 
@@ -182,10 +200,19 @@ def _only_alternative(path: Path, files: list[str]) -> str:
 
 def _open_shard(path: Path, name: str) -> Shard:
     file = inside(path, name)
-    if not file.is_file():
-        raise MissingShardError(f"{file}: the index names this shard, but it is not there; finish the download")
+    with reading(file):
+        if not file.is_file():
+            raise MissingShardError(f"{file}: the index names this shard, but it is not there; finish the download")
     header = read_header(file, name)
     return Shard(name, header.file_size, header.tensors)
+
+
+def _check_copyable(file: Path) -> None:
+    """Say now that a file cannot be read, not after hours of quantizing."""
+    with reading(file):
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UnreadableError(f"{file}: not a regular file, so it cannot be copied; remove it")
+        file.open("rb").close()
 
 
 def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, path: Path) -> None:
@@ -193,14 +220,14 @@ def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, pat
     for shard in shards:
         for tensor in shard.tensors:
             if tensor.name in home:
-                raise DuplicateTensorError(f"{path}: {tensor.name!r} is in {home[tensor.name]} and in {shard.name}")
+                raise DuplicateTensorError(f"{path}: {show(tensor.name)} is in {home[tensor.name]} and in {shard.name}")
             home[tensor.name] = shard.name
     if index is None:
         return
     for name, shard_name in index.items():
         if home.get(name) != shard_name:
             found = f"; it is in {home[name]}" if name in home else ""
-            raise MissingTensorError(f"{path}: the index puts {name!r} into {shard_name}, which lacks it{found}")
+            raise MissingTensorError(f"{path}: the index puts {show(name)} into {shard_name}, which lacks it{found}")
     for name, shard_name in home.items():
         if name not in index:
-            raise InvalidIndexError(f"{path}: {shard_name} holds {name!r}, which the index does not name")
+            raise InvalidIndexError(f"{path}: {shard_name} holds {show(name)}, which the index does not name")

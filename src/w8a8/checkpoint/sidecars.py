@@ -17,7 +17,10 @@ _TRAVELS = re.compile(
     """
 )
 _REASONS = (
-    (re.compile(r"(?i).*\.(bin|pt|pth|ckpt|pkl|msgpack|h5|ot)(\.index\.json)?"), "other weights (pickled or non-torch)"),
+    (
+        re.compile(r"(?i).*\.(bin|pt|pth|ckpt|pkl|msgpack|h5|ot)(\.index\.json)?"),
+        "other weights (pickled or non-torch)",
+    ),
     (re.compile(r"(?i).*\.(gguf|ggml|onnx|onnx_data|tflite|mlmodel|nemo|engine|llamafile)"), "other weight format"),
     (re.compile(r"(?i).*\.safetensors(\.index\.json)?"), "safetensors the index does not name (a duplicate)"),
     (re.compile(r"(?i)readme(\..*)?"), "describes the source, not the result"),

@@ -1,19 +1,25 @@
 """What a user types as SRC: a local folder, or a Hub id `org/name[@revision]`.
 
 A folder that exists wins. A Hub id is looked up first and downloaded only if it holds safetensors; of its files, only
-those the result needs are fetched. The token, `HF_ENDPOINT` and `HF_HOME` work as huggingface_hub documents them.
+those the result needs are fetched. Where the Hub cannot be reached, what an earlier run fetched serves. The token,
+`HF_ENDPOINT` and `HF_HOME` work as huggingface_hub documents them.
 """
 
+import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from w8a8.checkpoint.header import reading
 from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
 _NOT_FETCHED = (
-    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.gguf", "*.onnx*", "*.tflite",
-    "consolidated*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.mp4", "*/*.safetensors",
+    "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.ot", "*.nemo",
+    "*.gguf", "*.ggml", "*.llamafile", "*.onnx*", "*.tflite", "*.mlmodel", "*.engine", "*/*.safetensors",
+    "consolidated*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", "*.mp4",
 )  # fmt: skip
 
 
@@ -29,14 +35,16 @@ class Source:
 def resolve(source: str | Path) -> Source:
     """Find `source` on disk, downloading from the Hub if it is an id.
 
-    Raises `SourceNotFoundError`, `HubError`, or `PickleOnlyError` (before downloading anything).
+    Raises `SourceNotFoundError`, `UnreadableError`, `HubError`, or `PickleOnlyError` (before downloading anything).
     """
     path = Path(source)
-    if path.is_dir():
-        return _local(path)
+    with reading(path):
+        if path.is_dir():
+            return _local(path)
+        exists = path.exists()
     match = _HUB_ID.fullmatch(str(source))
-    if match is None or path.exists():
-        kind = "is a file; give the folder it lies in" if path.exists() else "no such folder, and not a Hub id (org/name)"
+    if match is None or exists:
+        kind = "is a file; give the folder it lies in" if exists else "no such folder, and not a Hub id (org/name)"
         raise SourceNotFoundError(f"{source}: {kind}")
     return _download(match["repo"], match["revision"])
 
@@ -47,14 +55,15 @@ def _local(path: Path) -> Source:
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
         return Source(folder, repo.removeprefix("models--").replace("--", "/", 1), folder.name)
-    return Source(path, folder.name)
+    return Source(path, os.fsencode(folder.name).decode(errors="replace"))
 
 
 def _download(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
-        HfHubHTTPError,
+        HFValidationError,
+        HTTPError,  # of whichever HTTP library this version of huggingface_hub is built on
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
@@ -62,12 +71,14 @@ def _download(repo: str, revision: str | None) -> Source:
     )
 
     label = repo + (f"@{revision}" if revision else "")
+    fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=list(_NOT_FETCHED))
     try:
-        files = HfApi().list_repo_files(repo, revision=revision)
-        if not any(name.endswith(".safetensors") for name in files):
-            found = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), "no weights at all")
-            raise PickleOnlyError(f"{label}: the repository has no safetensors, only {found}; pickles are never opened")
-        folder = snapshot_download(repo, revision=revision, ignore_patterns=list(_NOT_FETCHED))
+        # The one request that does not retry for half a minute before it says that there is no network.
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        _refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+        folder = fetch()
+    except HFValidationError as error:
+        raise SourceNotFoundError(f"{label}: no such folder, and not a Hub id ({_first_line(error)})") from error
     except GatedRepoError as error:
         raise HubError(f"{label}: gated; accept its terms on its page, then `hf auth login` or set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -76,9 +87,23 @@ def _download(repo: str, revision: str | None) -> Source:
         raise SourceNotFoundError(
             f"{label}: no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
         ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise HubError(f"{label}: no such folder here, and the Hub could not deliver it: {_first_line(error)}") from error
+    except (OfflineModeIsEnabled, HTTPError) as unreachable:
+        try:
+            folder = fetch(local_files_only=True)
+        except LocalEntryNotFoundError as error:
+            raise HubError(
+                f"{label}: no such folder, not (or not whole) in the cache, "
+                f"and the Hub could not deliver it: {_first_line(unreachable)}"
+            ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HubError(f"{label}: the Hub could not deliver it: {_first_line(error)}") from error
     return Source(Path(folder), repo, Path(folder).name)
+
+
+def _refuse_pickles(label: str, files: Iterable[str]) -> None:
+    if not any(name.endswith(".safetensors") for name in files):
+        found = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), "no weights at all")
+        raise PickleOnlyError(f"{label}: the repository has no safetensors, only {found}; pickles are never opened")
 
 
 def _first_line(error: Exception) -> str:
