@@ -9,9 +9,9 @@ import pytest
 import w8a8
 from tests.checkpoints import read_tensor
 from tests.named import NAMES, Family, headers, plan_of, selection
-from w8a8.checkpoint import Checkpoint
+from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import UsageError
-from w8a8.formats import COMPATS, FORMATS, get_format
+from w8a8.formats import COMPATS, FORMATS, Selection, get_format
 from w8a8.plan import module_name
 
 
@@ -97,7 +97,17 @@ def test_exclude_names_every_linear_layer_left_alone_and_nothing_that_is_quantiz
     assert family.linear_layers_left <= exclude
     assert not exclude & quantized_modules(family)
     # Beyond these: a tied lm_head, and experts, which lie in the file as 3-D parameters.
-    assert all(n == "lm_head" or ".experts." in n for n in exclude - family.linear_layers_left)
+    experts = {n for n in family.kinds if ".experts." in n}
+    assert bool(experts) == (name == "gemma4_moe")
+    assert exclude - family.linear_layers_left - {"lm_head"} == experts
+
+
+def test_quark_excludes_what_it_takes_for_a_linear_layer_by_name() -> None:
+    shapes = {"h.ln_1": (8,), "h.norm": (8,), "h.fc": (8, 8), "h.conv": (8, 8, 3), "h.patch_embed": (8, 8)}
+    copied = [TensorSpec(f"{name}.weight", "BF16", shape, "s", 0, 16) for name, shape in shapes.items()]
+    left = Selection(["a.q_proj"], ["h.fc"], copied)
+    assert get_format(compat="quark-0.13").quantization_config(left)["exclude"] == ["h.conv", "h.fc"]
+    assert get_format(compat="quark-0.11").quantization_config(left)["exclude"] == ["h.conv", "h.fc", "h.ln_1"]
 
 
 @pytest.mark.parametrize("name", NAMES)

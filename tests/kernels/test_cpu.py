@@ -48,8 +48,9 @@ def row(draw: st.DrawFn, dtype: str, columns: int, rng: np.random.Generator) -> 
         size = BITS[dtype].itemsize
         bits = np.frombuffer(rng.bytes(columns * size), BITS[dtype]).reshape(1, columns)
         return np.where(np.isfinite(to_float32(bits)), bits, BITS[dtype].type(0))
-    if kind == "ties":  # halves of a power of two, and a largest weight that makes that the scale
-        values = rng.integers(-253, 254, columns) / 2 * (unit := 2.0 ** draw(st.integers(-14, 8)))
+    if kind == "ties":  # halves of a unit, and a largest weight that makes the unit the scale
+        unit = draw(st.sampled_from([1.0, rng.uniform(1, 2)])) * 2.0 ** draw(st.integers(-14, 8))
+        values = rng.integers(-253, 254, columns) / 2 * unit
         values[0] = 127 * unit
     elif kind == "zeros":
         values = rng.choice([0.0, -0.0], columns)

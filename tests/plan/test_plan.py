@@ -84,12 +84,13 @@ def test_excluding_what_is_left_alone_anyway_is_no_mistake() -> None:
         {"include": ["*layernorm*"]},
         {"include": ["*.q_proj.bias"]},
         {"include": ["*embed_tokens*"]},
+        {"include": ["*.empty"]},
     ],
 )
 def test_a_glob_that_can_have_no_effect_is_an_error_naming_it(globs: dict[str, Any]) -> None:
     ((option, values),) = globs.items()
     with pytest.raises(UsageError) as caught:
-        plan_of(tiny(), **globs)
+        plan_of(tiny(model__empty__weight=("BF16", (0, 16))), **globs)
     assert f"--{option} {values[-1]!r} matches no" in str(caught.value)
 
 
@@ -118,8 +119,10 @@ def test_excluding_one_member_of_a_fused_group_is_refused_with_the_whole_group(l
     assert f"--exclude model.layers.1.*.{leaf}_proj" in str(caught.value)
 
 
-def test_including_half_of_qwen3_5s_gates_is_refused() -> None:
+def test_half_of_what_qwen3_5_fuses_in_linear_attention_is_refused() -> None:
     family = Family.load("qwen3_5")
+    with pytest.raises(FusedGroupError, match=r"in_proj_qkv, .*in_proj_z as one layer"):
+        plan_of(family.checkpoint, exclude=["*.layers.0.linear_attn.in_proj_z"])
     with pytest.raises(FusedGroupError, match=r"in_proj_b, .*in_proj_a as one layer"):
         plan_of(family.checkpoint, include=["*.layers.0.linear_attn.in_proj_a"])
     both = plan_of(family.checkpoint, include=["*.layers.0.linear_attn.in_proj_[ab]"])

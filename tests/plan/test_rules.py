@@ -121,6 +121,20 @@ def test_what_only_looks_like_the_decoder_is_kept(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("leaf", "component"),
+    [
+        ("mlp.gate.weight", "router"),
+        ("mlp.gate.e_score_correction_bias", "router"),
+        ("mlp.shared_expert_gate.weight", "router"),
+        ("mlp.experts.7.down_proj.weight", "experts"),
+        ("mlp.gate_proj.weight", "mlp"),
+    ],
+)
+def test_a_router_is_not_taken_for_a_gate_projection(leaf: str, component: str) -> None:
+    assert Rules.for_config({"model_type": "brand_new"}).judge(spec(f"model.layers.0.{leaf}")).component == component
+
+
+@pytest.mark.parametrize(
     ("module", "group"),
     [
         ("a.k_proj", ("a.q_proj", "a.k_proj", "a.v_proj")),
