@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from typing import Any
 import w8a8
 from w8a8.checkpoint import Checkpoint, Shard
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.errors import DiskFullError, SelfCheckError, UnreadableError, UsageError, W8A8Error
+from w8a8.errors import DiskFullError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord, quantize_shard
 from w8a8.execute.staging import Staging
-from w8a8.execute.stream import Stopped
+from w8a8.execute.stream import Identity, Stopped, source_errors
 from w8a8.execute.writer import disk_errors
 from w8a8.formats import Arithmetic
 from w8a8.plan import Plan, ShardPlan
@@ -57,9 +57,10 @@ def execute(
     """Carry out `plan`, made from `checkpoint`, and publish the result as the folder `out`.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
-    of `w8a8.errors` and those of `quantize_shard`; whatever is raised, `out` is untouched and finished shards are kept.
+    of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
+    the next run, except by `SelfCheckError`.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
     _check_apart(checkpoint.path, out)
     shards = {shard.name: shard for shard in checkpoint.shards}
     with Staging.claim(out, overwrite=overwrite) as staging:
@@ -71,38 +72,41 @@ def execute(
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
             advance(sum(shards[name].size for name in staging.finished))
         todo = [(shards[p.name], p) for p in plan.shards if p.name not in staging.finished]
-        _check_room(plan, [p for _, p in todo], staging.home)
+        _check_room(plan, [p for _, p in todo], checkpoint, staging.home)
         _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
         records = tuple(staging.finished[p.name] for p in plan.shards)
         _write_small_files(plan, checkpoint, records, staging.folder)
-        _self_check(plan, staging.folder)
+        try:
+            _self_check(plan, staging.folder)
+        except SelfCheckError:
+            staging.discard()
+            raise
         staging.publish()
     return Execution(records, resumed)
 
 
 def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     """What decides the result's bytes: the plan, this version, and the source files as they are now."""
-    files = {shard.name: os.stat(checkpoint.path / shard.name) for shard in checkpoint.shards}
+    files = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
     return {
         "version": w8a8.__version__,
         "format": plan.format,
         "recipe": plan.recipe,
         "plan": plan.fingerprint(),
-        "sources": {name: [status.st_size, status.st_mtime_ns] for name, status in files.items()},
+        "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
     }
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    source, target = source.resolve(), out.resolve()
-    if source == target or source.is_relative_to(target) or target.is_relative_to(source):
+    source = source.resolve()
+    if source.is_relative_to(out) or out.is_relative_to(source):
         raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
-def _check_room(plan: Plan, todo: list[ShardPlan], folder: Path) -> None:
-    # A shard that was half-way is written anew, over its own remains.
-    remains = sum(file.stat().st_size for file in folder.glob("out/*") if file.name in {p.name for p in todo})
-    needed = sum(len(plan.header(p)) + p.data_bytes for p in todo) + SLACK_BYTES
-    free = shutil.disk_usage(folder).free + remains
+def _check_room(plan: Plan, todo: list[ShardPlan], checkpoint: Checkpoint, folder: Path) -> None:
+    sidecars = sum(Identity.of(checkpoint.path / name).size for name in plan.sidecars)
+    needed = sum(len(plan.header(p)) + p.data_bytes for p in todo) + sidecars + SLACK_BYTES
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
             f"{folder.parent}: the result needs {needed / 1e9:.2f} GB more, {free / 1e9:.2f} GB are free; "
@@ -119,26 +123,24 @@ def _run_shards(
     workers: int,
     advance: Callable[[int], None],
 ) -> None:
-    stop = threading.Event()
+    stop, journal = threading.Event(), threading.Lock()
 
-    def run(shard: Shard, shard_plan: ShardPlan) -> ShardRecord:
+    def run(shard: Shard, shard_plan: ShardPlan) -> None:
         if stop.is_set():
             raise Stopped
         source, target = checkpoint.path / shard.name, staging.folder / shard_plan.name
-        return quantize_shard(source, shard, shard_plan, plan.header(shard_plan), target, arithmetic, stop, advance)
+        with disk_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        header = plan.header(shard_plan)
+        record = quantize_shard(source, shard, shard_plan, header, target, arithmetic, stop, advance)
+        with journal:
+            staging.record(record)
 
-    todo = sorted(todo, key=lambda pair: -pair[0].size)
+    largest_first = sorted(todo, key=lambda pair: -pair[0].size)
     with ThreadPoolExecutor(workers, thread_name_prefix="shard") as pool:
-        pending = {pool.submit(run, *pair) for pair in todo}
         try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                failed = next((future.exception() for future in done if future.exception() is not None), None)
-                for future in done:
-                    if future.exception() is None:
-                        staging.record(future.result())
-                if failed is not None:
-                    raise failed
+            for future in as_completed([pool.submit(run, *pair) for pair in largest_first]):
+                future.result()
         finally:
             stop.set()
 
@@ -183,10 +185,8 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    try:
+    with source_errors(source):
         data = source.read_bytes()
-    except OSError as error:
-        raise UnreadableError(f"{source}: cannot be read ({error.strerror})") from error
     with disk_errors(target):
         target.parent.mkdir(exist_ok=True)
     _write_synced(target, data)
@@ -208,7 +208,7 @@ def _self_check(plan: Plan, folder: Path) -> None:
     try:
         found = Checkpoint.open(folder)
     except W8A8Error as error:
-        raise SelfCheckError(f"the finished output does not open, so it was not published: {error}") from error
+        raise SelfCheckError(f"the finished output does not open, so it was discarded: {error}") from error
     planned = {(w.name, w.dtype, w.shape, w.nbytes) for w in plan.writes()}
     if {(t.name, t.dtype, t.shape, t.nbytes) for t in found.tensors.values()} != planned:
-        raise SelfCheckError(f"{folder}: the finished output is not what was planned, so it was not published")
+        raise SelfCheckError(f"{folder}: the finished output is not what was planned, so it was discarded")

@@ -7,9 +7,8 @@ them together with the few tensors that would have broken the alignment of other
 
 import hashlib
 import math
-import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Shard, TensorSpec
+from w8a8.checkpoint import Shard, TensorSpec, read_header
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
-from w8a8.execute.stream import Block, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
+from w8a8.execute.stream import Block, Identity, row_bytes, shard_blocks, stream, tensor_blocks
 from w8a8.execute.writer import SequentialWriter
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -54,7 +53,9 @@ def quantize_shard(
     Raises `NonFiniteWeightError`, `SourceChangedError`, `UnreadableError`, `DiskFullError`, `UnwritableError`, or
     `Stopped` once `stop` is set.
     """
-    before = _identity(source)
+    before = Identity.of(source)
+    if before.size != shard.size or read_header(source, shard.name).tensors != shard.tensors:
+        raise SourceChangedError(f"{source}: changed since its header was read; run the same command again")
     digest = hashlib.sha256()
     largest = max([1, *(min(t.nbytes, max(row_bytes(t), 1)) for t in shard.tensors)])
     with SequentialWriter(target, largest) as writer:
@@ -62,9 +63,9 @@ def quantize_shard(
         scales = _stream_through(source, shard, plan, writer, arithmetic, stop, digest, advance)
         tensors = {tensor.name: tensor for tensor in shard.tensors}
         for write in plan.tail:
-            _write_late(write, tensors[write.source], source, scales, writer, arithmetic)
+            _write_late(write, tensors[write.source], source, scales, writer, arithmetic, stop)
         writer.finish()
-        if _identity(source) != before:
+        if Identity.of(source) != before:
             raise SourceChangedError(f"{source}: changed while it was being read; run the same command again")
         return ShardRecord(plan.name, writer.size, writer.sha256, digest.hexdigest())
 
@@ -81,7 +82,9 @@ def _stream_through(
 ) -> Mapping[str, Scales]:
     """Pass over the whole source; write what streams, and return the scales of all quantized tensors."""
     streamed = {write.source for write in plan.writes[: plan.streamed]}
-    scales = {write.source: np.empty(math.prod(write.shape), np.float32) for write in plan.writes if write.kind == "scale"}
+    scales = {
+        write.source: np.empty(math.prod(write.shape), np.float32) for write in plan.writes if write.kind == "scale"
+    }
     with closing(stream(source, shard_blocks(shard), stop, digest)) as blocks:
         for block, data in blocks:
             tensor = block.tensor
@@ -104,25 +107,19 @@ def _write_late(
     scales: Mapping[str, Scales],
     writer: SequentialWriter,
     arithmetic: Arithmetic,
+    stop: threading.Event,
 ) -> None:
     """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
     if write.kind == "scale":
         writer.append(encode(scales[tensor.name], write.dtype))
         return
-    for block, data in _read_again(source, tensor):
-        if write.kind == "copy":
-            writer.append(data)
-        else:
-            bits = _rows(tensor, data)
-            _write_codes(bits, scales[tensor.name][block.row : block.row + len(bits)], writer, arithmetic)
-
-
-def _read_again(source: Path, tensor: TensorSpec) -> Iterator[tuple[Block, memoryview]]:
-    with source.open("rb", buffering=0) as file:
-        for block in tensor_blocks(tensor):
-            data = memoryview(bytearray(block.nbytes))
-            read_exactly(file.fileno(), data, block.offset, source)
-            yield block, data
+    with closing(stream(source, tensor_blocks(tensor), stop)) as blocks:
+        for block, data in blocks:
+            if write.kind == "copy":
+                writer.append(data)
+            else:
+                bits = _rows(tensor, data)
+                _write_codes(bits, scales[tensor.name][block.row : block.row + len(bits)], writer, arithmetic)
 
 
 def _rows(tensor: TensorSpec, data: memoryview) -> Bits:
@@ -146,8 +143,3 @@ def _scales(bits: Bits, block: Block, arithmetic: Arithmetic) -> Scales:
 def _write_codes(bits: Bits, scales: Scales, writer: SequentialWriter, arithmetic: Arithmetic) -> None:
     codes = np.frombuffer(writer.reserve(bits.size), np.int8).reshape(bits.shape)
     row_codes(bits, scales, codes, arithmetic.quotient, arithmetic.low)
-
-
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_size, status.st_mtime_ns

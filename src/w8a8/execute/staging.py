@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -41,12 +42,8 @@ class Staging:
         remove something that is not a checkpoint.
         """
         home = out.parent / f".{out.name}.w8a8"
-        with disk_errors(home):
-            home.mkdir(parents=True, exist_ok=True)
-            lock = os.open(home, os.O_RDONLY)
-        staging = cls(out, home, lock)
+        staging = cls(out, home, _lock(home, out))
         try:
-            staging._lock()
             staging._recover()
             staging._check_target(overwrite=overwrite)
         except BaseException:
@@ -58,10 +55,13 @@ class Staging:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        """Drop the lock, and the folder too if nothing in it is worth resuming."""
-        if self._locked() and not self.finished and not self._journal.exists():
-            shutil.rmtree(self.home, ignore_errors=True)
-        os.close(self.lock)
+        """Finish or undo a publishing, remove what is not worth resuming, and drop the lock."""
+        try:
+            self._recover()
+            if not self.folder.exists() or len(self._read_journal()) < 2:
+                shutil.rmtree(self.home, ignore_errors=True)
+        finally:
+            os.close(self.lock)
 
     @property
     def folder(self) -> Path:
@@ -71,22 +71,25 @@ class Staging:
     def begin(self, job: Mapping[str, Any]) -> str | None:
         """Start `job`, or go on with it where a journal says it was interrupted; `finished` then lists what is done.
 
-        Returns, where an unfinished run was of another job, a sentence saying what differs; its files are removed.
+        All else in the folder is removed. Returns, where an unfinished run was of another job, a sentence saying what
+        differs.
         """
         entries = self._read_journal()
-        if entries and entries[0] == job:
-            for entry in entries[1:]:
-                record = ShardRecord(**entry)
-                file = self.folder / record.name
-                if file.is_file() and file.stat().st_size == record.size:
-                    self.finished[record.name] = record
-            return None
+        resuming = bool(entries) and entries[0] == job
+        if resuming:
+            records = [ShardRecord(**entry) for entry in entries[1:]]
+            self.finished = {record.name: record for record in records if self._is_whole(record)}
         with disk_errors(self.home):
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self._journal.unlink(missing_ok=True)
-            self.folder.mkdir()
-            self._append(job)
-        return _difference(entries[0], job) if entries else None
+            if not resuming:
+                self._journal.unlink(missing_ok=True)
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.mkdir(exist_ok=True)
+            for file in [path for path in self.folder.rglob("*") if path.is_file()]:
+                if str(file.relative_to(self.folder)) not in self.finished:
+                    file.unlink()
+            if not resuming:
+                self._append(job)
+        return _difference(entries[0], job) if entries and not resuming else None
 
     def record(self, shard: ShardRecord) -> None:
         """Note that `shard` is whole and synced."""
@@ -94,14 +97,18 @@ class Staging:
         self.finished[shard.name] = shard
 
     def publish(self) -> None:
-        """Make the folder visible as OUT, replacing what was there, and remove the staging folder."""
+        """Make the folder visible as OUT; what was there is removed when the staging folder is left."""
         with disk_errors(self.out):
-            sync_folder(self.folder)
+            for folder in [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]:
+                sync_folder(folder)
             if self.out.exists():
-                os.rename(self.out, self._old)
-            os.rename(self.folder, self.out)
+                self.out.rename(self._old)
+            self.folder.rename(self.out)
             sync_folder(self.out.parent)
-            shutil.rmtree(self.home)
+
+    def discard(self) -> None:
+        """Forget all shards, so that the next run starts over."""
+        self._journal.unlink(missing_ok=True)
 
     @property
     def _journal(self) -> Path:
@@ -111,36 +118,29 @@ class Staging:
     def _old(self) -> Path:
         return self.home / "old"
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TargetBusyError(f"{self.out}: another run is writing it now; wait for it, or stop it first") from None
-        if not self._locked():
-            raise TargetBusyError(f"{self.out}: another run has just finished it; look at the result first")
-
-    def _locked(self) -> bool:
-        """Whether the locked folder is still the one at its path, and not one that was published and removed."""
-        mine = os.fstat(self.lock)
-        return self.home.exists() and os.stat(self.home).st_ino == mine.st_ino and mine.st_nlink > 0
+    def _is_whole(self, record: ShardRecord) -> bool:
+        file = self.folder / record.name
+        return file.is_file() and file.stat().st_size == record.size
 
     def _recover(self) -> None:
-        """Finish or undo what a run was doing when it died while publishing."""
+        """Finish or undo what a run was doing when it ended while publishing."""
         if not self._old.exists():
             return
-        with disk_errors(self.out):
+        with disk_errors(self._old):
             if self.out.exists():
                 shutil.rmtree(self._old)
             else:
-                os.rename(self._old, self.out)
+                self._old.rename(self.out)
 
     def _check_target(self, *, overwrite: bool) -> None:
         if not self.out.exists():
             return
         if not self.out.is_dir():
             raise TargetExistsError(f"{self.out}: is a file; choose another name")
+        if self.out.is_mount():
+            raise TargetExistsError(f"{self.out}: is a mount point and cannot be replaced; name a new folder inside it")
         try:
-            names = os.listdir(self.out)
+            names = {entry.name for entry in self.out.iterdir()}
         except OSError as error:
             raise UnwritableError(f"{self.out}: cannot be read ({error.strerror})") from error
         if not names:
@@ -151,21 +151,36 @@ class Staging:
             raise UsageError(f"{self.out}: is not a checkpoint (no config.json), so --overwrite will not remove it")
 
     def _append(self, entry: Mapping[str, Any]) -> None:
+        # The newline comes first: behind an entry that a full disk cut short, this one still has its own line.
         with disk_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write("\n" + json.dumps(entry))
             file.flush()
             os.fsync(file.fileno())
 
     def _read_journal(self) -> list[dict[str, Any]]:
-        """The journal's entries, up to the first that was not written whole."""
+        """The journal's entries, without any that was not written whole."""
         entries: list[dict[str, Any]] = []
         if self._journal.exists():
-            for line in self._journal.read_text(encoding="utf-8").splitlines():
-                try:
+            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
+                with suppress(ValueError):
                     entries.append(json.loads(line))
-                except ValueError:
-                    break
         return entries
+
+
+def _lock(home: Path, out: Path) -> int:
+    """Make and lock the folder `home`; the lock lasts until the returned descriptor is closed."""
+    with disk_errors(home):
+        home.mkdir(parents=True, exist_ok=True)
+        # It is gone, or another by now, where a run has just ended and removed it.
+        with suppress(BlockingIOError, FileNotFoundError):
+            lock = os.open(home, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(lock), home.stat()):
+                    return os.dup(lock)  # shares the lock
+            finally:
+                os.close(lock)
+    raise TargetBusyError(f"{out}: another run is writing it now; wait for it, or stop it first")
 
 
 def sync_folder(folder: Path) -> None:

@@ -11,10 +11,11 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from w8a8.checkpoint import Shard, TensorSpec
 from w8a8.errors import SourceChangedError, UnreadableError
@@ -30,6 +31,31 @@ BUFFERS = 4
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
     """Another shard failed or the user interrupted: this one ends early."""
+
+
+@contextmanager
+def source_errors(path: Path) -> Iterator[None]:
+    """Turn what the system says while a source file is read into `UnreadableError`."""
+    try:
+        yield
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What tells a file from a changed one: inode, bytes, and time of last change in nanoseconds."""
+
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """The identity of the file at `path` as it is now. Raises `UnreadableError`."""
+        with source_errors(path):
+            status = path.stat()
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +96,7 @@ def shard_blocks(shard: Shard) -> Iterator[Block]:
 
 def stream(
     path: Path, blocks: Iterable[Block], stop: threading.Event, digest: "_Hash | None" = None
-) -> Iterator[tuple[Block, memoryview]]:
+) -> Generator[tuple[Block, memoryview], None, None]:
     """Yield each block with its bytes, which are valid until the next one is asked for.
 
     Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with every byte.
@@ -86,7 +112,7 @@ def stream(
 
     def read() -> None:
         try:
-            with path.open("rb", buffering=0) as file:
+            with source_errors(path), path.open("rb", buffering=0) as file:
                 for block in blocks:
                     buffer = free.get()
                     if stop.is_set() or ended.is_set():

@@ -10,8 +10,8 @@ import fcntl
 import hashlib
 import mmap
 import os
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self

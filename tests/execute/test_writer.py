@@ -1,0 +1,79 @@
+import errno
+import hashlib
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from w8a8.errors import DiskFullError, UnwritableError
+from w8a8.execute import writer as module
+from w8a8.execute.writer import PAGE, SequentialWriter, disk_errors
+
+LARGEST = 3 * PAGE + 5
+
+sizes = st.one_of(st.integers(0, 20), st.integers(PAGE - 2, PAGE + 2), st.integers(0, LARGEST))
+
+
+def write(path: Path, parts: list[tuple[bool, bytes]]) -> SequentialWriter:
+    """Write `parts`, each appended or put into reserved space."""
+    with SequentialWriter(path, LARGEST) as writer:
+        for reserved, data in parts:
+            if reserved:
+                writer.reserve(len(data))[:] = data
+            else:
+                writer.append(data)
+        writer.finish()
+    return writer
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), sizes), max_size=12), st.randoms(use_true_random=False))
+def test_what_is_appended_and_reserved_is_the_file_and_its_checksum(
+    tmp_path_factory: pytest.TempPathFactory, shape: list[tuple[bool, int]], random: Random
+) -> None:
+    path = tmp_path_factory.mktemp("writer") / "file"
+    parts = [(reserved, random.randbytes(size)) for reserved, size in shape]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK_BYTES", PAGE)
+        writer = write(path, parts)
+    whole = b"".join(data for _, data in parts)
+    assert path.read_bytes() == whole
+    assert (writer.size, writer.sha256) == (len(whole), hashlib.sha256(whole).hexdigest())
+
+
+def test_a_file_that_was_there_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x" * 3 * PAGE)
+    write(path, [(False, b"new")])
+    assert path.read_bytes() == b"new"
+
+
+def test_a_disk_that_wants_another_alignment_gets_ordinary_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PAGE", 1)  # so that direct writes are as unaligned as can be
+    monkeypatch.setattr(module, "BLOCK_BYTES", 1000)
+    data = bytes(range(256)) * 40 + b"odd"
+    writer = write(tmp_path / "file", [(False, data)] * 3)
+    assert (tmp_path / "file").read_bytes() == data * 3
+    assert writer.sha256 == hashlib.sha256(data * 3).hexdigest()
+
+
+def test_a_full_disk_says_so() -> None:
+    with pytest.raises(DiskFullError, match="/dev/full: the disk is full"):
+        write(Path("/dev/full"), [(False, b"x" * PAGE)])
+
+
+def test_a_missing_folder_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnwritableError, match="No such file"):
+        write(tmp_path / "none" / "file", [])
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(errno.ENOSPC, DiskFullError), (errno.EDQUOT, DiskFullError), (errno.EROFS, UnwritableError)]
+)
+def test_disk_errors_are_full_or_unwritable(code: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="/some/file"), disk_errors(Path("/some/file")):
+        raise OSError(code, "as the system says")
