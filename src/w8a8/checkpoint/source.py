@@ -9,8 +9,8 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 from w8a8.checkpoint.header import reading
 from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError
@@ -59,7 +59,7 @@ def _local(path: Path) -> Source:
 
 
 def _download(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         GatedRepoError,
         HFValidationError,
@@ -71,14 +71,13 @@ def _download(repo: str, revision: str | None) -> Source:
     )
 
     label = repo + (f"@{revision}" if revision else "")
-    fetch = partial(snapshot_download, repo, revision=revision, ignore_patterns=list(_NOT_FETCHED))
     try:
         # The one request that does not retry for half a minute before it says that there is no network.
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         _refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
-        folder = fetch()
+        folder = _fetch(repo, revision)
     except HFValidationError as error:
-        raise SourceNotFoundError(f"{label}: no such folder, and not a Hub id ({_first_line(error)})") from error
+        raise SourceNotFoundError(f"{label}: no such folder, and not a Hub id ({_one_line(error)})") from error
     except GatedRepoError as error:
         raise HubError(f"{label}: gated; accept its terms on its page, then `hf auth login` or set HF_TOKEN") from error
     except RevisionNotFoundError as error:
@@ -89,15 +88,33 @@ def _download(repo: str, revision: str | None) -> Source:
         ) from error
     except (OfflineModeIsEnabled, HTTPError) as unreachable:
         try:
-            folder = fetch(local_files_only=True)
+            folder = _fetch(repo, revision, cached=True)
         except LocalEntryNotFoundError as error:
             raise HubError(
                 f"{label}: no such folder, not (or not whole) in the cache, "
-                f"and the Hub could not deliver it: {_first_line(unreachable)}"
+                f"and the Hub could not deliver it: {_one_line(unreachable)}"
             ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{label}: the Hub could not deliver it: {_first_line(error)}") from error
-    return Source(Path(folder), repo, Path(folder).name)
+        raise HubError(f"{label}: the Hub could not deliver it: {_one_line(error)}") from error
+    return Source(folder, repo, folder.name)
+
+
+def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
+    """The snapshot's folder, filled from the Hub, or as it lies in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bars(tqdm):
+        """Progress bars where there is a terminal; on their own, some would show everywhere."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})  # type: ignore[no-untyped-call]
+
+    ignored = list(_NOT_FETCHED)
+    folder = snapshot_download(
+        repo, revision=revision, ignore_patterns=ignored, local_files_only=cached, tqdm_class=Bars
+    )
+    return Path(folder)
 
 
 def _refuse_pickles(label: str, files: Iterable[str]) -> None:
@@ -106,5 +123,5 @@ def _refuse_pickles(label: str, files: Iterable[str]) -> None:
         raise PickleOnlyError(f"{label}: the repository has no safetensors, only {found}; pickles are never opened")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

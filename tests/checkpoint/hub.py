@@ -1,0 +1,116 @@
+"""A Hub on this machine: the endpoints that huggingface_hub asks for when it looks up and downloads a model."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from hashlib import sha1
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "beef"
+
+_API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>.+))?")
+_FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(?P<what>resolve)/(?P<revision>[^/]+)/(?P<file>.+)")
+
+
+@dataclass
+class Request:
+    """What a client asked for."""
+
+    method: str
+    path: str
+    token: str | None
+
+
+@dataclass
+class Hub:
+    """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything."""
+
+    url: str
+    repositories: Mapping[str, Mapping[str, bytes]]
+    gated: bool = False
+    failing: HTTPStatus | None = None
+    requests: list[Request] = field(default_factory=list)
+
+    @property
+    def downloads(self) -> set[str]:
+        """Names of the files that were fetched."""
+        asked = [_FILE.fullmatch(request.path) for request in self.requests if request.method == "GET"]
+        return {match["file"] for match in asked if match}
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, code: str) -> None:
+        super().__init__(status, code)
+        self.status, self.code = status, code
+
+
+@contextmanager
+def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
+    """Serve `repositories`, each with one commit that is called `main` and `v1`, until the block ends."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append(Request(self.command, path, self.headers["Authorization"]))
+            try:
+                self._answer(HTTPStatus.OK, *_answer(hub, path))
+            except _RefusedError as refused:
+                self._answer(refused.status, b"", {"X-Error-Code": refused.code})
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def _answer(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def log_message(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _answer(hub: Hub, path: str) -> tuple[bytes, Mapping[str, str]]:
+    """Body and headers for a path."""
+    if hub.failing:
+        raise _RefusedError(hub.failing, "")
+    asked = _FILE.fullmatch(path) or _API.fullmatch(path)
+    files = hub.repositories.get(asked["repo"]) if asked else None
+    if asked is None or files is None:
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "RepoNotFound")
+    if asked["revision"] not in {None, "main", "v1", COMMIT}:
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "RevisionNotFound")
+    if asked["what"] == "resolve":
+        if hub.gated:
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "GatedRepo")
+        content = files[asked["file"]]
+        return content, {"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+    if asked["what"] == "tree":
+        return _json(
+            [{"type": "file", "path": n, "size": len(b), "oid": sha1(b).hexdigest()} for n, b in files.items()]
+        )
+    return _json({"id": asked["repo"], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+
+
+def _json(value: Any) -> tuple[bytes, Mapping[str, str]]:
+    return json.dumps(value).encode(), {"Content-Type": "application/json"}
