@@ -1,0 +1,60 @@
+"""`w8a8 bench quantize`, on a single layer: that the table is there and sane. No timing is asserted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from w8a8.bench.quantize import LAYER_BYTES
+
+ROWS = ["cp -r", "w8a8 quantize", "w8a8 quantize, first ever (cold JIT)"]
+
+
+def bench(folder: Path) -> tuple[dict[str, Any], str]:
+    """The smallest bench there is, one run of each: its JSON result, and what it said meanwhile."""
+    command = ["bench", "quantize", "--gib", "0.1", "--runs", "1", "--dir", str(folder), "--json"]
+    done = subprocess.run([sys.executable, "-m", "w8a8", *command], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> tuple[dict[str, Any], str]:
+    return bench(folder)
+
+
+def test_the_table_has_a_sane_row_for_each_contender(first: tuple[dict[str, Any], str]) -> None:
+    result, _ = first
+    assert [row["name"] for row in result["rows"]] == ROWS
+    assert LAYER_BYTES < result["bytes"] < LAYER_BYTES + (1 << 20)
+    assert result["cores"] >= 1
+    assert result["failed"] == {}
+    for row in result["rows"]:
+        assert len(row["all_seconds"]) == 1
+        assert row["seconds"] == row["all_seconds"][0] > 0
+        assert row["ratio_to_cp"] == row["seconds"] / result["rows"][0]["seconds"]
+
+
+def test_a_contenders_peak_memory_is_its_own_and_not_the_benchs(first: tuple[dict[str, Any], str]) -> None:
+    cp, warm, cold = (row["peak_mib"] for row in first[0]["rows"])
+    assert 0 < cp < 30 < min(warm, cold)
+
+
+def test_a_second_run_makes_no_new_source_and_nothing_else_is_left_behind(
+    folder: Path, first: tuple[dict[str, Any], str]
+) -> None:
+    assert "making 1 layers" in first[1]
+    (source,) = folder.iterdir()
+    before = {file.name: file.stat().st_mtime_ns for file in source.iterdir()}
+    again, said = bench(folder)
+    assert "making" not in said
+    assert [row["name"] for row in again["rows"]] == ROWS
+    assert list(folder.iterdir()) == [source]
+    assert {file.name: file.stat().st_mtime_ns for file in source.iterdir()} == before
