@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import w8a8
+from tests.checkpoints import write_checkpoint
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -76,6 +78,7 @@ def test_arguments_win_over_the_environment(llama: Path, tmp_path: Path) -> None
     ("arguments", "message"),
     [
         (["quantize"], "give SRC, or set MODEL_IN"),
+        (["quantize", "", "out"], "give SRC, or set MODEL_IN"),
         (["quantize", "src"], "give OUT, or set MODEL_OUT"),
         (["quantize", "{llama}", "out", "--format", "gguf"], "unknown format 'gguf'; there are quark"),
         (["quantize", "{llama}", "out", "--compat", "quark-9"], "unknown compatibility mode 'quark-9'"),
@@ -91,6 +94,16 @@ def test_a_request_without_sense_exits_with_2_and_says_why(llama: Path, argument
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_names_with_control_characters_cannot_write_on_the_terminal(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_\n\x1b[31mproj.weight"
+    matrix = np.full((2, 2), np.nan, np.float32)
+    source = write_checkpoint(tmp_path / "in", {name: ("BF16", matrix), f"{name}x": ("BF16", matrix)})
+    done = run("quantize", source, tmp_path / "out", "--include", "*.weight")
+    assert done.returncode == 24
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "w8a8"]
+    assert "\x1b" not in done.stderr
 
 
 def test_a_failed_verification_exits_with_1(llama: Path) -> None:

@@ -36,12 +36,16 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no n
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
+    if {"--json", "--quiet", "-q"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         app()
     except W8A8Error as error:
+        from w8a8.terminal import printable
+
         if "--json" in sys.argv:
             print(json_.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}))
-        print(f"w8a8: error: {error}", file=sys.stderr)
+        print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -108,7 +112,7 @@ def quantize(
     from w8a8.quantization import prepare, run
     from w8a8.terminal import Terminal
 
-    if source is None:
+    if not source:
         raise UsageError("no source: give SRC, or set MODEL_IN")
     if out is None and not dry_run:
         raise UsageError("no target: give OUT, or set MODEL_OUT")

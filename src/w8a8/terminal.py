@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from rich import markup
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -47,7 +47,7 @@ class Terminal:
     def notice(self, text: str) -> None:
         """Say something about the work under way."""
         if not self._quiet:
-            self._err.print(escape(text), soft_wrap=True)
+            self._err.print(clean(text), soft_wrap=True)
 
     @contextmanager
     def bytes(self, what: str, total: int) -> Iterator[Callable[[int], None]]:
@@ -73,7 +73,7 @@ class Terminal:
         if self._json:
             self._print_json({**plan.to_dict(), "totals": _totals(plan)})
             return
-        self._say(f"[bold]{escape(plan.source)}[/bold]: {escape(plan.architecture)} to {plan.format}, {plan.recipe}")
+        self._say(f"[bold]{clean(plan.source)}[/bold]: {clean(plan.architecture)} to {plan.format}, {plan.recipe}")
         self._out.print(_component_table(plan, why=True))
         self._say(
             f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), "
@@ -82,7 +82,7 @@ class Terminal:
         self._say(f"config.json will exclude {plural(len(plan.exclude), 'linear layer')}: {_some(plan.exclude)}")
         self._not_copied(plan)
         for warning in plan.warnings:
-            self._say(f"[yellow]warning:[/yellow] {escape(warning)}")
+            self._say(f"[yellow]warning:[/yellow] {clean(warning)}")
 
     def quantized(self, result: "QuantizeResult") -> None:
         """What `quantize` did."""
@@ -107,7 +107,7 @@ class Terminal:
             self._out.print(_component_table(plan))
             self._not_copied(plan)
         self._say(
-            f"[bold]{escape(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
+            f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
             f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
         )
 
@@ -120,19 +120,19 @@ class Terminal:
             if result.tensors and top:
                 self._out.print(_error_table(result, top))
             for warning in result.warnings[:SHOWN]:
-                self._say(f"[yellow]warning:[/yellow] {escape(warning)}")
+                self._say(f"[yellow]warning:[/yellow] {clean(warning)}")
             self._more(len(result.warnings), "warning")
         for problem in result.problems[:SHOWN]:
-            self._say(f"[red]problem:[/red] {escape(problem)}")
+            self._say(f"[red]problem:[/red] {clean(problem)}")
         self._more(len(result.problems), "problem")
-        self._say(f"[{'green' if result.ok else 'red'} bold]{escape(result.verdict)}[/]")
+        self._say(f"[{'green' if result.ok else 'red'} bold]{clean(result.verdict)}[/]")
 
     def inspected(self, found: "Inspection", *, tensors: bool) -> None:
         """What `inspect` saw."""
         if self._json:
             self._print_json(found.to_dict(tensors=tensors))
             return
-        self._say(f"[bold]{escape(found.name)}[/bold]: {escape(', '.join(found.architectures) or found.model_type)}")
+        self._say(f"[bold]{clean(found.name)}[/bold]: {clean(', '.join(found.architectures) or found.model_type)}")
         table = _table("component", "dtype", "tensors", "parameters", "bytes", "share", left=2)
         for row in found.components:
             table.add_row(
@@ -145,12 +145,12 @@ class Terminal:
             )
         table.add_row("total", "", f"{found.tensors:,}", count(found.parameters), size(found.nbytes), "", style="bold")
         self._out.print(table)
-        self._say(f"{plural(found.shards, 'shard')}; {escape(found.scheme)}")
+        self._say(f"{plural(found.shards, 'shard')}; {clean(found.scheme)}")
         if found.excludes:
             self._say(f"excludes {len(found.excludes)}: {_some(found.excludes)}")
         if tensors:
             for t in found.specs:
-                self._say(escape(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
+                self._say(clean(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
 
     def benched(self, result: "BenchResult") -> None:
         """What a benchmark measured."""
@@ -169,10 +169,10 @@ class Terminal:
         self._say(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians of {len(result.rows[0].all_seconds)}")
         self._out.print(table)
         for name, reason in result.failed.items():
-            self._say(f"[yellow]{escape(name)} did not run:[/yellow] {escape(reason)}")
+            self._say(f"[yellow]{clean(name)} did not run:[/yellow] {clean(reason)}")
 
-    def _say(self, markup: str) -> None:
-        self._out.print(markup, soft_wrap=True)
+    def _say(self, text: str) -> None:
+        self._out.print(text, soft_wrap=True)
 
     def _more(self, number: int, what: str) -> None:
         if number > SHOWN:
@@ -180,7 +180,7 @@ class Terminal:
 
     def _not_copied(self, plan: "Plan") -> None:
         for name, reason in plan.left_out:
-            self._say(f"[dim]not copied: {escape(name)} ({escape(reason)})[/dim]")
+            self._say(f"[dim]not copied: {clean(name)} ({clean(reason)})[/dim]")
 
     def _print_json(self, value: Any) -> None:
         print(json.dumps(value, indent=2, ensure_ascii=False, default=_plain))
@@ -228,6 +228,16 @@ def count(number: float) -> str:
     return f"{number:.2f}B"
 
 
+def printable(text: str) -> str:
+    """`text` with what could move the cursor or start a line spelled out: names in a checkpoint may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def clean(text: str) -> str:
+    """`text` safe to put between Rich markup."""
+    return markup.escape(printable(text))
+
+
 def plural(number: int, what: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
@@ -236,7 +246,7 @@ def plural(number: int, what: str) -> str:
 def _some(names: Sequence[str]) -> str:
     """The first few of many names."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return escape(", ".join(names[:3])) + more
+    return clean(", ".join(names[:3])) + more
 
 
 def _table(*columns: str, left: int) -> Table:
@@ -262,16 +272,14 @@ def _component_table(plan: "Plan", *, why: bool = False) -> Table:
             size(row.bytes_in),
             size(row.bytes_out),
         )
-        table.add_row(*cells, *([escape(reasons[row.component, row.quantized])] if why else []))
+        table.add_row(*cells, *([clean(reasons[row.component, row.quantized])] if why else []))
     return table
 
 
 def _error_table(result: "VerifyResult", top: int) -> Table:
     table = _table("SQNR dB", "max error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
     for t in result.tensors[:top]:
-        table.add_row(
-            f"{t.sqnr_db:.2f}", f"{t.max_error:.3f}", f"{t.saturated:,}", f"{t.zeroed_rows:,}", escape(t.name)
-        )
+        table.add_row(f"{t.sqnr_db:.2f}", f"{t.max_error:.3f}", f"{t.saturated:,}", f"{t.zeroed_rows:,}", clean(t.name))
     return table
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import w8a8
 from w8a8.checkpoint import Checkpoint, Shard
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.errors import DiskFullError, SelfCheckError, UsageError, W8A8Error
+from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord, quantize_shard
 from w8a8.execute.staging import Staging
 from w8a8.execute.stream import Identity, Stopped, source_errors
@@ -58,7 +58,7 @@ def execute(
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
-    the next run, except by `SelfCheckError`.
+    the next run, except by `SelfCheckError` and `NonFiniteWeightError`.
     """
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
     _check_apart(checkpoint.path, out)
@@ -73,7 +73,11 @@ def execute(
             advance(sum(shards[name].size for name in staging.finished))
         todo = [(shards[p.name], p) for p in plan.shards if p.name not in staging.finished]
         _check_room(plan, [p for _, p in todo], checkpoint, staging.home)
-        _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
+        try:
+            _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
+        except NonFiniteWeightError:
+            staging.discard()  # the same command would only meet the same weight again
+            raise
         records = tuple(staging.finished[p.name] for p in plan.shards)
         _write_small_files(plan, checkpoint, records, staging.folder)
         try:

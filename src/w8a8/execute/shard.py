@@ -133,9 +133,10 @@ def _scales(bits: Bits, block: Block, arithmetic: Arithmetic) -> Scales:
     if not np.isfinite(amax).all():
         row = int(np.argmin(np.isfinite(amax)))
         kind = "NaN" if np.isnan(amax[row]) else "infinity"
+        name = block.tensor.name
         raise NonFiniteWeightError(
-            f"{block.tensor.shard}: {block.tensor.name} has {kind} in row {block.row + row}, so it has no scale; "
-            f"repair the source, or leave the layer as it is with --exclude '{block.tensor.name}'"
+            f"{block.tensor.shard}: {name} has {kind} in row {block.row + row}, so it has no scale; "
+            f"repair the source, or leave the layer as it is with --exclude '{name}'"
         )
     return arithmetic.scales(amax, block.tensor.dtype)
 

@@ -158,7 +158,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with source_errors(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while count := file.readinto(buffer):
             if stop is not None and stop.is_set():

@@ -267,7 +267,11 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
             f"no rules for architecture {rules.architecture!r}; the generic ones decided. Quantized: "
             f"{', '.join(chosen)}. Left alone: {', '.join(kept) or 'nothing else with two dimensions'}"
         )
-    odd = sorted(_pattern(d.tensor.name) for d in decisions if d.component == "other" and len(d.tensor.shape) == 2)
+    odd = sorted(
+        _pattern(d.tensor.name)
+        for d in decisions
+        if d.component == "other" and not d.quantize and len(d.tensor.shape) == 2
+    )
     if rules.known and odd:
         yield f"matrices that no rule names are left alone: {', '.join(dict.fromkeys(odd))}"
 
