@@ -84,7 +84,7 @@ def test_arguments_win_over_the_environment(llama: Path, tmp_path: Path) -> None
         (["quantize", "{llama}", "out", "--compat", "quark-9"], "unknown compatibility mode 'quark-9'"),
         (
             ["quantize", "{llama}", "out", "--compat", "quark-0.13", "--format", "compressed-tensors"],
-            "leave --format out",
+            "name only one",
         ),
         (["quantize", "{llama}", "out", "--exclude", "nothing*"], "matches no tensor"),
     ],

@@ -117,7 +117,7 @@ def quantize(
     if out is None and not dry_run:
         raise UsageError("no target: give OUT, or set MODEL_OUT")
     terminal = Terminal(json=json, quiet=quiet)
-    job = prepare(source, format=_format(format, compat), compat=compat, include=include or (), exclude=exclude or ())
+    job = prepare(source, format=format, compat=compat, include=include or (), exclude=exclude or ())
     if dry_run or out is None:
         terminal.plan(job.plan)
         return
@@ -210,16 +210,6 @@ def bench_quantize(
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.benched(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
-
-
-def _format(name: str | None, compat: str | None) -> str:
-    """The format asked for, or the one that `compat` implies; both must agree."""
-    from w8a8.formats import COMPATS
-
-    implied = COMPATS.get(compat) if compat else None
-    if name and implied and name != implied:
-        raise UsageError(f"--compat {compat} writes format {implied}, not {name}; leave --format out")
-    return name or implied or "quark"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from w8a8.errors import W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
 from w8a8.execute.stream import file_sha256, read_exactly, shard_blocks, stream
 from w8a8.formats import Scheme, detect
-from w8a8.plan import Rules, module_name
+from w8a8.plan import Rules, is_linear, module_name
 
 HALF_A_SCALE = 0.5 + 2**-10
 """Rounding to nearest, and the float32 rounding of the difference itself."""
@@ -256,9 +256,7 @@ def _bookkeeping_problems(job: Job) -> Iterator[str]:
 def _exclude_warnings(job: Job) -> Iterator[str]:
     """Linear layers that stay as they were must be excluded by name, or engines build them as INT8."""
     for tensor in job.source.tensors.values():
-        linear = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
-        kept_apart = job.rules.judge(tensor).component in {"embeddings", "norms"}
-        if linear and not kept_apart and not _is_quantized(tensor, job):
+        if is_linear(tensor, job.rules.judge(tensor).component) and not _is_quantized(tensor, job):
             module = module_name(tensor.name)
             if not job.scheme.leaves_alone(module):
                 yield f"{module}: left in {tensor.dtype}, but config.json does not exclude it by name"

@@ -16,11 +16,16 @@ COMPATS = {"quark-0.11": "quark", "quark-0.13": "quark", "llm-compressor-0.14": 
 """Compatibility mode -> the format it implies."""
 
 
-def get_format(name: str = "quark", compat: str | None = None, config: Mapping[str, Any] | None = None) -> Format:
-    """The format called `name`, or the one that reproduces the tool `compat`; `config` is the source's config.json."""
+def get_format(name: str | None = None, compat: str | None = None, config: Mapping[str, Any] | None = None) -> Format:
+    """The format called `name` (quark if nothing is said), or the one that reproduces the tool `compat`.
+
+    `config` is the source's config.json. Raises `UsageError` for an unknown name, or two that contradict each other.
+    """
     if compat is not None:
+        if name is not None and compat in COMPATS and name != COMPATS[compat]:
+            raise UsageError(f"{compat} writes format {COMPATS[compat]}, not {name}; name only one of them")
         return _compat(compat, config or {})
-    if name == "quark":
+    if name in {None, "quark"}:
         return Format("quark", arithmetic.EXACT, _float32, _flat, quark.quantization_config)
     if name == "compressed-tensors":
         return Format(name, arithmetic.EXACT, _float32, _column, compressed_tensors.quantization_config)

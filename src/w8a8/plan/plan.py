@@ -16,7 +16,7 @@ from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import Format, Selection, detect
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
-from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, module_name
+from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,9 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
         name, dtype = decision.tensor.name, decision.tensor.dtype
         matching = [g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)]
         # A bias, norm or embedding that a wide --include happens to match is none of its business.
-        if matching and (not quantize or (_is_linear(decision) and decision.tensor.numel > 0)):
+        if matching and (
+            not quantize or (is_linear(decision.tensor, decision.component) and decision.tensor.numel > 0)
+        ):
             used.update(matching)
             if quantize and dtype not in QUANTIZABLE:
                 raise UsageError(f"{option} {matching[0]!r}: {name} is {dtype}; only BF16, F16 and F32 are quantized")
@@ -247,16 +249,11 @@ def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:
     """
     quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
     copied = [d for d in decisions if not d.quantize]
-    left = {module_name(d.tensor.name) for d in copied if _is_linear(d) or d.component == "experts"}
+    left = {module_name(d.tensor.name) for d in copied if is_linear(d.tensor, d.component) or d.component == "experts"}
     left = left.union(*(rules.group_of(name) for name in left))
     if not any(name.split(".")[-1] == "lm_head" for name in left | quantized):
         left.add("lm_head")
     return Selection(sorted(quantized), sorted(left), [d.tensor for d in copied])
-
-
-def _is_linear(decision: Decision) -> bool:
-    matrix = len(decision.tensor.shape) == 2 and decision.tensor.name.endswith(".weight")
-    return matrix and decision.component not in {"embeddings", "norms"}
 
 
 def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:

@@ -89,6 +89,12 @@ def module_name(tensor_name: str) -> str:
     return tensor_name
 
 
+def is_linear(tensor: TensorSpec, component: str) -> bool:
+    """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is no table to look things up."""
+    matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
+    return matrix and component not in {"embeddings", "norms"}
+
+
 def architectures() -> tuple[str, ...]:
     """Every `model_type` that has rules of its own."""
     return tuple(sorted(t for table in _tables()["architecture"].values() for t in table["model_types"]))
