@@ -28,7 +28,7 @@ def headers(tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[
 
 def plan_of(
     checkpoint: Checkpoint,
-    format: str = "quark",  # noqa: A002
+    format: str | None = None,  # noqa: A002
     compat: str | None = None,
     **options: Any,
 ) -> Plan:

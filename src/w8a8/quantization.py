@@ -93,8 +93,8 @@ def quantize(
     """Quantize the checkpoint `source` (a folder or Hub id `org/name[@revision]`) into the new folder `out`.
 
     Weights become INT8 [out, in] with one float32 scale per output channel (amax/127), symmetric, rounded half to
-    even; activations are left to the engine: INT8 per token, dynamic. `format` is `quark` (the default) or `compressed-tensors`;
-    `compat` (`quark-0.11`, `quark-0.13`, `llm-compressor-0.14`) reproduces that tool's bits instead. `include` and
+    even; activations are left to the engine: INT8 per token, dynamic. `format` is `quark` (the default) or
+    `compressed-tensors`; `compat` (`quark-0.11`, `quark-0.13`, `llm-compressor-0.14`) reproduces that tool's bits instead. `include` and
     `exclude` are globs over tensor or module names. `workers` shards are worked on at once. `advance` is called with
     numbers of source bytes as they are done, `notice` with sentences for the user.
 

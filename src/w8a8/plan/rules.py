@@ -90,7 +90,7 @@ def module_name(tensor_name: str) -> str:
 
 
 def is_linear(tensor: TensorSpec, component: str) -> bool:
-    """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is no table to look things up."""
+    """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is not a table."""
     matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     return matrix and component not in {"embeddings", "norms"}
 
