@@ -94,9 +94,9 @@ def quantize(
 
     Weights become INT8 [out, in] with one float32 scale per output channel (amax/127), symmetric, rounded half to
     even; activations are left to the engine: INT8 per token, dynamic. `format` is `quark` (the default) or
-    `compressed-tensors`; `compat` (`quark-0.11`, `quark-0.13`, `llm-compressor-0.14`) reproduces that tool's bits instead. `include` and
-    `exclude` are globs over tensor or module names. `workers` shards are worked on at once. `advance` is called with
-    numbers of source bytes as they are done, `notice` with sentences for the user.
+    `compressed-tensors`; `compat` (`quark-0.11`, `quark-0.13`, `llm-compressor-0.14`) reproduces that tool's bits
+    instead. `include` and `exclude` are globs over tensor or module names. `workers` shards are worked on at once.
+    `advance` is called with numbers of source bytes as they are done, `notice` with sentences for the user.
 
     An interrupted run is resumed by calling again with the same arguments. Raises `w8a8.W8A8Error`.
     """
