@@ -75,15 +75,11 @@ def execute(
         _check_room(plan, [p for _, p in todo], checkpoint, staging.home)
         try:
             _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
-        except NonFiniteWeightError:
-            staging.discard()  # the same command would only meet the same weight again
-            raise
-        records = tuple(staging.finished[p.name] for p in plan.shards)
-        _write_small_files(plan, checkpoint, records, staging.folder)
-        try:
+            records = tuple(staging.finished[p.name] for p in plan.shards)
+            _write_small_files(plan, checkpoint, records, staging.folder)
             _self_check(plan, staging.folder)
-        except SelfCheckError:
-            staging.discard()
+        except (NonFiniteWeightError, SelfCheckError):
+            staging.discard()  # going on from here would end here again
             raise
         staging.publish()
     return Execution(records, resumed)
@@ -133,8 +129,6 @@ def _run_shards(
         if stop.is_set():
             raise Stopped
         source, target = checkpoint.path / shard.name, staging.folder / shard_plan.name
-        with disk_errors(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
         header = plan.header(shard_plan)
         record = quantize_shard(source, shard, shard_plan, header, target, arithmetic, stop, advance)
         with journal:
