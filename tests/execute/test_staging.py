@@ -118,6 +118,10 @@ def test_another_job_says_what_differs_and_starts_over(out: Path, job: dict[str,
         assert says in notice
         assert staging.finished == {}
         assert names(staging.folder) == []
+        shard(staging, "b")
+    with Staging.claim(out, overwrite=False) as staging:
+        assert staging.begin(job) is None
+        assert list(staging.finished) == ["b"]
 
 
 def test_a_finished_shard_of_another_size_is_done_again(out: Path) -> None:
@@ -156,14 +160,16 @@ def test_what_a_killed_publishing_left_behind_is_cleared_away(out: Path) -> None
     assert names(out.parent) == ["out"]
 
 
-def test_a_published_result_can_be_made_again_after_a_killed_clearing(source: Path, out: Path) -> None:
-    quantize(source, out)
-    expected = folder_bytes(out)
-    interrupted(out.with_name("other"))
-    staging_of(out.with_name("other")).rename(staging_of(out))
-    (staging_of(out) / "out" / "a").unlink()
-    quantize(source, out, overwrite=True)
-    assert folder_bytes(out) == expected
+def test_a_published_result_can_be_made_again_after_a_killed_clearing(out: Path) -> None:
+    interrupted(out)
+    (staging_of(out) / "out").rename(out)
+    (out / "config.json").write_text("{}")
+    with Staging.claim(out, overwrite=True) as staging:
+        staging.begin(JOB)
+        assert staging.finished == {}
+        shard(staging, "b")
+        staging.publish()
+    assert folder_bytes(out) == {"b": b"abc"}
 
 
 def test_an_existing_out_is_refused_and_an_interrupted_run_beside_it_kept(out: Path) -> None:
