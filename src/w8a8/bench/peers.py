@@ -20,8 +20,9 @@ def spec(ch_axis, is_dynamic):
 
 if __name__ == "__main__":
     layer = QLayerConfig(weight=spec(0, False), input_tensors=spec(1, True))
-    config = QConfig(global_quant_config=layer, exclude=["*lm_head*", "*embed_tokens*", "*vision_tower*", "*embed_vision*"])
-    ModelQuantizer(config).direct_quantize_checkpoint(pretrained_model_path=sys.argv[1], save_path=sys.argv[2], device="cpu")
+    exclude = ["*lm_head*", "*embed_tokens*", "*vision_tower*", "*embed_vision*"]
+    quantizer = ModelQuantizer(QConfig(global_quant_config=layer, exclude=exclude))
+    quantizer.direct_quantize_checkpoint(pretrained_model_path=sys.argv[1], save_path=sys.argv[2], device="cpu")
 """
 
 _LLM_COMPRESSOR = """

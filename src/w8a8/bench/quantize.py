@@ -1,8 +1,9 @@
 """`w8a8 bench quantize`: a checkpoint of Gemma 4 31B's layers, quantized and copied by turns.
 
-Every run is a whole process, from start to exit, and its peak memory is what the kernel accounts to it. Runs are
-interleaved so that a noisy machine is noisy to all alike; between runs the output is removed and the disk synced. `cp -r` does not
-sync what it copies; `w8a8 quantize` does, hashes both sides and opens the result again.
+Every run is a whole process, from start to exit, and its peak memory is what the kernel accounts to it (at least the
+launcher's own 8 MiB). Runs are interleaved so that a noisy machine is noisy to all alike; between runs the output is
+removed and the disk synced. `cp -r` does not sync what it copies, so where there is memory to cache the copy it is done
+before the disk is; `w8a8 quantize` syncs, hashes both sides and opens the result again.
 """
 
 import json
