@@ -3,7 +3,8 @@
 Every run is a whole process, from start to exit, and its peak memory is what the kernel accounts to it (at least the
 launcher's own 8 MiB). Runs are interleaved so that a noisy machine is noisy to all alike; between runs the output is
 removed and the disk synced. `cp -r` does not sync what it copies, so where there is memory to cache the copy it is done
-before the disk is; `w8a8 quantize` syncs, hashes both sides and opens the result again.
+before the disk is; `w8a8 quantize` syncs, hashes both sides and opens the result again. Two more rows show what that
+part costs by itself: the copy synced, and the source read and hashed.
 """
 
 import json
@@ -38,6 +39,30 @@ LAYER = {
 }
 LAYER_BYTES = 2 * sum(rows * columns for rows, columns in LAYER.values())
 LAYERS_PER_SHARD = 2
+
+
+_HASH = """
+import hashlib, sys, threading
+def digest(path):
+    with open(path, "rb") as file:
+        hashlib.file_digest(file, "sha256")
+threads = [threading.Thread(target=digest, args=[path]) for path in sys.argv[1:]]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """A command to be timed in its `run`th run, with additions to the environment.
+
+    `fresh` ones start without the folder that the one before them made.
+    """
+
+    name: str
+    command: Sequence[str]
+    environment: Callable[[int], dict[str, str]] = lambda _run: {}
+    fresh: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,42 +108,69 @@ def bench(
     folder = folder.absolute()
     source, out = folder / f"gemma-4-31b-layers-{gib:g}GiB", folder / "out"
     make_checkpoint(source, gib, notice)
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    caches = tempfile.TemporaryDirectory(dir=folder)
-    warm = {"NUMBA_CACHE_DIR": f"{caches.name}/warm"}
-    quantize = [sys.executable, "-m", "w8a8", "quantize", str(source), str(out), "--quiet"]
-    contenders: dict[str, Callable[[int], tuple[Sequence[str], dict[str, str]]]] = {
-        "cp -r": lambda _: (["cp", "-r", str(source), str(out)], {}),
-        "w8a8 quantize": lambda _: (quantize, warm),
-        "w8a8 quantize, first ever (cold JIT)": lambda i: (quantize, {"NUMBA_CACHE_DIR": f"{caches.name}/cold{i}"}),
-    }
-    failed: dict[str, str] = {}
-    for peer in PEERS if peers else ():
-        command = _peer_command(peer, folder, source, out, notice, failed)
-        if command is not None:
-            contenders[peer.name] = lambda _, command=command: (command, {})  # type: ignore[misc]
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    peaks: dict[str, list[float]] = {name: [] for name in contenders}
-    theirs = {peer.name for peer in PEERS}
-    try:
-        _timed(quantize, warm, out)  # fills the page cache and the warm JIT cache, for all alike
-        for i in range(runs):
-            for name in [name for name in contenders if name not in failed]:
-                try:
-                    took, peak = _timed(*contenders[name](i), out)
-                except W8A8Error as error:
-                    if name not in theirs:
-                        raise
-                    failed[name] = str(error)
-                    continue
-                seconds[name].append(took)
-                peaks[name].append(peak)
-                notice(f"run {i + 1}/{runs}  {name}: {took:.2f} s, {peak:.0f} MiB")
-    finally:
-        shutil.rmtree(out, ignore_errors=True)
-        caches.cleanup()
-    rows = tuple(Row(n, tuple(seconds[n]), max(peaks[n])) for n in contenders if n not in failed)
+    size = sum(file.stat().st_size for file in _shards(source))
+    with tempfile.TemporaryDirectory(dir=folder) as caches:
+        contenders = _contenders(source, out, caches)
+        failed: dict[str, str] = {}
+        for peer in PEERS if peers else ():
+            command = _peer_command(peer, folder, source, out, notice, failed)
+            contenders += [Contender(peer.name, command)] if command is not None else []
+        try:
+            rows = _race(contenders, runs, out, failed, notice)
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
     return BenchResult(size, len(os.sched_getaffinity(0)), rows, failed)
+
+
+def _contenders(source: Path, out: Path, caches: str) -> list[Contender]:
+    """`cp -r` first, which all are compared with, then this tool, then its parts."""
+    quantize = [sys.executable, "-m", "w8a8", "quantize", str(source), str(out), "--quiet"]
+    verify = [sys.executable, "-m", "w8a8", "verify", str(out), "--source", str(source), "--quiet"]
+
+    def warm(_run: int) -> dict[str, str]:
+        return {"NUMBA_CACHE_DIR": f"{caches}/warm"}
+
+    def cold(run: int) -> dict[str, str]:
+        return {"NUMBA_CACHE_DIR": f"{caches}/cold{run}"}
+
+    return [
+        Contender("cp -r", ["cp", "-r", str(source), str(out)]),
+        Contender("cp -r, synced", ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', str(source), str(out)]),
+        Contender("w8a8 quantize", quantize, warm),
+        Contender("w8a8 verify", verify, warm, fresh=False),
+        Contender("w8a8 quantize, first ever (cold JIT)", quantize, cold),
+        Contender("SHA-256 of the source alone", [sys.executable, "-c", _HASH, *map(str, _shards(source))]),
+    ]
+
+
+def _race(
+    contenders: Sequence[Contender], runs: int, out: Path, failed: dict[str, str], notice: Callable[[str], None]
+) -> tuple[Row, ...]:
+    """Time every contender `runs` times by turns. A peer that fails is noted in `failed`; the others go on."""
+    theirs = {peer.name for peer in PEERS}
+    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
+    peaks: dict[str, list[float]] = {c.name: [] for c in contenders}
+    for run in range(-1, runs):  # the first round fills the page cache and the warm JIT cache, for all alike
+        for c in contenders:
+            if c.name in failed or (run < 0 and c.name in theirs):
+                continue
+            try:
+                took, peak = _timed(c.command, c.environment(run), out, fresh=c.fresh)
+            except W8A8Error as error:
+                if c.name not in theirs:
+                    raise
+                failed[c.name] = str(error)
+                continue
+            if run >= 0:
+                seconds[c.name].append(took)
+                peaks[c.name].append(peak)
+                notice(f"run {run + 1}/{runs}  {c.name}: {took:.2f} s, {peak:.0f} MiB")
+    names = [c.name for c in contenders if c.name not in failed]
+    return tuple(Row(name, tuple(seconds[name]), max(peaks[name])) for name in names)
+
+
+def _shards(source: Path) -> list[Path]:
+    return sorted(source.glob("*.safetensors"))
 
 
 def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = lambda _: None) -> None:
@@ -164,9 +216,10 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, int]], pool: NDArray[
             left -= len(part)
 
 
-def _timed(command: Sequence[str], environment: dict[str, str], out: Path) -> tuple[float, float]:
-    """Run a command to its end, as the only writer of `out`: `(seconds, peak MiB)`."""
-    shutil.rmtree(out, ignore_errors=True)
+def _timed(command: Sequence[str], environment: dict[str, str], out: Path, *, fresh: bool) -> tuple[float, float]:
+    """Run a command to its end, without an `out` from before if `fresh`: `(seconds, peak MiB)`."""
+    if fresh:
+        shutil.rmtree(out, ignore_errors=True)
     os.sync()
     run = timed(command, environment)
     if run.returncode != 0:
