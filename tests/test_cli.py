@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import w8a8
 from tests.checkpoints import write_checkpoint
+from w8a8.cli import _interruptible
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -169,3 +171,16 @@ def test_help_does_not_even_load_numpy() -> None:
     code += "print('numpy' in sys.modules or 'huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("False")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_ends_with_its_own_code_and_says_what_it_means(
+    capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped, _interruptible("nothing is lost"):
+        os.kill(os.getpid(), number)
+        signal.pause()
+    assert stopped.value.code == code
+    assert capsys.readouterr().err == "\nw8a8: interrupted; nothing is lost\n"
+    assert signal.getsignal(signal.SIGTERM) is before

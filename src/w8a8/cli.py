@@ -121,7 +121,10 @@ def quantize(
     if dry_run or out is None:
         terminal.plan(job.plan)
         return
-    with _resumable(), terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance:
+    with (
+        _interruptible("the same command goes on from here"),
+        terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance,
+    ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
     terminal.quantized(result)
 
@@ -155,7 +158,10 @@ def verify(
 
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, source)
-    with terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance:
+    with (
+        _interruptible("nothing was decided"),
+        terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance,
+    ):
         result = run(job, workers=workers, advance=advance)
     terminal.verified(result, top)
     if not result.ok:
@@ -213,8 +219,8 @@ def bench_quantize(
 
 
 @contextmanager
-def _resumable() -> Iterator[None]:
-    """On Ctrl-C or SIGTERM end in order, and say that nothing is lost."""
+def _interruptible(consequence: str) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM end in order, with 130 or 143, and say what that means."""
 
     def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
         raise SystemExit(143)
@@ -223,7 +229,7 @@ def _resumable() -> Iterator[None]:
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as stopped:
-        print("\nw8a8: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\nw8a8: interrupted; {consequence}", file=sys.stderr)
         sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
     finally:
         signal.signal(signal.SIGTERM, before)

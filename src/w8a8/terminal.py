@@ -277,9 +277,17 @@ def _component_table(plan: "Plan", *, why: bool = False) -> Table:
 
 
 def _error_table(result: "VerifyResult", top: int) -> Table:
-    table = _table("SQNR dB", "max error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
+    from w8a8.plan import module_name
+
+    table = _table("SQNR dB", "error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
     for t in result.tensors[:top]:
-        table.add_row(f"{t.sqnr_db:.2f}", f"{t.max_error:.3f}", f"{t.saturated:,}", f"{t.zeroed_rows:,}", clean(t.name))
+        table.add_row(
+            f"{t.sqnr_db:.2f}",
+            f"{t.max_error:.3f}",
+            f"{t.saturated:,}",
+            f"{t.zeroed_rows:,}",
+            clean(module_name(t.name)),
+        )
     return table
 
 

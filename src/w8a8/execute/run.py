@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import w8a8
-from w8a8.checkpoint import Checkpoint, Shard
+from w8a8.checkpoint import Checkpoint, Shard, reading
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord, quantize_shard
 from w8a8.execute.staging import Staging
-from w8a8.execute.stream import Identity, Stopped, source_errors
+from w8a8.execute.stream import Identity, Stopped
 from w8a8.execute.writer import disk_errors
 from w8a8.formats import Arithmetic
 from w8a8.plan import Plan, ShardPlan
@@ -183,7 +183,7 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with source_errors(source):
+    with reading(source):
         data = source.read_bytes()
     with disk_errors(target):
         target.parent.mkdir(exist_ok=True)

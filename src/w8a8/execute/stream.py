@@ -1,7 +1,7 @@
 """Reading a file once, front to back: a thread of its own reads and hashes, the caller works on what it hands over.
 
-SHA-256 runs at about 2 GiB/s per core and must see a file's bytes in order, which makes it the slowest thing the
-quantizer does to a byte. So it gets a core to itself, on bytes that are still in cache from reading, and everything
+SHA-256 must see a file's bytes in order, and is the slowest thing the quantizer does to a byte (`w8a8 bench quantize`
+has it as a row). So it gets a core to itself, on bytes that are still in cache from reading, and everything
 else (amax, codes, hashing the output, writing) happens on the other side of the queue. Memory is the buffers: four
 per file.
 """
@@ -12,13 +12,12 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from w8a8.checkpoint import Shard, TensorSpec
-from w8a8.errors import SourceChangedError, UnreadableError
+from w8a8.checkpoint import Shard, TensorSpec, reading
+from w8a8.errors import SourceChangedError
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -33,15 +32,6 @@ class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
     """Another shard failed or the user interrupted: this one ends early."""
 
 
-@contextmanager
-def source_errors(path: Path) -> Iterator[None]:
-    """Turn what the system says while a source file is read into `UnreadableError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read ({error.strerror})") from error
-
-
 @dataclass(frozen=True, slots=True)
 class Identity:
     """What tells a file from a changed one: inode, bytes, and time of last change in nanoseconds."""
@@ -53,7 +43,7 @@ class Identity:
     @classmethod
     def of(cls, path: Path) -> Self:
         """The identity of the file at `path` as it is now. Raises `UnreadableError`."""
-        with source_errors(path):
+        with reading(path):
             status = path.stat()
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
@@ -112,7 +102,7 @@ def stream(
 
     def read() -> None:
         try:
-            with source_errors(path), path.open("rb", buffering=0) as file:
+            with reading(path), path.open("rb", buffering=0) as file:
                 for block in blocks:
                     buffer = free.get()
                     if stop.is_set() or ended.is_set():
@@ -146,10 +136,8 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Fill `view` from byte `offset` of the open file. Raises `UnreadableError` or `SourceChangedError`."""
     done = 0
     while done < len(view):
-        try:
+        with reading(path):
             count = os.preadv(fd, [view[done:]], offset + done)
-        except OSError as error:
-            raise UnreadableError(f"{path}: reading failed at byte {offset + done:,} ({error.strerror})") from error
         if count == 0:
             raise SourceChangedError(f"{path}: ends at byte {offset + done:,}; it became shorter while being read")
         done += count
@@ -158,7 +146,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with source_errors(path), path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while count := file.readinto(buffer):
             if stop is not None and stop.is_set():

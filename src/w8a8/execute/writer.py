@@ -1,7 +1,7 @@
 """Writing a file once, front to back, hashed on the way and synced at the end.
 
 The result must be on the disk before it is published, so the page cache would only be a detour: where the platform has
-O_DIRECT, whole pages go straight from an aligned buffer to the disk, which costs a fifth of the processor time of
+O_DIRECT, whole pages go straight from an aligned buffer to the disk, which costs a fraction of the processor time of
 buffered writes and leaves the cache to the source. Elsewhere the same bytes are written the ordinary way.
 """
 
