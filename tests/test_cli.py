@@ -179,8 +179,7 @@ def test_an_interrupt_ends_with_its_own_code_and_says_what_it_means(
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped, _interruptible("nothing is lost"):
-        os.kill(os.getpid(), number)
-        signal.pause()
+        signal.raise_signal(number)
     assert stopped.value.code == code
     assert capsys.readouterr().err == "\nw8a8: interrupted; nothing is lost\n"
     assert signal.getsignal(signal.SIGTERM) is before
