@@ -152,11 +152,19 @@ def test_help_shows_examples(command: list[str]) -> None:
     assert f"w8a8 {' '.join(command)}" in run(*command, "--help").stdout.split("Examples")[1]
 
 
-def test_the_shell_can_complete_commands() -> None:
-    asked = {"_W8A8_COMPLETE": "complete_bash", "COMP_WORDS": "w8a8 ver", "COMP_CWORD": "1"}
+@pytest.mark.parametrize(
+    ("typed", "word", "offered"),
+    [
+        ("w8a8 ver", 1, ["verify"]),
+        ("w8a8 quantize --format c", 3, ["compressed-tensors"]),
+        ("w8a8 quantize --compat quark", 3, ["quark-0.11", "quark-0.13"]),
+    ],
+)
+def test_the_shell_completes_commands_and_values(typed: str, word: int, offered: list[str]) -> None:
+    asked = {"_W8A8_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(word)}
     script = Path(sys.executable).parent / "w8a8"
     done = subprocess.run([script], capture_output=True, text=True, check=False, env={**os.environ, **asked})
-    assert done.stdout.strip() == "verify"
+    assert done.stdout.split() == offered
 
 
 @pytest.mark.parametrize("statement", ["import w8a8", "import w8a8.cli", "from w8a8.quantization import prepare"])

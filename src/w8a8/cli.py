@@ -58,6 +58,18 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+def _formats() -> list[str]:
+    from w8a8.formats import FORMATS
+
+    return list(FORMATS)
+
+
+def _compats() -> list[str]:
+    from w8a8.formats import COMPATS
+
+    return list(COMPATS)
+
+
 @app.callback()
 def _root(
     version: Annotated[
@@ -83,11 +95,18 @@ def quantize(
     ] = None,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")] = None,
     format: Annotated[  # noqa: A002
-        str | None, typer.Option(help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.")
+        str | None,
+        typer.Option(
+            help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.",
+            autocompletion=_formats,
+        ),
     ] = None,
     compat: Annotated[
         str | None,
-        typer.Option(help="Reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`."),
+        typer.Option(
+            help="Reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`.",
+            autocompletion=_compats,
+        ),
     ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Glob of tensors to quantize although the rules would not. Repeatable.")
@@ -173,11 +192,11 @@ def verify(
 Examples:
 
 - `w8a8 inspect ./gemma-W8A8`
-- `w8a8 inspect google/gemma-3-270m --tensors`
+- `w8a8 inspect ./gemma --tensors`
 """
 )
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]`.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder of the checkpoint.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
     json: Json = False,
 ) -> None:
