@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 import w8a8
+from tests.checkpoint.command import python
 from tests.checkpoints import write_checkpoint
 from w8a8.cli import _interruptible
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "w8a8", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return python("-m", "w8a8", *arguments, env=environment)
 
 
 def test_quantize_prints_what_became_of_each_component(llama: Path, tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 import w8a8
-from tests.checkpoints import LLAMA, llama_tensors, read_tensor, write_checkpoint
+from tests.checkpoint.files import edit_json
+from tests.checkpoints import LLAMA, Array, llama_tensors, read_tensor, write_checkpoint
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import W8A8Error
+from w8a8.formats import Selection, quark
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -129,19 +131,13 @@ def test_missing_extra_and_reshaped_tensors_are_found(made: Path, tmp_path: Path
     assert "lm_head.weight: [64, 128] in the source, [128, 64] in the result" in problems
 
 
-def change_json(path: Path, change: Callable[[dict[str, dict[str, object]]], object]) -> None:
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
 def test_a_config_without_the_scheme_is_found(llama: Path, made: Path) -> None:
-    change_json(made / "config.json", lambda config: config.pop("quantization_config"))
+    edit_json(made / "config.json", lambda config: config.pop("quantization_config"))
     assert any("does not declare INT8 W8A8" in p for p in w8a8.verify(made, llama).problems)
 
 
 def test_a_config_that_differs_elsewhere_is_found(llama: Path, made: Path) -> None:
-    change_json(made / "config.json", lambda config: config.update(hidden_size={"a": 1}))
+    edit_json(made / "config.json", lambda config: config.update(hidden_size={"a": 1}))
     assert any("differs from the source's in hidden_size" in p for p in w8a8.verify(made, llama).problems)
 
 
@@ -149,13 +145,37 @@ def test_an_excluded_layer_that_is_int8_is_found(llama: Path, made: Path) -> Non
     def exclude(config: dict[str, dict[str, object]]) -> None:
         config["quantization_config"]["exclude"] = ["lm_head", Q_PROJ.removesuffix(".weight")]
 
-    change_json(made / "config.json", exclude)
+    edit_json(made / "config.json", exclude)
     assert any("config.json excludes it" in p for p in w8a8.verify(made, llama).problems)
 
 
 def test_a_wrong_total_size_is_found(llama: Path, made: Path) -> None:
-    change_json(made / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
+    edit_json(made / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=1))
     assert any("total_size is 1" in p for p in w8a8.verify(made, llama).problems)
+
+
+@pytest.mark.parametrize("metadata", [[], "none", None])
+def test_an_index_with_garbled_metadata_is_a_problem_and_no_crash(llama: Path, made: Path, metadata: object) -> None:
+    edit_json(made / "model.safetensors.index.json", lambda index: index.update(metadata=metadata))
+    assert any("total_size is None" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_a_nan_in_the_source_of_a_quantized_layer_is_found(llama: Path, made: Path) -> None:
+    patch(llama, spec(llama, Q_PROJ), lambda data: b"\xc0\x7f" + data[2:])
+    forget_checksums(made)
+    assert any(Q_PROJ in p and "nan scales away" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_int8_that_is_no_matrix_is_not_passed_unseen(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.weight"
+    config = {**LLAMA, "quantization_config": quark.quantization_config(Selection([], ["lm_head"], []))}
+    source = write_checkpoint(tmp_path / "in", {name: ("BF16", np.ones((2, 3, 4), np.float32))})
+    made: dict[str, tuple[str, Array]] = {
+        name: ("I8", np.ones((2, 3, 4), np.int8)),
+        f"{name}_scale": ("F32", np.ones(2, np.float32)),
+    }
+    result = w8a8.verify(write_checkpoint(tmp_path / "out", made, config=config), source)
+    assert any("is no matrix" in p for p in result.problems)
 
 
 def test_a_missing_sidecar_is_found(llama: Path, tmp_path: Path) -> None:

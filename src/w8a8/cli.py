@@ -33,6 +33,11 @@ app.add_typer(bench_app, name="bench")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only the result and errors.")]
 
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
+]
+
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
@@ -115,10 +120,7 @@ def quantize(
         list[str] | None, typer.Option(help="Glob of tensors to leave as they are. Repeatable; wins over --include.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
-    ] = None,
+    workers: Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -160,10 +162,7 @@ def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
     source: Annotated[str, typer.Option(help="What it was made from: folder or Hub id `org/name[@revision]`.")],
     top: Annotated[int, typer.Option(min=0, help="How many of the worst tensors to list.")] = 10,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
-    ] = None,
+    workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -119,7 +119,7 @@ def run(
     for warning in job.plan.warnings:
         notice(f"warning: {warning}")
     start = time.perf_counter()
-    done = execute(
+    resumed = execute(
         job.plan,
         job.checkpoint,
         Path(out),
@@ -129,7 +129,7 @@ def run(
         advance=advance,
         notice=notice,
     )
-    return QuantizeResult(job.checkpoint.path, Path(out), job.plan, time.perf_counter() - start, done.resumed)
+    return QuantizeResult(job.checkpoint.path, Path(out), job.plan, time.perf_counter() - start, resumed)
 
 
 def _label(source: Source) -> str:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +26,15 @@ from w8a8.checkpoint.reader import INDEX, read_json
 from w8a8.errors import W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
 from w8a8.execute.stream import file_sha256, read_exactly, shard_blocks, stream
-from w8a8.formats import Scheme, detect
-from w8a8.plan import Rules, is_linear, module_name
+from w8a8.formats import Scheme, detect, section
+from w8a8.formats.arithmetic import decode
+from w8a8.plan import QUANTIZABLE, Rules, is_linear, module_name, scale_name
 
 HALF_A_SCALE = 0.5 + 2**-10
 """Rounding to nearest, and the float32 rounding of the difference itself."""
 
 FOREIGN_LIMIT = 1.5 + 2**-6
 """Half a scale for rounding, one for clipping at 127 what amax/127.5 in BF16 puts at up to 128."""
-
-QUANTIZED_FROM = {"BF16", "F16", "F32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +195,12 @@ def _finite(value: float) -> float | None:
 
 
 def _scale_of(tensor: TensorSpec, out: Checkpoint) -> TensorSpec | None:
-    return out.tensors.get(f"{module_name(tensor.name)}.weight_scale")
+    return out.tensors.get(scale_name(tensor.name))
 
 
 def _is_quantized(tensor: TensorSpec, job: Job) -> bool:
     made = job.out.tensors.get(tensor.name)
-    return made is not None and made.dtype == "I8" and tensor.dtype in QUANTIZED_FROM
+    return made is not None and made.dtype == "I8" and tensor.dtype in QUANTIZABLE
 
 
 def _structure_problems(job: Job) -> Iterator[str]:
@@ -218,7 +217,7 @@ def _structure_problems(job: Job) -> Iterator[str]:
             yield f"{tensor.name}: {list(tensor.shape)} in the source, {list(made.shape)} in the result"
         elif _is_quantized(tensor, job):
             scale = _scale_of(tensor, job.out)
-            scales.add(f"{module_name(tensor.name)}.weight_scale")
+            scales.add(scale_name(tensor.name))
             yield from _scale_shape_problems(tensor, scale)
             if job.scheme.leaves_alone(module_name(tensor.name)):
                 yield f"{tensor.name}: INT8, but config.json excludes it, so engines would take it for {tensor.dtype}"
@@ -230,9 +229,11 @@ def _structure_problems(job: Job) -> Iterator[str]:
 
 def _scale_shape_problems(tensor: TensorSpec, scale: TensorSpec | None) -> Iterator[str]:
     rows = tensor.shape[0] if tensor.shape else 0
-    if scale is None:
+    if len(tensor.shape) != 2:
+        yield f"{tensor.name}: INT8, but {list(tensor.shape)} is no matrix, so it has no channels to check"
+    elif scale is None:
         yield f"{tensor.name}: INT8, but it has no weight_scale"
-    elif scale.shape not in {(rows,), (rows, 1)} or scale.dtype not in QUANTIZED_FROM:
+    elif scale.shape not in {(rows,), (rows, 1)} or scale.dtype not in QUANTIZABLE:
         yield f"{scale.name}: {scale.dtype} {list(scale.shape)} is no scale for {rows} rows"
 
 
@@ -245,7 +246,7 @@ def _bookkeeping_problems(job: Job) -> Iterator[str]:
         )
         yield f"config.json: differs from the source's in {', '.join(changed)}"
     if job.out.indexed:
-        total = read_json(job.out.path / INDEX).get("metadata", {}).get("total_size")
+        total = section(read_json(job.out.path / INDEX), "metadata").get("total_size")
         if total != job.out.nbytes:
             yield f"{INDEX}: total_size is {total}, the tensors have {job.out.nbytes} bytes"
     for name in job.source.sidecars:
@@ -296,13 +297,11 @@ def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> _C
     found = _Comparison([], [])
     with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
         shards = sorted(job.source.shards, key=lambda shard: -shard.size)
-        pending = {pool.submit(_compare_shard, job, shard, stop, advance) for shard in shards}
-        pending |= {pool.submit(_check_sum, job, shard, stop) for shard in job.out.shards if job.provenance is not None}
+        tasks = [pool.submit(_compare_shard, job, shard, stop, advance) for shard in shards]
+        tasks += [pool.submit(_check_sum, job, shard, stop) for shard in job.out.shards if job.provenance is not None]
         try:
-            while pending:
-                done, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in done:
-                    found.add(future.result())
+            for task in as_completed(tasks):
+                found.add(task.result())
         finally:
             stop.set()
     found.problems.sort()
@@ -311,7 +310,7 @@ def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> _C
 
 def _check_sum(job: Job, shard: Shard, stop: threading.Event) -> _Comparison:
     """The result's own shard against w8a8.json."""
-    recorded = _at(job.provenance, "shards", shard.name, "sha256")
+    recorded = section(job.provenance or {}, "shards", shard.name).get("sha256")
     if file_sha256(job.out.path / shard.name, stop) == recorded:
         return _Comparison([], [], checksums=1)
     return _Comparison([f"{shard.name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"], [])
@@ -343,7 +342,7 @@ def _compare_shard(job: Job, shard: Shard, stop: threading.Event, advance: Calla
     for tally in tallies.values():
         tally.conclude(found, job)
     if digest is not None:
-        if digest.hexdigest() == _at(job.provenance, "source", "sha256", shard.name):
+        if digest.hexdigest() == section(job.provenance or {}, "source", "sha256").get(shard.name):
             found.checksums += 1
         else:
             found.problems.append(f"source {shard.name}: is not the file this was made from (SHA-256 differs)")
@@ -358,12 +357,7 @@ def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _CodesTally | None":
     if made.dtype == tensor.dtype:
         return _CopyTally(tensor, made)
     scale = _scale_of(tensor, job.out)
-    if (
-        not _is_quantized(tensor, job)
-        or scale is None
-        or any(_scale_shape_problems(tensor, scale))
-        or len(made.shape) != 2
-    ):
+    if not _is_quantized(tensor, job) or scale is None or any(_scale_shape_problems(tensor, scale)):
         return None
     return _CodesTally(tensor, made, _read_scale(job.out, scale))
 
@@ -373,9 +367,7 @@ def _read_scale(out: Checkpoint, scale: TensorSpec) -> NDArray[np.float32]:
     path = out.path / scale.shard
     with path.open("rb", buffering=0) as file:
         read_exactly(file.fileno(), memoryview(raw), scale.offset, path)
-    if scale.dtype == "BF16":
-        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return np.frombuffer(raw, np.float16 if scale.dtype == "F16" else np.float32).astype(np.float32)
+    return decode(raw, scale.dtype)
 
 
 class _CopyTally:
@@ -421,7 +413,7 @@ class _CodesTally:
         self._signal += float(error.signal.sum())
         self._noise += float(error.noise.sum())
         with np.errstate(all="ignore"):
-            self._max_error = max(self._max_error, float(np.max(error.worst / scale)))
+            self._max_error = float(np.maximum(self._max_error, np.max(error.worst / scale)))  # NaN stays
         self._saturated += int(error.saturated.sum())
         self._zeroed += int(np.count_nonzero((error.signal > 0) & (error.nonzero == 0)))
 
@@ -443,10 +435,3 @@ class _CodesTally:
                 name, component, ratio, self._max_error, self._saturated, self._zeroed, self._signal, self._noise
             )
         )
-
-
-def _at(values: Any, *keys: str) -> Any:
-    """What lies at a path of keys in untrusted JSON, or None."""
-    for key in keys:
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values

@@ -4,7 +4,7 @@
 unfinished result, the lock and the journal; `run` puts them together.
 """
 
-from w8a8.execute.run import Execution, execute, worker_count
+from w8a8.execute.run import execute, worker_count
 from w8a8.execute.shard import ShardRecord
 
-__all__ = ["Execution", "ShardRecord", "execute", "worker_count"]
+__all__ = ["ShardRecord", "execute", "worker_count"]

@@ -10,7 +10,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +29,6 @@ SLACK_BYTES = 16 << 20
 """Room to leave for the small files, and for a file system's own bookkeeping."""
 
 
-@dataclass(frozen=True, slots=True)
-class Execution:
-    """What a run did: the records of all shards, and how many of them an earlier run had finished."""
-
-    records: tuple[ShardRecord, ...]
-    resumed: int
-
-
 def worker_count() -> int:
     """Shards to work on at once: one per core this process may use, at most 8, which any one disk is busy with."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
@@ -53,8 +44,10 @@ def execute(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
-) -> Execution:
+) -> int:
     """Carry out `plan`, made from `checkpoint`, and publish the result as the folder `out`.
+
+    Returns how many shards an earlier run had finished.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
@@ -82,7 +75,7 @@ def execute(
             staging.discard()  # going on from here would end here again
             raise
         staging.publish()
-    return Execution(records, resumed)
+    return resumed
 
 
 def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def quark(observer: str) -> Arithmetic:
 def round_to(values: Float32s, dtype: str) -> Float32s:
     """`values` rounded to the safetensors dtype BF16, F16 or F32, nearest even, subnormals kept; as float32."""
     if dtype == "BF16":
-        return (bf16_bits(values).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        return _widen(bf16_bits(values))
     with np.errstate(over="ignore"):
         return values.astype(np.float16).astype(np.float32) if dtype == "F16" else values
 
@@ -73,6 +73,18 @@ def bf16_bits(values: Float32s) -> NDArray[np.uint16]:
     """The BF16 bit patterns nearest to finite or infinite float32 `values`, ties to even."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
+def _widen(bits: NDArray[np.uint16]) -> Float32s:
+    """BF16 bit patterns as the float32 of the same value."""
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def decode(data: bytes | bytearray, dtype: str) -> Float32s:
+    """The bytes of a BF16, F16 or F32 tensor as float32: the inverse of `encode`."""
+    if dtype == "BF16":
+        return _widen(np.frombuffer(data, "<u2"))
+    return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
 def encode(values: Float32s, dtype: str) -> bytes:

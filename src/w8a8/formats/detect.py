@@ -48,16 +48,16 @@ def detect(config: Mapping[str, Any]) -> Scheme:
 
 def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization config, from any of the places engines look for one."""
-    for place in (config, _at(config, "text_config")):
+    for place in (config, section(config, "text_config")):
         for key in ("quantization_config", "compression_config"):
             if place.get(key):
-                return _at(place, key)
+                return section(place, key)
     return None
 
 
 def _quark(quantization: Mapping[str, Any]) -> Scheme:
-    weight = _at(quantization, "global_quant_config", "weight")
-    inputs = _at(quantization, "global_quant_config", "input_tensors")
+    weight = section(quantization, "global_quant_config", "weight")
+    inputs = section(quantization, "global_quant_config", "input_tensors")
     per_channel = (weight.get("dtype"), weight.get("qscheme"), weight.get("ch_axis")) == ("int8", "per_channel", 0)
     per_token = (inputs.get("dtype"), inputs.get("qscheme"), inputs.get("is_dynamic")) == ("int8", "per_channel", True)
     static = weight.get("is_dynamic") is False
@@ -72,7 +72,10 @@ def _quark(quantization: Mapping[str, Any]) -> Scheme:
 def _compressed_tensors(quantization: Mapping[str, Any]) -> Scheme:
     groups = quantization.get("config_groups")
     group = next(iter(groups.values()), None) if isinstance(groups, dict) and len(groups) == 1 else None
-    weights, inputs = _at({"group": group}, "group", "weights"), _at({"group": group}, "group", "input_activations")
+    weights, inputs = (
+        section({"group": group}, "group", "weights"),
+        section({"group": group}, "group", "input_activations"),
+    )
     per_channel = (weights.get("num_bits"), weights.get("type"), weights.get("strategy")) == (8, "int", "channel")
     per_token = (inputs.get("num_bits"), inputs.get("type"), inputs.get("dynamic")) == (8, "int", True)
     static = weights.get("dynamic") is False
@@ -87,7 +90,7 @@ _PTPC = "INT8 W8A8: weights per channel, activations per token and dynamic"
 _MIXED = "not one scheme for all layers"
 
 
-def _at(values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
+def section(values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
     """The object at a path of keys; empty where there is none."""
     found: Any = values
     for key in keys:

@@ -6,6 +6,18 @@ can be printed, saved as JSON and compared.
 
 from w8a8.plan.layout import ShardPlan, Write
 from w8a8.plan.plan import Decision, Plan, make_plan
-from w8a8.plan.rules import Rules, architectures, is_linear, module_name
+from w8a8.plan.rules import QUANTIZABLE, Rules, architectures, is_linear, module_name, scale_name
 
-__all__ = ["Decision", "Plan", "Rules", "ShardPlan", "Write", "architectures", "is_linear", "make_plan", "module_name"]
+__all__ = [
+    "QUANTIZABLE",
+    "Decision",
+    "Plan",
+    "Rules",
+    "ShardPlan",
+    "Write",
+    "architectures",
+    "is_linear",
+    "make_plan",
+    "module_name",
+    "scale_name",
+]

@@ -16,7 +16,7 @@ from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import Format, Selection, detect
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
-from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name
+from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +232,7 @@ def _check_groups(decisions: list[Decision], rules: Rules) -> None:
 
 def _scale_spec(tensor: TensorSpec, fmt: Format) -> ScaleSpec:
     rows = tensor.shape[0]
-    return ScaleSpec(f"{module_name(tensor.name)}.weight_scale", fmt.scale_dtype(tensor.dtype), fmt.scale_shape(rows))
+    return ScaleSpec(scale_name(tensor.name), fmt.scale_dtype(tensor.dtype), fmt.scale_shape(rows))
 
 
 def _check_new_names(checkpoint: Checkpoint, quantized: Mapping[str, ScaleSpec]) -> None:

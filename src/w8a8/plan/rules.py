@@ -89,6 +89,11 @@ def module_name(tensor_name: str) -> str:
     return tensor_name
 
 
+def scale_name(tensor_name: str) -> str:
+    """The name of the scale that belongs to a quantized weight; the same in all formats."""
+    return f"{module_name(tensor_name)}.weight_scale"
+
+
 def is_linear(tensor: TensorSpec, component: str) -> bool:
     """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is not a table."""
     matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
