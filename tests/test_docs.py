@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 def test_every_exit_code_is_documented_and_used_once() -> None:
     classes = [c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.W8A8Error)]
     codes = [c.exit_code for c in classes]
-    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs/quantize.md").read_text(), re.M)}
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", (ROOT / "docs/exit-codes.md").read_text(), re.M)}
     assert len(codes) == len(set(codes))
     assert set(codes) | {0} == documented
 

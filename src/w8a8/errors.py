@@ -182,3 +182,48 @@ class SelfCheckError(W8A8Error):
     """The finished output did not re-open as planned; it was not published."""
 
     exit_code = 44
+
+
+# --- running and serving: 50-59 -----------------------------------------------------------------------------------
+
+
+class MissingExtraError(W8A8Error):
+    """A package that this command needs is not installed."""
+
+    exit_code = 50
+
+
+class UnsupportedSchemeError(W8A8Error):
+    """The checkpoint is quantized, but not as INT8 W8A8 with per-channel and per-token scales."""
+
+    exit_code = 51
+
+
+class DoesNotFitError(W8A8Error):
+    """The model needs more memory than there is."""
+
+    exit_code = 52
+
+
+class PortInUseError(W8A8Error):
+    """The address to listen on is taken, or cannot be bound."""
+
+    exit_code = 53
+
+
+class EngineError(W8A8Error):
+    """The engine ended, or failed, before it could answer."""
+
+    exit_code = 54
+
+
+class NoDeviceError(W8A8Error):
+    """No GPU was found, and none was described."""
+
+    exit_code = 55
+
+
+class ServerError(W8A8Error):
+    """A server could not be reached, or refused the request."""
+
+    exit_code = 56
