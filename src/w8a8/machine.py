@@ -1,0 +1,161 @@
+"""The machine: its GPUs, as they report themselves or as the user describes them, and the memory that is free.
+
+NVIDIA's GPUs are asked for with nvidia-smi. AMD's are read where rocm-smi reads them, from the files of the amdgpu
+driver: the topology in `/sys/class/kfd` names every GPU that can compute, with its architecture and its render node,
+and the render node's `mem_info_vram_total` is its memory; so ROCm's tools need not be installed. A GPU that the
+environment hides (`CUDA_VISIBLE_DEVICES` and its kin) or whose device file is not here (a container's) does not count,
+because no engine could use it. Neither does one with less than 4 GiB of its own: that is the GPU inside a CPU, which
+borrows a little memory to draw with, next to the cards that are meant. One with a large carve-out counts with that.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from w8a8.errors import UsageError
+
+MAX_GPUS = 64
+MIN_MEMORY = 4 * 2**30
+"""Bytes below which a GPU is taken for an integrated one that only draws."""
+
+_DESCRIBED = re.compile(r"((?P<count>\d{1,4})x)?(?P<size>\d{1,5}(\.\d{1,3})?)(?P<unit>GiB|GB)(:(?P<arch>\S+))?")
+_ARCH = re.compile(r"gfx\d{1,2}[0-9a-f]{2}|sm_\d{2,3}a?")
+_NVIDIA_QUERY = ("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
+_NVIDIA_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU: `memory` in bytes, `arch` as compilers call it (`gfx1100`, `sm_90`; empty where unknown)."""
+
+    name: str
+    memory: int
+    arch: str = ""
+    vendor: str = ""
+
+    @property
+    def is_rdna(self) -> bool:
+        """Whether it is one of AMD's RDNA GPUs (gfx10 to gfx12), which lack the matrix cores of the Instinct line."""
+        return re.fullmatch(r"gfx1[0-2][0-9a-f]{2}", self.arch) is not None
+
+
+def detect(root: Path = Path("/")) -> tuple[Gpu, ...]:
+    """Every GPU of this machine that an engine could use; none is no error. `root` is where `sys` and `dev` lie."""
+    found = (*_nvidia(os.environ), *amd_gpus(root, os.environ))
+    return tuple(gpu for gpu in found if gpu.memory >= MIN_MEMORY)
+
+
+def describe(text: str) -> tuple[Gpu, ...]:
+    """The GPUs that `[COUNTx]SIZE{GiB,GB}[:ARCH]` says, as in `4x24GiB:gfx1100`. Raises `UsageError`."""
+    match = _DESCRIBED.fullmatch(text.strip())
+    count = int(match["count"] or 1) if match else 0
+    memory = int(float(match["size"]) * (2**30 if match["unit"] == "GiB" else 10**9)) if match else 0
+    arch = (match["arch"] or "") if match else ""
+    if not 1 <= count <= MAX_GPUS or not memory or (arch and not _ARCH.fullmatch(arch)):
+        raise UsageError(
+            f"{text!r} describes no GPU; write [COUNTx]SIZE[:ARCH] with 1 to {MAX_GPUS} GPUs, "
+            "as in 24GiB, 2x48GB, 4x24GiB:gfx1100 or 1x141GiB:sm_90"
+        )
+    vendor = {"g": "amd", "s": "nvidia"}.get(arch[:1], "")
+    return (Gpu(" ".join(filter(None, (f"{match['size']} {match['unit']}", arch))), memory, arch, vendor),) * count  # type: ignore[index]
+
+
+def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
+    """The GPUs in what nvidia-smi prints: a line each of name, MiB, compute capability."""
+    rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines()]
+    return tuple(
+        Gpu(row[0], int(row[1]) * 2**20, "sm_" + row[2].replace(".", ""), "nvidia")
+        for row in rows
+        if len(row) == 3 and row[1].isdecimal() and re.fullmatch(r"\d+\.\d", row[2])
+    )
+
+
+def amd_gpus(root: Path, environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """AMD's GPUs in the `sys` and `dev` of the file system at `root`, less those that `environment` hides."""
+    nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties")
+    gpus = [_amd_gpu(root, path) for path in sorted(nodes, key=lambda path: (len(path.parent.name), path))]
+    found = [gpu for gpu in gpus if gpu]
+    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"):
+        wanted = environment.get(variable)
+        if wanted is not None and re.fullmatch(r"(-?\d+(,-?\d+)*)?", wanted):
+            indices = [int(index) for index in wanted.split(",") if index]
+            found = [found[i] for i in indices if 0 <= i < len(found)]
+    return tuple(found)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of RAM that can be had now: what the kernel calls available, within the limits of this process's cgroups.
+
+    `root` is the file system whose `proc` and `sys` are read.
+    """
+    meminfo = _numbers(root / "proc/meminfo")
+    return max(0, min([meminfo["MemAvailable:"] * 1024, *_cgroup_rooms(root)]))
+
+
+def _nvidia(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
+    """What nvidia-smi reports; nothing where it is missing, hangs or fails."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return ()
+    chosen = [f"--id={visible}"] if visible else []
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", *chosen, *_NVIDIA_QUERY], capture_output=True, text=True, timeout=_NVIDIA_SECONDS
+        )
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return ()
+    return parse_nvidia_smi(done.stdout) if done.returncode == 0 else ()
+
+
+def _amd_gpu(root: Path, properties: Path) -> Gpu | None:
+    """The GPU of a node of the topology: none for a CPU, or where its render node is not here."""
+    values = _numbers(properties)
+    version, minor = values.get("gfx_target_version", 0), values.get("drm_render_minor", 0)
+    device = root / f"sys/class/drm/renderD{minor}/device"
+    memory = _first_number(device / "mem_info_vram_total")
+    if not version or not memory or not (root / f"dev/dri/renderD{minor}").exists():
+        return None
+    arch = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+    return Gpu(_text(device / "product_name").strip() or f"AMD {arch}", memory, arch, "amd")
+
+
+def _cgroup_rooms(root: Path) -> Iterator[int]:
+    """Bytes left under each limit of the cgroups this process is in (v2 and v1), page cache taken as free."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        limit, usage = (
+            ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
+        )
+        group = top / path.lstrip("/")
+        for folder in (group, *group.parents):
+            most, used = _first_number(folder / limit), _first_number(folder / usage)
+            if most is not None and used is not None:
+                stat = _numbers(folder / "memory.stat")
+                yield most - used + stat.get("active_file", 0) + stat.get("inactive_file", 0)
+            if folder == top:
+                break
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """A file of `name number` lines."""
+    rows = (line.split() for line in _text(path).splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdecimal()}
+
+
+def _first_number(path: Path) -> int | None:
+    text = _text(path).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _text(path: Path) -> str:
+    """A small file's text; empty where it is not there or not ours to read."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
