@@ -1,0 +1,106 @@
+"""The W8A8 linear layer: INT8 weights, one scale per output channel; INT8 activations, one scale per token.
+
+What it computes, for a token x [in] and an output channel w [in] with scale s, is what vLLM's kernels do
+(`csrc/quantization/w8a8/int8/scaled_quant.cu` and the epilogue of its CUTLASS INT8 matmul):
+
+    amax  = max(|x|, FLOOR)                  FP32, whatever the dtype of x
+    codes = round_half_even(x * (127 / amax))
+    acc   = sum(codes * w)                   INT32, exact
+    y     = (acc * s) * (amax / 127) + bias  FP32, in this order; rounded once, to the dtype of x
+
+`FLOOR` keeps `127 / amax` finite and `amax / 127` normal: it replaces vLLM's special case for a token of zeros, and a
+token whose values are all subnormal comes out near zero instead of as garbage. A token that holds NaN or infinity
+comes out as NaN, all of it, and alone.
+
+The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FLOOR = 2.0**-119
+"""The smallest amax a token is scaled by, 1.5e-36."""
+
+MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
+"""Longer dot products could overflow INT32."""
+
+
+class W8A8Linear(nn.Module):  # type: ignore[misc]
+    """`y = x @ (weight * weight_scale[:, None]).T + bias`, computed in INT8. For inference: it has no gradient.
+
+    Parameters: `weight` int8 [out, in]; `weight_scale` float32 [out], which `.to(dtype)` leaves float32;
+    `bias` [out] of `dtype`, or None.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Zero weights and scales of 1, to be loaded; `dtype` is the bias's. Raises ValueError for unusable sizes."""
+        super().__init__()
+        if not 0 < in_features <= MAX_IN_FEATURES or out_features < 1:
+            raise ValueError(f"no INT8 layer of {in_features} inputs (1 to {MAX_IN_FEATURES}), {out_features} outputs")
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = _frozen(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.weight_scale = _frozen(torch.ones(out_features, dtype=torch.float32, device=device))
+        self.bias = _frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype."""
+        tokens = x.detach().reshape(-1, self.in_features)
+        y = composed(tokens, self.weight, self.weight_scale, self.bias)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move to another device or dtype, but never lose precision of the scales."""
+        scale = self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight_scale.dtype != torch.float32:
+            self.weight_scale = _frozen(scale.detach().to(self.weight_scale.device))
+        return self
+
+
+def composed(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer as a composition of torch operators, for any device: `x` [tokens, in] to [tokens, out]."""
+    codes, scale = quantize_tokens(x)
+    # CUDA's int8 matmul takes more than 16 tokens, and multiples of 8.
+    acc = padded_int_mm(codes, weight, tokens=32, multiple=8) if x.is_cuda else padded_int_mm(codes, weight)
+    y = acc.float().mul_(weight_scale).mul_(scale)
+    if bias is not None:
+        y.add_(bias)
+    return y.to(x.dtype)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes int8 [tokens, in] and scales float32 [tokens, 1] of `x` [tokens, in]."""
+    x = x.float()
+    amax = x.abs().amax(dim=1, keepdim=True).clamp_(min=FLOOR)
+    largest = torch.full_like(amax, 127)  # a tensor: torch may turn division by or of a number into something else
+    finite = amax.isfinite()
+    codes = (x * (largest / amax)).round_().masked_fill_(~finite, 0).to(torch.int8)
+    return codes, (amax / largest).masked_fill_(~finite, torch.nan)
+
+
+def padded_int_mm(codes: Tensor, weight: Tensor, tokens: int = 1, multiple: int = 1) -> Tensor:
+    """`codes` [tokens, in] x `weight` [out, in] -> int32 [tokens, out], by way of shapes that `torch._int_mm` takes."""
+    m, n = codes.shape[0], weight.shape[0]
+    more_in, more_out = -codes.shape[1] % multiple, -n % multiple
+    codes = nn.functional.pad(codes, (0, more_in, 0, max(tokens - m, 0)))
+    weight = nn.functional.pad(weight, (0, more_in, 0, more_out))
+    return torch._int_mm(codes, weight.t())[:m, :n]
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
