@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import w8a8
-from tests.real.conftest import SCRIPT
+from tests.models import MAKE_GEMMA
 
 LAYERS, LINEARS_PER_LAYER = 18, 7
 QUANTIZED = LAYERS * LINEARS_PER_LAYER
@@ -103,7 +103,7 @@ def reader(gemma3: Path) -> Reader:
 
 def test_the_script_makes_four_shards_and_leaves_them_alone_when_run_again(gemma3: Path) -> None:
     before = {file.name: file.stat().st_mtime_ns for file in gemma3.iterdir()}
-    subprocess.run([sys.executable, str(SCRIPT), str(gemma3)], check=True)
+    subprocess.run([sys.executable, str(MAKE_GEMMA), str(gemma3)], check=True)
     assert {file.name: file.stat().st_mtime_ns for file in gemma3.iterdir()} == before
     assert sum(name.endswith(".safetensors") for name in before) == 4
     assert {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= before.keys()
@@ -112,7 +112,7 @@ def test_the_script_makes_four_shards_and_leaves_them_alone_when_run_again(gemma
 
 def test_the_script_does_not_touch_a_folder_that_holds_something_else(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("three years of work")
-    done = subprocess.run([sys.executable, str(SCRIPT), str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, str(MAKE_GEMMA), str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "is not a checkpoint" in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]

