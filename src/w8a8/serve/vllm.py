@@ -1,0 +1,153 @@
+"""The command that starts vLLM, as a pure function of the checkpoint's config, the GPUs and what the user asked for.
+
+Flags and rules are those of vLLM 0.32. Tensor parallelism splits attention by heads: `--tensor-parallel-size` must
+divide the query heads (`ModelConfig.verify_with_parallel_config`), and divide the KV heads or be a multiple of them,
+which are then replicated (`QKVParallelLinear`); and the MLP is split by its intermediate size. Over several nodes each
+node holds a stage of the pipeline, split over its own GPUs, as vLLM's documentation on distributed serving lays it out.
+
+What a user passes on stands last in the command, so that it wins, and what it says is not said by us before it.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from w8a8.errors import NoConfigError, UsageError
+from w8a8.formats.detect import section
+from w8a8.machine import Gpu
+
+TEXT_ONLY = '{"image":0,"audio":0,"video":0}'
+"""`--limit-mm-per-prompt` of a server for text alone: no encoder is loaded. A model without encoders ignores it."""
+
+PORT = 8000
+"""What vLLM listens on unless told otherwise."""
+
+_SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the user may decide; `extra` goes to vLLM as it is. `gpu_memory_utilization` is a share of each GPU."""
+
+    host: str = "127.0.0.1"
+    port: int = PORT
+    max_model_len: int | None = None
+    gpu_memory_utilization: float = 0.9
+    text_only: bool = False
+    tensor_parallel_size: int | None = None
+    nodes: int = 1
+    trust_remote_code: bool = False
+    extra: tuple[str, ...] = ()
+
+
+def command(
+    model: str,
+    options: Options,
+    *,
+    gpus: Sequence[Gpu],
+    context: int,
+    kv_cache_bytes: int | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """`vllm serve MODEL ...` for a model split over `gpus`, those of each node; none means a CPU.
+
+    `context` is the longest request in tokens. On a CPU `kv_cache_bytes` is the KV cache's size: there vLLM takes its
+    memory utilization as a share of all RAM, and does not start if others have taken part of that.
+    """
+    argv = ["vllm", "serve", model]
+    passed_on = given(options.extra)
+    for flag, *value in _flags(options, gpus, context, kv_cache_bytes, revision):
+        if flag not in passed_on:
+            argv += [flag, *value]
+    return [*argv, *options.extra]
+
+
+def _flags(
+    options: Options, gpus: Sequence[Gpu], context: int, kv_cache_bytes: int | None, revision: str | None
+) -> Iterator[tuple[str, ...]]:
+    if gpus:
+        yield "--tensor-parallel-size", str(len(gpus))
+    if options.nodes > 1:
+        yield "--pipeline-parallel-size", str(options.nodes)
+        yield "--distributed-executor-backend", "ray"
+    yield "--max-model-len", str(context)
+    if gpus:
+        yield "--gpu-memory-utilization", f"{options.gpu_memory_utilization:g}"
+    elif kv_cache_bytes:
+        yield "--kv-cache-memory-bytes", str(kv_cache_bytes)
+    if options.text_only:
+        yield "--limit-mm-per-prompt", TEXT_ONLY
+    if options.trust_remote_code:
+        yield ("--trust-remote-code",)
+    if any(gpu.is_rdna for gpu in gpus):  # of vLLM's INT8 kernels on ROCm, AITER's are for the Instinct line only
+        yield "--linear-backend", "triton"
+    if revision:
+        yield "--revision", revision
+    yield "--host", options.host  # vLLM's own default is every interface
+    if options.port != PORT:
+        yield "--port", str(options.port)
+
+
+def tensor_parallel(config: Mapping[str, Any], available: int, asked: int | None = None) -> int:
+    """How many of `available` GPUs to split the model over: as many as `asked`, else the most that vLLM can.
+
+    Raises `UsageError` if `asked` is more than there are or cannot split the model, `NoConfigError` if the config
+    holds no counts.
+    """
+    text = section(config, "text_config") or config
+    if asked is None:
+        return next(n for n in range(available, 0, -1) if not _obstacle(text, n))
+    if asked > available:
+        raise UsageError(f"--tensor-parallel-size {asked}: there are {available} GPUs on a node")
+    if obstacle := _obstacle(text, asked):
+        possible = ", ".join(str(n) for n in range(1, available + 1) if not _obstacle(text, n))
+        raise UsageError(f"--tensor-parallel-size {asked} cannot split {obstacle}; possible here: {possible}")
+    return asked
+
+
+def _obstacle(text: Mapping[str, Any], n: int) -> str:
+    """What of the model `n` GPUs cannot share evenly; empty if nothing."""
+    for heads in _counts(text, "num_attention_heads"):
+        if heads % n:
+            return f"{heads} attention heads"
+    for heads in _counts(text, "num_key_value_heads", "num_global_key_value_heads"):
+        if heads % n and n % heads:
+            return f"{heads} KV heads"
+    for size in _counts(text, "intermediate_size", "moe_intermediate_size"):
+        if size % n:
+            return f"an intermediate size of {size}"
+    return ""
+
+
+def _counts(text: Mapping[str, Any], *keys: str) -> Iterator[int]:
+    """The values of `keys`, which may stand once, once per layer, or in the config of single layers."""
+    for place in (text, *section(text, "per_layer_config").values()):
+        for key in keys if isinstance(place, dict) else ():
+            value = place.get(key)
+            for count in value if isinstance(value, list) else [value]:
+                if isinstance(count, bool) or not (count is None or (isinstance(count, int) and count > 0)):
+                    raise NoConfigError(f"config.json: {key} is {count!r}, not a positive number")
+                if count:
+                    yield count
+
+
+def given(extra: Sequence[str]) -> dict[str, str]:
+    """The flags among vLLM's arguments, spelled in full, each with the first word of its value."""
+    found = {}
+    for word, following in zip(extra, (*extra[1:], "-"), strict=False):
+        if word.startswith("-"):
+            flag, equals, value = word.partition("=")
+            flag = _SHORT.get(flag, flag).replace("_", "-").split(".")[0]
+            found[flag] = value if equals else "" if following.startswith("-") else following
+    return found
+
+
+def shell(argv: Sequence[str]) -> str:
+    """`argv` as it would be typed: quoted for a shell, a flag and its values to a line."""
+    lines: list[list[str]] = [[]]
+    for word in argv:
+        if word.startswith("-"):
+            lines.append([])
+        lines[-1].append(word)
+    return " \\\n  ".join(map(shlex.join, lines))
