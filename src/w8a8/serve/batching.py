@@ -1,0 +1,451 @@
+"""Many requests in one model, for the embedded engine: continuous batching over transformers' own caches.
+
+transformers' server runs one `model.generate` after another, or, with `--continuous-batching`, its paged attention,
+which (5.23) refuses models whose layers differ in their heads, as Gemma 4's do, takes the sampling settings of the
+first request for all, and knows no stop strings. So its handlers get this manager instead, through the place they have
+for one (`BaseGenerateManager`).
+
+One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own,
+and then decodes one token for every running sequence at once. A sequence joins the running ones by being aligned to
+the right: the shorter caches are padded on the left, and the attention mask covers the padding. One that ends leaves
+at once, and the padding shrinks with it. A model whose cache cannot be joined this way (linear attention, positions
+other than one per token) is run by `model.generate`, one request after another.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+from fastapi import HTTPException
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cli.serving.utils import (
+    BaseGenerateManager,
+    DirectStreamer,
+    _StreamError,
+    get_response_template,
+    response_events_to_chunks,
+)
+
+MAX_RUNNING = 16
+"""Sequences decoded together; more wait, first come first served."""
+
+CHUNK = 512
+"""Prompt tokens read between two decoding steps, so that a long prompt does not stall those who are being answered."""
+
+SHUTTING_DOWN = "the server is shutting down"
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+"""What a processor returns for a prompt without images; all but the first says nothing new about one sequence alone."""
+
+_log = logging.getLogger(__name__)
+
+
+class Stream(DirectStreamer):  # type: ignore[misc]
+    """One request: what it asks for, its tokens so far, and its text on the way to the handler's queue.
+
+    transformers' streamer does the detokenizing; here stop strings are cut off first.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        config: GenerationConfig,
+        processors: Callable[[Tensor, Tensor], Tensor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """`inputs` as the processor returned them, for one sequence: `input_ids` [1, prompt] and perhaps images.
+
+        `processors` turn `input_ids` [1, n] and `scores` [1, vocabulary] into scores, as in `model.generate`.
+        """
+        super().__init__(*args, **kwargs)
+        self.inputs = inputs
+        self.prompt: list[int] = inputs["input_ids"][0].tolist()
+        self.tokens: list[int] = []
+        self.done = False
+        self.config = config
+        self._processors = processors
+        self._generator = None
+        if (seed := getattr(config, "seed", None)) is not None:
+            self._generator = torch.Generator(inputs["input_ids"].device).manual_seed(seed)
+        eos = config.eos_token_id
+        self._eos = set(eos) if isinstance(eos, list) else {eos}
+        self._stop = StopStrings(config.stop_strings or ())
+        self._first = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the client is gone."""
+        return bool(self._cancelled.is_set())
+
+    def choose(self, logits: Tensor) -> None:
+        """Take the next token, from logits [vocabulary] of any float dtype."""
+        scores = logits.float()[None]
+        if self._processors is not None:
+            scores = self._processors(torch.tensor([self.prompt + self.tokens], device=scores.device), scores)
+        if self.config.do_sample:
+            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+        else:
+            token = scores.argmax(-1)
+        self.take(int(token))
+
+    def take(self, token: int) -> None:
+        """Add a token, pass its text on, and see whether it is the last."""
+        self.tokens.append(token)
+        self.total_tokens += 1
+        self._emit(self._stop.feed(self._decode_stream.step(self._tokenizer, token) or ""))
+        if token in self._eos or self._stop.found:
+            self.config.max_new_tokens = None  # tells the handler that length was not the reason to stop
+            self.end()
+        elif self.total_tokens >= self.config.max_new_tokens:
+            self.end()
+
+    def end(self) -> None:
+        """Pass the rest of the text on, and close the stream."""
+        self.done = True
+        self._emit(self._stop.rest())
+        super().end()
+
+    def fail(self, message: str) -> None:
+        """Close the stream with an error."""
+        self.done = True
+        self._enqueue(_StreamError(message))
+
+    def cut(self, text: str) -> str:
+        """`text` before the stop string that ended the sequence, if one did."""
+        return StopStrings(self._stop.strings).feed(text) if self._stop.found else text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the sequence."""
+        return self._stop.found
+
+    def _enqueue(self, item: Any) -> None:
+        with suppress(RuntimeError):  # the event loop has ended, and nobody listens
+            super()._enqueue(item)
+
+    def _emit(self, text: str) -> None:
+        if text:
+            items = [text] if self._parser is None else response_events_to_chunks(self._parser.feed(text))
+            for item in items:
+                self._enqueue(item)
+
+
+class StopStrings:
+    """Passes text through up to the first of some strings, holding back what may be the beginning of one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        """`strings`: none of them empty."""
+        self.strings = strings
+        self.found = False
+        self._held = ""
+
+    def feed(self, text: str) -> str:
+        """The part of the text so far that is safe to show."""
+        text = self._held + text
+        places = [place for place in map(text.find, self.strings) if place >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        longest = max(map(len, self.strings), default=1) - 1
+        kept = next((n for n in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
+        self._held = text[len(text) - kept :]
+        return text[: len(text) - kept]
+
+    def rest(self) -> str:
+        """What was held back, once no more text comes."""
+        rest, self._held = self._held, ""
+        return rest
+
+    def _may_begin(self, tail: str) -> bool:
+        return any(string.startswith(tail) for string in self.strings)
+
+
+class Batcher(BaseGenerateManager):  # type: ignore[misc]
+    """Runs the requests of all handlers in one model, on a thread of its own."""
+
+    def __init__(self, model: Any, context: int) -> None:
+        """`context`: the tokens a sequence may have, prompt and answer together."""
+        self.context = context
+        self._model = model
+        self._limit = MAX_RUNNING if joinable(model) else 1
+        self._waiting: SimpleQueue[Stream | None] = SimpleQueue()
+        self._reading: _Prompt | None = None
+        self._running: list[Stream] = []
+        self._cache = self._new_cache()
+        self.stopping = False
+        self._thread = threading.Thread(target=self._run, name="w8a8-batcher", daemon=True)
+        self._thread.start()
+
+    # --- what the handlers call, on the event loop ----------------------------------------------------------------
+
+    def generate_streaming(
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        request_id: str,  # noqa: ARG002
+        response_parser: Any = None,
+    ) -> tuple[asyncio.Queue[Any], Stream]:
+        """Queue a request: its text comes out of the queue returned, `None` last.
+
+        Raises HTTPException 400 for a request longer than the context, 503 when the engine is stopping.
+        """
+        self._fit(inputs["input_ids"].shape[-1], gen_config)
+        queue: asyncio.Queue[Any] = asyncio.Queue()
+        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
+        processors = model._get_logits_processor(
+            gen_config, input_ids_seq_length=inputs["input_ids"].shape[-1], device=model.device
+        )
+        stream = Stream(
+            dict(inputs),
+            gen_config,
+            processors or None,
+            tokenizer,
+            asyncio.get_running_loop(),
+            queue,
+            response_parser=response_parser,
+        )
+        if self.stopping:
+            raise HTTPException(503, SHUTTING_DOWN)
+        self._waiting.put(stream)
+        return queue, stream
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
+    ) -> tuple[str, int, list[int]]:
+        """The whole answer: `(text, prompt tokens, token ids)`."""
+        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
+        pieces = []
+        try:
+            while (item := await queue.get()) is not None:
+                if isinstance(item, _StreamError):
+                    raise HTTPException(503, item.msg)
+                pieces.append(item)
+        except asyncio.CancelledError:
+            stream.cancel()
+            raise
+        tokens = stream.tokens
+        if stream.stopped and get_response_template(processor, model) is not None:
+            # The handler makes the answer from the ids, with the help of special tokens: cut those instead.
+            tokenizer = getattr(processor, "tokenizer", processor)
+            tokens = tokenizer(stream.cut(tokenizer.decode(tokens)), add_special_tokens=False)["input_ids"]
+        return "".join(pieces), len(stream.prompt), tokens
+
+    def stop(self) -> None:
+        """End every request with an error, and the thread after its present step. Does not wait."""
+        self.stopping = True
+        self._waiting.put(None)
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end."""
+        self._thread.join(seconds)
+
+    def _fit(self, prompt: int, config: GenerationConfig) -> None:
+        room = self.context - prompt
+        wanted = config.max_new_tokens
+        if prompt == 0:
+            raise HTTPException(400, "the prompt is empty")
+        if room < (wanted or 1):
+            asked = f"{prompt} tokens of prompt" + (f" and max_tokens {wanted}" if wanted else "")
+            raise HTTPException(400, f"this model's context is {self.context} tokens, and {asked} do not fit into it")
+        config.max_new_tokens = wanted or room
+
+    # --- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while not self.stopping:
+                read = 0
+                while read < CHUNK and self._admit():
+                    read += self._read()
+                if self._running:
+                    self._decode()
+        self._fail_all()
+
+    def _admit(self) -> bool:
+        """Whether there is a prompt to read; waits for one if there is nothing else to do."""
+        while self._reading is None and len(self._running) < self._limit and not self.stopping:
+            try:
+                stream = self._waiting.get(block=not self._running)
+            except Empty:
+                break
+            if stream is not None and not stream.cancelled:
+                self._reading = _Prompt(stream, self._new_cache())
+        return self._reading is not None
+
+    def _read(self) -> int:
+        """Read a chunk of the prompt at hand; its sequence joins the others after the last. Returns the tokens read."""
+        prompt = self._reading
+        assert prompt is not None
+        read = 0
+        try:
+            if self._limit == 1:
+                self._generate(prompt.stream)
+            elif not prompt.stream.cancelled:
+                read = prompt.read(self._model)
+                if not prompt.complete:
+                    return read
+                self._join(prompt)
+        except Exception as error:  # noqa: BLE001 - one request's, not the server's end
+            _log.exception("a request failed")
+            prompt.stream.fail(_line(error))
+        self._reading = None
+        return read
+
+    def _join(self, prompt: "_Prompt") -> None:
+        prompt.stream.choose(prompt.logits)
+        if prompt.stream.done:
+            return
+        if self._running:
+            length = max(self._cache.get_seq_length(), prompt.cache.get_seq_length())
+            for ours, theirs in zip(self._cache.layers, prompt.cache.layers, strict=True):
+                _align(ours, length)
+                _align(theirs, length)
+                if ours.keys is not None:
+                    ours.keys = torch.cat([ours.keys, theirs.keys])
+                    ours.values = torch.cat([ours.values, theirs.values])
+        else:
+            self._cache = prompt.cache
+        self._running.append(prompt.stream)
+
+    def _decode(self) -> None:
+        """One more token for every running sequence."""
+        try:
+            # Every sequence has its last token, and that one alone, still to be read into the cache.
+            logits = self._model(**self._inputs(), past_key_values=self._cache, use_cache=True).logits[:, -1]
+            for stream, row in zip(self._running, logits, strict=True):
+                if not stream.cancelled:
+                    stream.choose(row)
+            self._leave()
+        except Exception as error:  # noqa: BLE001 - one request's, not the server's end
+            _log.exception("decoding failed")
+            for stream in self._running:
+                if not stream.done:
+                    stream.fail(_line(error))
+            self._running = []
+
+    def _inputs(self) -> dict[str, Tensor | None]:
+        device = self._model.device
+        lengths = torch.tensor([_length(stream) for stream in self._running], device=device)
+        longest = int(lengths.max())
+        # With the padding on the left: 0 where a shorter sequence has not begun.
+        mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+        return {
+            "input_ids": torch.tensor([[stream.tokens[-1]] for stream in self._running], device=device),
+            "position_ids": lengths[:, None] - 1,
+            "attention_mask": None if bool(mask.all()) else mask.long(),
+        }
+
+    def _leave(self) -> None:
+        """Take the sequences that have ended out of the batch, and with the longest of them the padding it needed."""
+        stay = [i for i, stream in enumerate(self._running) if not (stream.done or stream.cancelled)]
+        if len(stay) == len(self._running):
+            return
+        self._running = [self._running[i] for i in stay]
+        if not stay:
+            self._cache = self._new_cache()
+            return
+        self._cache.batch_select_indices(torch.tensor(stay, device=self._model.device))
+        for layer in self._cache.layers:
+            _align(layer, max(map(_length, self._running)) - 1)
+
+    def _generate(self, stream: Stream) -> None:
+        """Run one request to its end by `model.generate`."""
+        config = stream.config
+        if (seed := getattr(config, "seed", None)) is not None:
+            torch.manual_seed(seed)
+        alone = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
+        self._model.generate(**stream.inputs, generation_config=alone, stopping_criteria=[_Steps(stream, self)])
+        if self.stopping and not stream.done:
+            stream.fail(SHUTTING_DOWN)
+
+    def _new_cache(self) -> DynamicCache:
+        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
+
+    def _fail_all(self) -> None:
+        streams = [*self._running, *([self._reading.stream] if self._reading else [])]
+        while not self._waiting.empty():
+            if (stream := self._waiting.get()) is not None:
+                streams.append(stream)
+        for stream in streams:
+            stream.fail(SHUTTING_DOWN)
+
+
+class _Prompt:
+    """A prompt that is being read into a cache of its own."""
+
+    def __init__(self, stream: Stream, cache: DynamicCache) -> None:
+        self.stream, self.cache = stream, cache
+        self.complete = False
+        self.logits = torch.empty(0)
+
+    def read(self, model: Any) -> int:
+        """Read the next chunk, or the whole of a prompt with images; the last leaves `logits` [vocabulary]."""
+        inputs = self.stream.inputs
+        ids, begin = inputs["input_ids"], self.cache.get_seq_length()
+        if inputs.keys() <= TEXT_INPUTS:
+            chunk = ids[:, begin : begin + CHUNK]
+            positions = torch.arange(begin, begin + chunk.shape[1], device=ids.device)[None]
+            more = {"input_ids": chunk, "position_ids": positions, "past_key_values": self.cache}
+        else:
+            chunk = ids
+            more = model.prepare_inputs_for_generation(
+                is_first_iteration=True, past_key_values=self.cache, use_cache=True, **inputs
+            )
+        self.logits = model(**{**more, "use_cache": True, "logits_to_keep": 1}).logits[0, -1]
+        self.complete = begin + chunk.shape[1] == ids.shape[1]
+        return int(chunk.shape[1])
+
+
+class _Steps(StoppingCriteria):  # type: ignore[misc]
+    """What `model.generate` asks after every token whether to stop: passes the token on."""
+
+    def __init__(self, stream: Stream, batcher: Batcher) -> None:
+        self._stream, self._batcher = stream, batcher
+
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        if not self._stream.done:
+            self._stream.take(int(input_ids[0, -1]))
+        stop = self._stream.done or self._stream.cancelled or self._batcher.stopping
+        return torch.tensor([stop], device=input_ids.device)
+
+
+def joinable(model: Any) -> bool:
+    """Whether sequences of the model can be decoded together: caches of keys and values alone, a position per token."""
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
+    positions_vary = any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "model", None)))
+    return bool(cache.layers) and plain and not positions_vary and not model.config.is_encoder_decoder
+
+
+def _align(layer: Any, length: int) -> None:
+    """Make a cache layer [batch, heads, tokens, head size] one of `length` tokens, by padding or cropping its left."""
+    if layer.keys is None:  # it shares the keys and values of another
+        return
+    kept = length
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = length
+        kept = min(length, layer.sliding_window - 1)
+    more = kept - layer.keys.shape[-2]
+    layer.keys = pad(layer.keys, (0, 0, more, 0))
+    layer.values = pad(layer.values, (0, 0, more, 0))
+
+
+def _length(stream: Stream) -> int:
+    return len(stream.prompt) + len(stream.tokens)
+
+
+def _line(error: Exception) -> str:
+    """An error in one line that can stand inside a JSON string, where transformers' handlers put it as it is."""
+    text = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {text[0]}".replace("\\", "/").replace('"', "'")
