@@ -18,18 +18,21 @@ if TYPE_CHECKING:
     from w8a8.checkpoint import Checkpoint
     from w8a8.errors import W8A8Error
     from w8a8.inspection import Inspection, inspect
+    from w8a8.memory import Fit, fit
     from w8a8.plan import Plan
     from w8a8.quantization import QuantizeResult, dry_run, quantize
     from w8a8.verification import VerifyResult, verify
 
 _HOME = {
     "Checkpoint": "w8a8.checkpoint",
+    "Fit": "w8a8.memory",
     "Inspection": "w8a8.inspection",
     "Plan": "w8a8.plan",
     "QuantizeResult": "w8a8.quantization",
     "VerifyResult": "w8a8.verification",
     "W8A8Error": "w8a8.errors",
     "dry_run": "w8a8.quantization",
+    "fit": "w8a8.memory",
     "inspect": "w8a8.inspection",
     "quantize": "w8a8.quantization",
     "verify": "w8a8.verification",
@@ -37,12 +40,14 @@ _HOME = {
 
 __all__ = [
     "Checkpoint",
+    "Fit",
     "Inspection",
     "Plan",
     "QuantizeResult",
     "VerifyResult",
     "W8A8Error",
     "dry_run",
+    "fit",
     "inspect",
     "quantize",
     "verify",

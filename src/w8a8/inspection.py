@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint.remote import open_headers
 from w8a8.formats import detect
 from w8a8.plan import Rules
 
@@ -46,9 +47,12 @@ class Inspection:
         return values
 
 
-def inspect(folder: str | Path) -> Inspection:
-    """Open the checkpoint in `folder`, quantized or not, and summarize its headers. Raises `w8a8.W8A8Error`."""
-    checkpoint = Checkpoint.open(folder)
+def inspect(source: str | Path) -> Inspection:
+    """Open a checkpoint, quantized or not, and summarize its headers. Raises `w8a8.W8A8Error`.
+
+    `source` is a folder or a Hub id; of a repository that is not in the cache, only the headers are fetched.
+    """
+    checkpoint = open_headers(source)
     rules = Rules.for_config(checkpoint.config)
     scheme = detect(checkpoint.config)
     totals: dict[tuple[str, str], list[int]] = {}

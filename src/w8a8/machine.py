@@ -63,6 +63,19 @@ def describe(text: str) -> tuple[Gpu, ...]:
     return (Gpu(" ".join(filter(None, (f"{match['size']} {match['unit']}", arch))), memory, arch, vendor),) * count  # type: ignore[index]
 
 
+def find(description: str | None, count: int | None) -> tuple[Gpu, ...]:
+    """The GPUs described, else those present; `count` of them, if given, as if all were like the smallest.
+
+    Raises `UsageError` for a description that is garbled, or has a count of its own beside `count`.
+    """
+    gpus = detect() if description is None else describe(description)
+    if count is None or not gpus:
+        return gpus
+    if description is not None and len(gpus) > 1:
+        raise UsageError(f"--gpu {description} says how many already; leave out --count {count}")
+    return (min(gpus, key=lambda gpu: gpu.memory),) * count
+
+
 def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
     """The GPUs in what nvidia-smi prints: a line each of name, MiB, compute capability."""
     rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines()]

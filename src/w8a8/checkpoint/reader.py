@@ -9,7 +9,7 @@ into the `blobs` folder of the same repository.
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -65,8 +65,7 @@ class Checkpoint:
                 raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
             names = {entry.name for entry in path.iterdir()}
         config = _read_config(path, names)
-        index = _read_index(path) if INDEX in names else None
-        shard_names = sorted(set(index.values())) if index is not None else [_single_file(path, names)]
+        index, shard_names = weight_files(path, names)
         shards = tuple(_open_shard(path, name) for name in shard_names)
         _check_names(shards, index, path)
         with reading(path):
@@ -89,6 +88,12 @@ class Checkpoint:
     def numel(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())
+
+
+def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None, Sequence[str]]:
+    """The index of the folder at `path`, if it has one, and which of its files, called `names`, are the weights."""
+    index = _read_index(path) if INDEX in names else None
+    return index, sorted(set(index.values())) if index is not None else [_single_file(path, names)]
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint.header import reading
-from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError
+from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError, W8A8Error
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
 _NOT_FETCHED = (
@@ -42,11 +42,51 @@ def resolve(source: str | Path) -> Source:
         if path.is_dir():
             return _local(path)
         exists = path.exists()
+    repo, revision = hub_id(source, exists=exists)
+    return _download(repo, revision)
+
+
+def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str | None]:
+    """Repository and revision of a Hub id. Raises `SourceNotFoundError` if `source` is none, or a file."""
     match = _HUB_ID.fullmatch(str(source))
+    exists = Path(source).exists() if exists is None else exists
     if match is None or exists:
         kind = "is a file; give the folder it lies in" if exists else "no such folder, and not a Hub id (org/name)"
         raise SourceNotFoundError(f"{source}: {kind}")
-    return _download(match["repo"], match["revision"])
+    return match["repo"], match["revision"]
+
+
+def cached(repo: str, revision: str | None) -> Path | None:
+    """The folder of a repository in the cache, which may lack files; none if it is not there."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return _fetch(repo, revision, cached=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def refused(label: str, error: Exception) -> W8A8Error:
+    """What an error of huggingface_hub means to the user."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    match error:
+        case HFValidationError():
+            return SourceNotFoundError(f"{label}: no such folder, and not a Hub id ({_one_line(error)})")
+        case GatedRepoError():
+            return HubError(f"{label}: gated; accept its terms on its page, then `hf auth login` or set HF_TOKEN")
+        case RevisionNotFoundError():
+            return SourceNotFoundError(f"{label}: the repository exists, the revision does not")
+        case RepositoryNotFoundError():
+            return SourceNotFoundError(
+                f"{label}: no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
+            )
+    return HubError(f"{label}: the Hub could not deliver it: {_one_line(error)}")
 
 
 def _local(path: Path) -> Source:
@@ -61,7 +101,6 @@ def _local(path: Path) -> Source:
 def _download(repo: str, revision: str | None) -> Source:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        GatedRepoError,
         HFValidationError,
         HTTPError,  # of whichever HTTP library this version of huggingface_hub is built on
         LocalEntryNotFoundError,
@@ -74,18 +113,10 @@ def _download(repo: str, revision: str | None) -> Source:
     try:
         # The one request that does not retry for half a minute before it says that there is no network.
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        _refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+        refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
         folder = _fetch(repo, revision)
-    except HFValidationError as error:
-        raise SourceNotFoundError(f"{label}: no such folder, and not a Hub id ({_one_line(error)})") from error
-    except GatedRepoError as error:
-        raise HubError(f"{label}: gated; accept its terms on its page, then `hf auth login` or set HF_TOKEN") from error
-    except RevisionNotFoundError as error:
-        raise SourceNotFoundError(f"{label}: the repository exists, the revision does not") from error
-    except RepositoryNotFoundError as error:
-        raise SourceNotFoundError(
-            f"{label}: no such folder here and no such repository on the Hub (or it is private: `hf auth login`)"
-        ) from error
+    except (HFValidationError, RevisionNotFoundError, RepositoryNotFoundError) as error:
+        raise refused(label, error) from error
     except (OfflineModeIsEnabled, HTTPError) as unreachable:
         try:
             folder = _fetch(repo, revision, cached=True)
@@ -95,7 +126,7 @@ def _download(repo: str, revision: str | None) -> Source:
                 f"and the Hub could not deliver it: {_one_line(unreachable)}"
             ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise HubError(f"{label}: the Hub could not deliver it: {_one_line(error)}") from error
+        raise refused(label, error) from error
     return Source(folder, repo, folder.name)
 
 
@@ -117,7 +148,8 @@ def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
     return Path(folder)
 
 
-def _refuse_pickles(label: str, files: Iterable[str]) -> None:
+def refuse_pickles(label: str, files: Iterable[str]) -> None:
+    """Raise `PickleOnlyError` if none of a repository's `files` is safetensors."""
     if not any(name.endswith(".safetensors") for name in files):
         found = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), "no weights at all")
         raise PickleOnlyError(f"{label}: the repository has no safetensors, only {found}; pickles are never opened")

@@ -1,0 +1,127 @@
+"""A checkpoint on the Hub, by its headers alone: a few hundred kB instead of all of it.
+
+A safetensors header lies at the start of its file and says all that is needed, so HTTP range requests fetch the config,
+the index and each shard's first bytes, and no more is read than was asked for, whatever the server sends. They are laid
+out as a folder whose shards have their true length and nothing behind the header (a sparse file takes no room), and
+that folder is opened like any other: the same checks hold, and the safetensors library has its word.
+"""
+
+import re
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from w8a8.checkpoint.header import MAX_HEADER_BYTES, reading
+from w8a8.checkpoint.reader import INDEX, MAX_JSON_BYTES, Checkpoint, weight_files
+from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
+from w8a8.errors import HubError, NoConfigError, W8A8Error
+
+FIRST_BYTES = 100_000
+"""Enough for most headers (huggingface_hub fetches as many)."""
+
+MAX_FILE_BYTES = 2**43
+WORKERS = 8
+
+
+def open_headers(source: str | Path) -> Checkpoint:
+    """Open a folder, or a Hub id `org/name[@revision]` from the cache if it is there whole, else by its headers.
+
+    The `path` of a checkpoint from the Hub is its id: there may be no folder. Raises what `Checkpoint.open` and
+    `resolve` raise.
+    """
+    path = Path(source)
+    with reading(path):
+        if path.is_dir():
+            return Checkpoint.open(path)
+    repo, revision = hub_id(source)
+    try:
+        folder = cached(repo, revision)
+        found = Checkpoint.open(folder) if folder else _open_remote(repo, revision)
+    except W8A8Error:
+        if folder is None:
+            raise
+        found = _open_remote(repo, revision)
+    return replace(found, path=Path(repo))
+
+
+def _open_remote(repo: str, revision: str | None) -> Checkpoint:
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+    label = repo + (f"@{revision}" if revision else "")
+    try:
+        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        names = {file.rfilename for file in info.siblings or ()}
+        refuse_pickles(label, names)
+        with TemporaryDirectory(prefix="w8a8-headers-") as folder:
+            return _rebuild(_Files(repo, info.sha), names, Path(folder), label)
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+        raise refused(label, error) from error
+
+
+class _Files:
+    """The files of one commit."""
+
+    def __init__(self, repo: str, commit: str | None) -> None:
+        self._repo, self._commit = repo, commit
+
+    def start(self, name: str, count: int) -> tuple[bytes, int]:
+        """At most the first `count` bytes of a file, and its length."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import (  # type: ignore[attr-defined]
+            build_hf_headers,
+            get_session,
+            hf_raise_for_status,
+        )
+
+        url = hf_hub_url(self._repo, name, revision=self._commit)
+        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+        content = bytearray()
+        with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            if response.is_error:
+                response.read()
+            hf_raise_for_status(response)
+            length = response.headers.get("Content-Range", "").rpartition("/")[2]
+            length = length or response.headers.get("Content-Length", "")
+            if not re.fullmatch(r"\d{1,13}", length) or int(length) > MAX_FILE_BYTES:
+                raise ValueError(f"{name}: the server does not say how long it is ({length!r:.40})")
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= count:
+                    break
+        return bytes(content[:count]), int(length)
+
+
+def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkpoint:
+    """Lay the headers out in `folder` and open it; errors speak of `label`, not of `folder`."""
+    try:
+        if "config.json" not in names:
+            raise NoConfigError(f"{folder}: no config.json here, so this is not a Hugging Face checkpoint")
+        for name in {"config.json", INDEX} & names:
+            content, length = files.start(name, MAX_JSON_BYTES)
+            if len(content) < length:
+                raise HubError(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
+            (folder / name).write_bytes(content)
+        _, shards = weight_files(folder, {name for name in names if "/" not in name})
+        _lay_out(files, shards, folder)
+        return Checkpoint.open(folder)
+    except W8A8Error as error:
+        raise type(error)(str(error).replace(str(folder), label)) from error
+
+
+def _lay_out(files: _Files, shards: Iterable[str], folder: Path) -> None:
+    def shard(name: str) -> None:
+        content, length = files.start(name, FIRST_BYTES)
+        if len(content) >= 8:
+            (header,) = struct.unpack("<Q", content[:8])
+            if len(content) < 8 + header <= length and header <= MAX_HEADER_BYTES:
+                content, length = files.start(name, 8 + header)
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.truncate(length)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(shard, shards))

@@ -1,0 +1,293 @@
+"""`w8a8 fit`: will this checkpoint run on these GPUs, how far would they reach, and what to change if not.
+
+A GPU's budget is `utilization` of its memory, which is what vLLM takes. Out of it come weights, rotary tables, the
+largest activations, the engine itself, and then the KV cache, of which there must be enough for `concurrency` requests
+of `context` tokens each at the same time. All GPUs hold the same, so the smallest decides.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from w8a8.checkpoint import Checkpoint, Shard, TensorSpec
+from w8a8.checkpoint.remote import open_headers
+from w8a8.errors import NoDeviceError, UsageError, W8A8Error
+from w8a8.formats import detect, get_format
+from w8a8.formats.detect import section
+from w8a8.machine import MAX_GPUS, Gpu
+from w8a8.memory.kv import KvCache, kv_cache
+from w8a8.memory.model import Model
+from w8a8.memory.weights import splits_towers, weights_per_gpu
+from w8a8.memory.working import activation_bytes, engine_bytes, largest_batch, rotary_bytes
+from w8a8.plan import make_plan
+
+DEFAULT_CONTEXT = 8192
+DEFAULT_UTILIZATION = 0.9
+KV_DTYPES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+"""Bytes of an element of the KV cache, by the name vLLM's `--kv-cache-dtype` has for it."""
+
+CARDS_GIB = (8, 12, 16, 20, 24, 32, 48, 64, 80, 96, 141, 192, 288)
+"""Memory of cards one can buy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What one GPU of `tensor_parallel` would hold, in bytes, and how far that reaches.
+
+    `weights`, `rotary` and `kv` are counted, `activations` and `engine` estimated. `max_context` is the longest context
+    for `concurrency` requests (0: none), `max_concurrency` the number of requests of `context` tokens.
+    `kv_per_token` is what a token costs on one GPU while it is in every layer's window, `kv_beyond_window` after that;
+    `state_per_sequence` is what linear attention keeps of a sequence of any length.
+    """
+
+    name: str
+    scheme: str
+    gpus: tuple[Gpu, ...]
+    tensor_parallel: int
+    context: int
+    concurrency: int
+    kv_dtype: str
+    utilization: float
+    text_only: bool
+    memory: int
+    weights: int
+    rotary: int
+    activations: int
+    engine: int
+    kv: int
+    kv_per_token: int
+    kv_beyond_window: int
+    state_per_sequence: int
+    max_context: int
+    max_concurrency: int
+    model_context: int
+    advice: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+
+    @property
+    def budget(self) -> int:
+        """What the engine may take of a GPU's memory, in bytes."""
+        return int(self.memory * self.utilization)
+
+    @property
+    def needed(self) -> int:
+        """What it would take, in bytes."""
+        return self.weights + self.rotary + self.activations + self.engine + self.kv
+
+    @property
+    def fits(self) -> bool:
+        """Whether the one is within the other."""
+        return self.needed <= self.budget
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"fits": self.fits, "needed": self.needed, "budget": self.budget, **asdict(self)}
+
+
+def fit(
+    checkpoint: str | Path | Checkpoint,
+    gpus: Sequence[Gpu],
+    *,
+    context: int = DEFAULT_CONTEXT,
+    concurrency: int = 1,
+    kv_dtype: str = "auto",
+    utilization: float = DEFAULT_UTILIZATION,
+    text_only: bool = False,
+) -> Fit:
+    """Say whether `checkpoint` (a folder, a Hub id, or an opened one) runs on `gpus`, from its headers alone.
+
+    `context` is cut to what the model can. As many GPUs are used as tensor parallelism can, which must divide the
+    model's heads. Raises `NoDeviceError` without GPUs, `UsageError` for an impossible request, and what opening raises.
+    """
+    opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint)
+    _check(gpus, context, concurrency, kv_dtype, utilization)
+    model = Model.read(opened)
+    case = _Case(
+        model,
+        tuple(gpus),
+        tensor_parallel=next(n for n in range(len(gpus), 0, -1) if _can_split(model, n, text_only=text_only)),
+        context=min(context, model.max_context),
+        concurrency=concurrency,
+        kv_dtype=kv_dtype,
+        utilization=utilization,
+        text_only=text_only,
+    )
+    found = case.measure(opened.path.name)
+    notices = tuple(_notices(case, context))
+    return replace(found, notices=notices, advice=() if found.fits else tuple(_advice(case)))
+
+
+def _check(gpus: Sequence[Gpu], context: int, concurrency: int, kv_dtype: str, utilization: float) -> None:
+    if not gpus:
+        raise NoDeviceError("no GPU was found here, and none described; say which it would run on, as in --gpu 24GiB")
+    if context < 1 or concurrency < 1:
+        raise UsageError("context and concurrency must be 1 or more")
+    if kv_dtype not in KV_DTYPES:
+        raise UsageError(f"unknown KV dtype {kv_dtype!r}; there are {', '.join(KV_DTYPES)}")
+    if not 0 < utilization <= 1:
+        raise UsageError(f"the share of GPU memory to use must lie between 0 and 1, not at {utilization}")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One way to run one model; variants of it are tried by `dataclasses.replace`."""
+
+    model: Model
+    gpus: tuple[Gpu, ...]
+    tensor_parallel: int
+    context: int
+    concurrency: int
+    kv_dtype: str
+    utilization: float
+    text_only: bool
+
+    @property
+    def gpu(self) -> Gpu:
+        return min(self.gpus, key=lambda gpu: gpu.memory)
+
+    @property
+    def cache(self) -> KvCache:
+        return kv_cache(self.model.layers, self.tensor_parallel, KV_DTYPES[self.kv_dtype])
+
+    def measure(self, name: str) -> Fit:
+        """The sum, and by it how far the GPUs reach."""
+        model, cache = self.model, self.cache
+        batch = largest_batch(model, self.gpu, self.context, text_only=self.text_only)
+        weights = weights_per_gpu(model, self.tensor_parallel, text_only=self.text_only)
+        rotary, engine = rotary_bytes(model), engine_bytes(self.tensor_parallel)
+        activations = activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only)
+        room = int(self.gpu.memory * self.utilization) - weights - rotary - engine
+
+        def kv_room(context: int) -> tuple[int, int]:
+            """Bytes left for the cache, and the tokens of a batch, at a context."""
+            batch = largest_batch(model, self.gpu, context, text_only=self.text_only)
+            return room - activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only), batch.tokens
+
+        def holds(context: int) -> bool:
+            left, tokens = kv_room(context)
+            return cache.nbytes(context, self.concurrency, tokens) <= left
+
+        left, _ = kv_room(self.context)
+        blocks = cache.blocks(self.context, batch.tokens)
+        return Fit(
+            name=name,
+            scheme=detect(model.checkpoint.config).summary,
+            gpus=self.gpus,
+            tensor_parallel=self.tensor_parallel,
+            context=self.context,
+            concurrency=self.concurrency,
+            kv_dtype=self.kv_dtype,
+            utilization=self.utilization,
+            text_only=self.text_only,
+            memory=self.gpu.memory,
+            weights=weights,
+            rotary=rotary,
+            activations=activations,
+            engine=engine,
+            kv=cache.nbytes(self.context, self.concurrency, batch.tokens),
+            kv_per_token=cache.per_token,
+            kv_beyond_window=cache.beyond_window,
+            state_per_sequence=cache.per_sequence,
+            max_context=_largest(holds, model.max_context),
+            max_concurrency=max(0, left // cache.block_bytes - 1) // blocks if blocks else 0,
+            model_context=model.max_context,
+        )
+
+    def fits(self) -> bool:
+        return self.measure("").fits
+
+
+def _largest(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that `holds`, which holds for all below; 0 if none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _can_split(model: Model, gpus: int, *, text_only: bool) -> bool:
+    """Whether tensor parallelism over `gpus` divides what vLLM asserts it to: heads, KV heads, MLP, split towers."""
+    kv = {layer.heads for layer in model.layers if layer.heads}
+    even = [model.heads, model.intermediate]
+    if splits_towers(model) and model.vision and not text_only:
+        vision = section(model.checkpoint.config, "vision_config")
+        heads = vision.get("num_attention_heads", vision.get("num_heads"))
+        even += [heads] if type(heads) is int and heads > 0 else []
+    states = all(layer.conv_state % gpus == 0 and layer.ssm_state % gpus == 0 for layer in model.layers)
+    return all(n % gpus == 0 for n in even) and all(n % gpus == 0 or gpus % n == 0 for n in kv) and states
+
+
+def _notices(case: _Case, asked: int) -> Iterator[str]:
+    model, gpus = case.model, case.gpus
+    if case.tensor_parallel < len(gpus):
+        yield (
+            f"{len(gpus)} GPUs, of which {case.tensor_parallel} can be used: tensor parallelism must divide "
+            f"{model.heads} attention heads, the KV heads and the MLP"
+        )
+    if asked > model.max_context:
+        yield f"the model's longest context is {model.max_context:,} tokens"
+    if len({gpu.memory for gpu in gpus}) > 1:
+        yield "the GPUs differ; each can hold only what the smallest can"
+    if not model.rules.known:
+        yield f"no rules for {model.rules.architecture}: its tensors are shared out by what their names usually mean"
+    scheme = detect(model.checkpoint.config)
+    if scheme.method != "none" and not scheme.w8a8:
+        yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
+
+
+def _advice(case: _Case) -> Iterator[str]:
+    """What would make it fit, the cheapest first. Each is tried before it is said."""
+    now = case.measure("")
+    if now.max_context:
+        yield f"a context of {now.max_context:,} tokens (--context {now.max_context})"
+    if now.max_concurrency:
+        requests = "one request" if now.max_concurrency == 1 else f"{now.max_concurrency} requests"
+        yield f"{requests} of {case.context:,} tokens at once (--concurrency {now.max_concurrency})"
+    if (quantized := _quantized(case)) and quantized.fits():
+        yield f"quantizing it (`w8a8 quantize`): {_gb(quantized.measure('').weights)} of weights on each GPU"
+    for count in (2**power for power in range(1, MAX_GPUS.bit_length())):
+        if count > case.tensor_parallel and _can_split(case.model, count, text_only=case.text_only):
+            more = replace(case, tensor_parallel=count, gpus=(case.gpu,) * count)
+            if more.fits():
+                yield f"{count} such GPUs (--count {count}): {_gb(more.measure('').needed)} on each"
+                break
+    if KV_DTYPES[case.kv_dtype] > 1:
+        yield from _variant(replace(case, kv_dtype="fp8"), "an 8-bit KV cache (--kv-dtype fp8)")
+    if case.model.vision and not case.text_only:
+        yield from _variant(replace(case, text_only=True), "text alone (--text-only, no vision tower)")
+    for card in CARDS_GIB:
+        larger = replace(case, gpus=tuple(replace(case.gpu, memory=card * 2**30) for _ in case.gpus))
+        if card * 2**30 > case.gpu.memory and larger.fits():
+            yield f"{'a card' if len(case.gpus) == 1 else f'{len(case.gpus)} cards'} of {card} GiB"
+            break
+
+
+def _variant(case: _Case, what: str) -> Iterator[str]:
+    """Say how far `what` reaches, if anywhere."""
+    found = case.measure("")
+    if found.fits:
+        yield what
+    elif found.max_context:
+        yield f"{what}, with a context of {found.max_context:,} tokens"
+
+
+def _quantized(case: _Case) -> _Case | None:
+    """The same with the checkpoint that `w8a8 quantize` would write; none if it is quantized, or cannot be."""
+    source = case.model.checkpoint
+    try:
+        plan = make_plan(source, get_format(None, None, source.config), source=source.path.name)
+    except W8A8Error:
+        return None
+    tensors = tuple(
+        TensorSpec(w.name, w.dtype, w.shape, shard.name, w.begin, w.nbytes)
+        for shard in plan.shards
+        for w in shard.writes
+    )
+    result = replace(source, config=plan.config, shards=(Shard("", plan.bytes_out, tensors),))
+    return replace(case, model=Model.read(result))
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB"

@@ -1,0 +1,32 @@
+"""The same sum for the embedded engine: how much RAM a checkpoint takes to run on the CPU.
+
+transformers holds the weights as they lie (INT8 with FP32 scales, the rest in 2 bytes), a `DynamicCache` of keys and
+values in 2 bytes (a sliding window keeps its window), and works on a whole prompt at once.
+"""
+
+from pathlib import Path
+
+from w8a8.checkpoint import Checkpoint
+from w8a8.checkpoint.remote import open_headers
+from w8a8.memory.model import Layer, Model
+from w8a8.memory.weights import weights_per_gpu
+
+PROCESS_BYTES = 1000 * 2**20
+"""Estimate: Python with torch, transformers and the server loaded."""
+
+
+def ram_needed(checkpoint: str | Path | Checkpoint, context: int, concurrency: int = 1) -> int:
+    """Bytes of RAM that the embedded engine needs for `concurrency` requests of `context` tokens; an estimate.
+
+    Raises what opening a checkpoint raises.
+    """
+    model = Model.read(checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint))
+    context = min(context, model.max_context)
+    cache = concurrency * sum(_cache_bytes(layer, context) for layer in model.layers)
+    working = context * (6 * model.hidden + 7 * model.intermediate) + concurrency * 6 * model.vocabulary
+    return PROCESS_BYTES + weights_per_gpu(model, 1) + cache + working
+
+
+def _cache_bytes(layer: Layer, context: int) -> int:
+    tokens = min(context, layer.window or context)
+    return tokens * layer.heads * layer.head_dim * 4 + layer.conv_state * 2 + layer.ssm_state * layer.ssm_bytes

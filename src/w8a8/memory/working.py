@@ -1,0 +1,118 @@
+"""What an engine needs on a GPU besides weights and KV cache.
+
+Rotary tables follow from the config. The rest are estimates, and marked as such wherever they are shown: vLLM measures
+them when it starts, by one run over the largest batch it would ever make (`GPUModelRunner.profile_run`), and keeps them
+out of the KV cache. The largest of three things counts, because each is freed before the next:
+
+- one decoder layer over a whole batch: residual, norm, INT8 copy; gate and up, their product, its INT8 copy;
+- the logits of as many sequences as may run at once, in the model's dtype and in FP32, probabilities and noise;
+- the vision tower over as many patches as fill a batch with image tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from w8a8.formats.detect import section
+from w8a8.machine import Gpu
+from w8a8.memory.model import Model
+
+CONTEXT_BYTES = 600 * 2**20
+"""Estimate: the CUDA or HIP context, loaded kernels, BLAS workspaces."""
+
+COMMUNICATION_BYTES = 500 * 2**20
+"""Estimate: NCCL's or RCCL's buffers, where there is more than one GPU."""
+
+GRAPH_BYTES = 800 * 2**20
+"""Estimate: recorded CUDA or HIP graphs of some fifty batch sizes, which vLLM takes off the KV cache too."""
+
+GEMMA4_VIDEO_TOKENS = 32 * (70 + 8)
+"""Frames times tokens a frame: a batch holds one whole video at least (vLLM's `gemma4_mm.py`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The largest batch an engine makes: tokens worked on at once, sequences running at once."""
+
+    tokens: int
+    sequences: int
+
+
+def largest_batch(model: Model, gpu: Gpu, context: int, *, text_only: bool) -> Batch:
+    """What `vllm serve` takes by default on such a GPU (`EngineArgs.get_batch_defaults`)."""
+    if gpu.memory >= 160 * 2**30:
+        tokens, sequences = 16384, 1024
+    elif gpu.memory >= 70 * 2**30 and not _is_a100(gpu):
+        tokens, sequences = 8192, 1024
+    else:
+        tokens, sequences = 2048, 256
+    if model.vision and not text_only and model.text.get("use_bidirectional_attention") == "vision":
+        tokens = max(tokens, GEMMA4_VIDEO_TOKENS)
+    tokens = min(tokens, sequences * context)
+    return Batch(tokens, min(sequences, tokens))
+
+
+def activation_bytes(model: Model, gpus: int, batch: Batch, *, text_only: bool) -> int:
+    """Bytes of the largest transient, on one of `gpus` GPUs; an estimate."""
+    layer = batch.tokens * (6 * model.hidden + 7 * -(-model.intermediate // gpus))
+    logits = batch.sequences * model.vocabulary * (2 + 2 * (gpus > 1) + 3 * 4)
+    vision = 0 if text_only or not model.vision else batch.tokens * _patch_bytes(model)
+    return max(layer, logits, vision) + 2 * batch.tokens * model.hidden
+
+
+def engine_bytes(gpus: int) -> int:
+    """Bytes that the engine itself takes on a GPU; an estimate."""
+    return CONTEXT_BYTES + GRAPH_BYTES + (COMMUNICATION_BYTES if gpus > 1 else 0)
+
+
+def rotary_bytes(model: Model) -> int:
+    """Bytes of the cosine and sine tables, one for each kind of layer, `[positions, rotary dimensions]` in 2 bytes."""
+    tables = {}
+    for layer in model.layers:
+        if layer.kind != "linear":
+            rope = _rope(model.text, sliding=layer.kind == "sliding")
+            tables[layer.head_dim, str(rope)] = _table_bytes(rope, layer.head_dim, model.max_context)
+    return sum(tables.values())
+
+
+def _rope(text: Mapping[str, Any], *, sliding: bool) -> Mapping[str, Any]:
+    """The rotary parameters of a kind of layer, as transformers 5 and as older versions spell them."""
+    nested = section(text, "rope_parameters", "sliding_attention" if sliding else "full_attention")
+    if nested:
+        return nested
+    if sliding and "rope_local_base_freq" in text:
+        return {}
+    rope = section(text, "rope_parameters") or section(text, "rope_scaling")
+    return {"partial_rotary_factor": text.get("partial_rotary_factor"), **rope}
+
+
+def _table_bytes(rope: Mapping[str, Any], head_dim: int, positions: int) -> int:
+    kind = rope.get("rope_type") or rope.get("type")
+    part, factor = rope.get("partial_rotary_factor"), rope.get("factor")
+    if isinstance(part, float) and 0 < part < 1 and kind != "proportional":
+        head_dim = int(head_dim * part)
+    if kind == "yarn":
+        positions = _size(rope, "original_max_position_embeddings", positions)
+    if kind in {"linear", "yarn"} and isinstance(factor, int | float) and 1 <= factor <= 1024:
+        positions = int(positions * factor)
+    return positions * head_dim * 2
+
+
+def _patch_bytes(model: Model) -> int:
+    """Bytes that the vision tower needs while it works on the patches behind one token."""
+    vision = section(model.checkpoint.config, "vision_config")
+    hidden, intermediate = (_size(vision, key, default) for key, default in _VISION_DEFAULTS)
+    merged = _size(vision, "pooling_kernel_size", _size(vision, "spatial_merge_size", 4))
+    return merged**2 * (8 * hidden + 6 * intermediate)
+
+
+_VISION_DEFAULTS = (("hidden_size", 1152), ("intermediate_size", 4304))
+
+
+def _size(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key)
+    return value if type(value) is int and 0 < value < 2**24 else default
+
+
+def _is_a100(gpu: Gpu) -> bool:
+    return gpu.arch == "sm_80" or "a100" in gpu.name.lower()
