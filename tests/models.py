@@ -59,7 +59,7 @@ CHAT_TEMPLATE = """\
 {% endif %}"""
 
 # Two sliding layers to one full one, which uses its keys as values and has no v_proj, as in the 31B.
-_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+_LAYERS = ["sliding_attention", "sliding_attention", "full_attention"]
 _TEXT: Mapping[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -133,6 +133,9 @@ def make_gemma4(folder: Path) -> Path:
         video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
     )
     model = Gemma4ForConditionalGeneration(config).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "layers" in name and "post_" in name:  # or the embeddings decide alone, and it repeats its last token
+            parameter.data.fill_(3)
     model.save_pretrained(folder, max_shard_size="2MB")
     Gemma4Processor(
         feature_extractor=Gemma4AudioFeatureExtractor(),
