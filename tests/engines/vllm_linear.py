@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from vllm import _custom_ops as ops
 
-
 FLAGS = (True, False, 32)
 """Dynamic activation scales, no zero points, a cache of 32 shapes: as its W8A8 layers pass them."""
 
@@ -19,7 +18,7 @@ def main(source: str, target: str) -> None:
     """Quantize each input per token, multiply, scale."""
     tensors = load_file(source)
     weight, scale = tensors.pop("weight"), tensors.pop("weight_scale")
-    results = {}
+    results: dict[str, torch.Tensor] = {}
     for name, x in tensors.items():
         layer = ops.create_onednn_scaled_mm(weight.t(), scale.view(-1, 1), x.dtype, *FLAGS)
         codes, token_scale, _ = ops.onednn_scaled_int8_quant(x, None, None, symmetric=True)
