@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http import HTTPStatus
@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 COMMIT = "c0ffee" * 6 + "beef"
 
+_CHUNK = 2**16
 _API = re.compile(r"/api/models/(?P<repo>[^/]+/[^/]+)(/(?P<what>revision|tree)/(?P<revision>.+))?")
 _FILE = re.compile(r"/(?P<repo>[^/]+/[^/]+)/(?P<what>resolve)/(?P<revision>[^/]+)/(?P<file>.+)")
 
@@ -29,12 +30,20 @@ class Request:
 
 @dataclass
 class Hub:
-    """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything."""
+    """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything.
+
+    Without `ranges` it sends whole files whatever is asked for, `lengths` are what it claims of a file instead of its
+    length, and `redirecting` it sends every request for a file back to itself. `sent` counts the bytes of bodies.
+    """
 
     url: str
     repositories: Mapping[str, Mapping[str, bytes]]
     gated: bool = False
     failing: HTTPStatus | None = None
+    ranges: bool = True
+    redirecting: bool = False
+    lengths: dict[str, str] = field(default_factory=dict)
+    sent: int = 0
     requests: list[Request] = field(default_factory=list)
 
     @property
@@ -61,7 +70,17 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             path = unquote(urlsplit(self.path).path)
             hub.requests.append(Request(self.command, path, self.headers["Authorization"]))
             try:
-                self._answer(HTTPStatus.OK, *_answer(hub, path))
+                body, headers = _answer(hub, path)
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+                if hub.redirecting and _FILE.fullmatch(path):
+                    self._answer(HTTPStatus.FOUND, b"", {"Location": self.path})
+                elif asked and hub.ranges and _FILE.fullmatch(path):
+                    total = hub.lengths.get(path.rpartition("/")[2], str(len(body)))
+                    body = body[int(asked[1]) : int(asked[2]) + 1]
+                    whole = {"Content-Range": f"bytes {asked[1]}-{int(asked[1]) + len(body) - 1}/{total}"}
+                    self._answer(HTTPStatus.PARTIAL_CONTENT, body, {**headers, **whole})
+                else:
+                    self._answer(HTTPStatus.OK, body, headers)
             except _RefusedError as refused:
                 self._answer(refused.status, b"", {"X-Error-Code": refused.code})
 
@@ -74,7 +93,9 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
                 self.send_header(name, value)
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                with suppress(ConnectionError):  # a client may have enough
+                    for start in range(0, len(body), _CHUNK):
+                        hub.sent += self.wfile.write(body[start : start + _CHUNK])
 
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
