@@ -40,7 +40,7 @@ def out(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-WRITERS: Mapping[str, dict[str, str]] = {
+WRITERS: Mapping[str, dict[str, Any]] = {
     **{format_: {"format": format_} for format_ in FORMATS},
     **{compat: {"compat": compat} for compat in COMPATS},
 }

@@ -54,9 +54,8 @@ class W8A8Quantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         tensors = _named_as_in(model, [t for file in checkpoint_files or () for t in read_header(Path(file)).tensors])
         for name, weight in tensors.items():
-            module, _, parameter = name.rpartition(".")
-            if weight.dtype == "I8" and parameter == "weight":
-                _replace(model, module, weight, tensors.get(f"{module}.weight_scale"))
+            if weight.dtype == "I8" and name.endswith(".weight"):
+                _replace(model, name.removesuffix(".weight"), weight, tensors.get(f"{name}_scale"))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for layer in model.modules():
