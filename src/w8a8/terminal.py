@@ -4,6 +4,7 @@ Data goes to standard output and everything about its making to standard error, 
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,11 @@ from rich.table import Table
 if TYPE_CHECKING:
     from w8a8.bench.quantize import BenchResult
     from w8a8.inspection import Inspection
+    from w8a8.memory import Fit
     from w8a8.plan import Plan
     from w8a8.quantization import QuantizeResult
+    from w8a8.serve.calling import Call
+    from w8a8.serve.launch import Launch
     from w8a8.verification import VerifyResult
 
 PLAIN_INTERVAL_SECONDS = 5.0
@@ -151,6 +155,40 @@ class Terminal:
         if tensors:
             for t in found.specs:
                 self._say(clean(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
+
+    def fitted(self, found: "Fit") -> None:
+        """Whether a checkpoint fits."""
+        if self._json:
+            self._print_json(found.to_dict())
+            return
+        from w8a8.memory.drawing import draw
+
+        draw(found, self._out)
+
+    def command(self, launch: "Launch") -> None:
+        """What `serve` would start, and how to call it then."""
+        if self._json:
+            self._print_json(launch.to_dict())
+            return
+        for notice in launch.notices:
+            self.notice(notice)
+        if launch.engine == "vllm" and "--host" in launch.argv:
+            print("# --host: vLLM's own default is every network this machine is in")
+        print(f"{launch.shell}\n\n# once it is ready:\n{launch.call.curl}")
+
+    def starting(self, launch: "Launch") -> None:
+        """What `serve` starts."""
+        for notice in launch.notices:
+            self.notice(notice)
+        self.notice(" ".join(launch.shell.replace("\\\n", "").split()))
+
+    def ready(self, launch: "Launch", call: "Call", seconds: float) -> None:
+        """That a server answers, and how to call it."""
+        if self._json:
+            self._print_json({**launch.to_dict(), "url": call.url, "seconds": round(seconds, 1)})
+            sys.stdout.flush()
+        self.notice(f"ready in {seconds:.0f} s: {call.url}")
+        print(f"\n{call.curl}\n\nin Python: {call.python}\n", file=sys.stderr, flush=True)
 
     def benched(self, result: "BenchResult") -> None:
         """What a benchmark measured."""

@@ -1,24 +1,18 @@
-"""The vLLM command, as a pure function of config, GPUs and options."""
+"""The vLLM command, as a pure function of GPUs and options."""
 
 import subprocess
-from typing import Any
 
 import pytest
 from hypothesis import given as generated
 from hypothesis import settings
 from hypothesis import strategies as st
 
-from w8a8.errors import NoConfigError, UsageError
 from w8a8.machine import describe
-from w8a8.serve.vllm import TEXT_ONLY, Options, command, given, shell, tensor_parallel
+from w8a8.serve.vllm import TEXT_ONLY, Options, command, given, shell
 
 RDNA3 = describe("4x24GiB:gfx1100")
 HOPPER = describe("2x141GiB:sm_90")
 LOCAL = ["--host", "127.0.0.1"]
-
-
-def heads(attention: int, kv: int, **more: Any) -> dict[str, Any]:
-    return {"num_attention_heads": attention, "num_key_value_heads": kv, **more}
 
 
 def test_gpus_decide_parallelism_and_rdna_the_kernels() -> None:
@@ -81,52 +75,6 @@ def test_given_reads_flags_with_their_values() -> None:
         "--served-model-name": "a",
         "--max-num-seqs": "4",
     }
-
-
-@pytest.mark.parametrize(
-    ("config", "gpus", "size"),
-    [
-        (heads(32, 16), 4, 4),
-        (heads(32, 8), 3, 2),  # 3 does not divide the heads
-        (heads(8, 1), 8, 8),  # one KV head, on every GPU
-        (heads(24, 8), 6, 4),  # 6 divides the heads, but shares 8 KV heads unevenly
-        (heads(12, 2), 6, 6),
-        (heads(8, 8, intermediate_size=6), 8, 2),
-        (heads(8, 8, intermediate_size=[4096, 6]), 8, 2),
-        (heads(8, 8, moe_intermediate_size=768, intermediate_size=None), 8, 8),
-        ({"text_config": heads(16, 16, num_global_key_value_heads=6)}, 4, 2),
-        ({"text_config": heads(16, 16, per_layer_config={"05": {"num_key_value_heads": 6}})}, 4, 2),
-        ({}, 3, 3),  # nothing to split by heads
-    ],
-)
-def test_the_most_gpus_that_can_share_the_model_are_used(config: dict[str, Any], gpus: int, size: int) -> None:
-    assert tensor_parallel(config, gpus) == size
-
-
-@generated(
-    attention=st.integers(1, 128), kv=st.integers(1, 128), intermediate=st.integers(1, 65536), gpus=st.integers(1, 16)
-)
-def test_a_size_chosen_is_legal_and_none_larger_is(attention: int, kv: int, intermediate: int, gpus: int) -> None:
-    def legal(n: int) -> bool:
-        return attention % n == 0 and intermediate % n == 0 and (kv % n == 0 or n % kv == 0)
-
-    size = tensor_parallel(heads(attention, kv, intermediate_size=intermediate), gpus)
-    assert legal(size)
-    assert not any(legal(n) for n in range(size + 1, gpus + 1))
-
-
-def test_a_size_asked_for_is_taken_or_refused_with_the_possible_ones() -> None:
-    assert tensor_parallel(heads(32, 16), 4, 2) == 2
-    with pytest.raises(UsageError, match="32 attention heads; possible here: 1, 2, 4"):
-        tensor_parallel(heads(32, 16), 4, 3)
-    with pytest.raises(UsageError, match="4 GPUs"):
-        tensor_parallel(heads(32, 16), 4, 8)
-
-
-@pytest.mark.parametrize("count", [0, -2, "8", True, 1.5, [8, "x"]])
-def test_a_garbled_count_is_an_error_that_names_it(count: object) -> None:
-    with pytest.raises(NoConfigError, match="num_attention_heads"):
-        tensor_parallel({"num_attention_heads": count}, 2)
 
 
 @settings(max_examples=50)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from w8a8.checkpoint.reader import read_json
+from w8a8.checkpoint.source import cached, hub_id
 
 _EVERYWHERE = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}
 
@@ -47,8 +48,11 @@ class Call:
         return f'OpenAI(base_url="{self.url}", api_key={key})'
 
 
-def can_chat(folder: Path) -> bool:
-    """Whether the tokenizer or processor in `folder` has a chat template; where there is no tokenizer, it may have."""
+def can_chat(checkpoint: str) -> bool:
+    """Whether a folder's or Hub id's tokenizer or processor has a chat template; as long as there is none, it may."""
+    folder = Path(checkpoint)
+    if not folder.is_dir():
+        folder = cached(*hub_id(checkpoint)) or folder
     if (folder / "chat_template.jinja").is_file():
         return True
     known = False

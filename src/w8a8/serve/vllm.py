@@ -1,20 +1,14 @@
-"""The command that starts vLLM, as a pure function of the checkpoint's config, the GPUs and what the user asked for.
+"""The command that starts vLLM, as a pure function of the GPUs and of what the user asked for.
 
-Flags and rules are those of vLLM 0.32. Tensor parallelism splits attention by heads: `--tensor-parallel-size` must
-divide the query heads (`ModelConfig.verify_with_parallel_config`), and divide the KV heads or be a multiple of them,
-which are then replicated (`QKVParallelLinear`); and the MLP is split by its intermediate size. Over several nodes each
-node holds a stage of the pipeline, split over its own GPUs, as vLLM's documentation on distributed serving lays it out.
-
-What a user passes on stands last in the command, so that it wins, and what it says is not said by us before it.
+Flags and rules are those of vLLM 0.32. Over several nodes each node holds a stage of the pipeline, split over its own
+GPUs, as vLLM's documentation on distributed serving lays it out. What a user passes on stands last in the command, so
+that it wins, and what it says is not said by us before it.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from w8a8.errors import NoConfigError, UsageError
-from w8a8.formats.detect import section
 from w8a8.machine import Gpu
 
 TEXT_ONLY = '{"image":0,"audio":0,"video":0}'
@@ -87,49 +81,6 @@ def _flags(
     yield "--host", options.host  # vLLM's own default is every interface
     if options.port != PORT:
         yield "--port", str(options.port)
-
-
-def tensor_parallel(config: Mapping[str, Any], available: int, asked: int | None = None) -> int:
-    """How many of `available` GPUs to split the model over: as many as `asked`, else the most that vLLM can.
-
-    Raises `UsageError` if `asked` is more than there are or cannot split the model, `NoConfigError` if the config
-    holds no counts.
-    """
-    text = section(config, "text_config") or config
-    if asked is None:
-        return next(n for n in range(available, 0, -1) if not _obstacle(text, n))
-    if asked > available:
-        raise UsageError(f"--tensor-parallel-size {asked}: there are {available} GPUs on a node")
-    if obstacle := _obstacle(text, asked):
-        possible = ", ".join(str(n) for n in range(1, available + 1) if not _obstacle(text, n))
-        raise UsageError(f"--tensor-parallel-size {asked} cannot split {obstacle}; possible here: {possible}")
-    return asked
-
-
-def _obstacle(text: Mapping[str, Any], n: int) -> str:
-    """What of the model `n` GPUs cannot share evenly; empty if nothing."""
-    for heads in _counts(text, "num_attention_heads"):
-        if heads % n:
-            return f"{heads} attention heads"
-    for heads in _counts(text, "num_key_value_heads", "num_global_key_value_heads"):
-        if heads % n and n % heads:
-            return f"{heads} KV heads"
-    for size in _counts(text, "intermediate_size", "moe_intermediate_size"):
-        if size % n:
-            return f"an intermediate size of {size}"
-    return ""
-
-
-def _counts(text: Mapping[str, Any], *keys: str) -> Iterator[int]:
-    """The values of `keys`, which may stand once, once per layer, or in the config of single layers."""
-    for place in (text, *section(text, "per_layer_config").values()):
-        for key in keys if isinstance(place, dict) else ():
-            value = place.get(key)
-            for count in value if isinstance(value, list) else [value]:
-                if isinstance(count, bool) or not (count is None or (isinstance(count, int) and count > 0)):
-                    raise NoConfigError(f"config.json: {key} is {count!r}, not a positive number")
-                if count:
-                    yield count
 
 
 def given(extra: Sequence[str]) -> dict[str, str]:
