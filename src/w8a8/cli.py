@@ -303,6 +303,56 @@ def serve(
     epilog="""
 Examples:
 
+- `w8a8 chat ./gemma-W8A8`
+- `w8a8 chat http://localhost:8000 --image photo.jpg`
+- `w8a8 chat ./gemma-W8A8 --prompt "The capital of France is" --max-tokens 16 --json`
+- `git diff | w8a8 chat http://localhost:8000/v1 --system "Write a commit message for this diff."`
+"""
+)
+def chat(
+    target: Annotated[
+        str, typer.Argument(metavar="CKPT|URL", help="Folder, Hub id, or address of an OpenAI-compatible server.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Print the answer to this, and end.", show_default="standard input, if piped")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image to send with the first message. Repeatable.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 always takes the likeliest token.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Chat with a model in the terminal: a checkpoint, served for as long, or a server that runs already.
+
+    Without a terminal, or with --prompt or --json, prints one answer and ends.
+    """
+    from w8a8.chat import Settings, connected, converse, data_url, once, piped
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    images = [data_url(path) for path in image or ()]
+    prompt = piped() if prompt is None else prompt
+    if prompt is None and json:
+        raise UsageError("--json needs --prompt, or text on standard input")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
+    settings = Settings(max_tokens=max_tokens, temperature=temperature)
+    with (
+        _interruptible("all it started has ended"),
+        connected(target, api_key=api_key, settings=settings, system=system, notice=terminal.notice) as found,
+    ):
+        if prompt is None:
+            converse(found, images)
+        else:
+            once(found, prompt, images, as_json=json)
+
+
+@app.command(
+    epilog="""
+Examples:
+
 - `w8a8 fit ./gemma-W8A8`
 - `w8a8 fit google/gemma-4-31b-it --gpu 24GiB:gfx1100 --count 4`
 - `w8a8 fit ./gemma-W8A8 --gpu 48GB --context 32768 --concurrency 4 --kv-dtype fp8`

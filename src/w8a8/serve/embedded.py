@@ -9,9 +9,10 @@ waits for any more (`guard`); and every error is the API's JSON. Their routes th
 import json
 import logging
 import socket
+import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def running(checkpoint: str, folder: Path, *, api_key: str, max_model_len: int |
     with _bound("127.0.0.1", 0) as listener:
         started = threading.Event()
         server = _load(checkpoint, folder, api_key, started.set, max_model_len)
+        logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not started.wait(0.1):
@@ -109,7 +111,7 @@ class OneModel(ModelManager):  # type: ignore[misc]
         """The model and its processor."""
         return self.model, self.processor
 
-    def get_gen_models(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def get_gen_models(self) -> list[dict[str, Any]]:
         """What `/v1/models` lists."""
         entry = {"id": self.name, "object": "model", "created": self.created, "owned_by": "w8a8"}
         return [{**entry, "root": self.name, "max_model_len": self.context}]
@@ -225,6 +227,8 @@ def _load(
     name: str, folder: Path, api_key: str | None, ready: Callable[[], None], max_model_len: int | None
 ) -> _Server:
     transformers.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         manager = OneModel(name, folder, max_model_len)
     except (W8A8Error, KeyboardInterrupt):
@@ -259,7 +263,7 @@ async def _broken(_: Request, error: Exception) -> JSONResponse:
     return failure(500, f"{type(error).__name__} in the server; its log has more")
 
 
-async def _until_done(events: AsyncIterator[str]) -> AsyncIterator[str]:
+async def _until_done(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
     """The events, and the one that the API ends with."""
     async for event in events:
         yield event
