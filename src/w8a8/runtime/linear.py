@@ -12,17 +12,24 @@ What it computes, for a token x [in] and an output channel w [in] with scale s, 
 token whose values are all subnormal comes out near zero instead of as garbage. A token that holds NaN or infinity
 comes out as NaN, all of it, and alone.
 
-The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it.
+The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it. On a CPU
+one call of `w8a8.kernels.int8_cpu` does all of the above; elsewhere it is composed of torch operators around
+`torch._int_mm`.
 """
 
+import ctypes
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-FLOOR = 2.0**-119
-"""The smallest amax a token is scaled by, 1.5e-36."""
+from w8a8.kernels import int8_cpu
+from w8a8.kernels.int8_cpu import FLOOR
+
+KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+"""What a layer takes and gives, as `int8_cpu` calls it."""
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
 """Longer dot products could overflow INT32."""
@@ -54,10 +61,12 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         self.bias = _frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype."""
-        tokens = x.detach().reshape(-1, self.in_features)
-        y = composed(tokens, self.weight, self.weight_scale, self.bias)
-        return y.reshape(*x.shape[:-1], self.out_features)
+        """BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype; ValueError for anything else."""
+        if x.dtype not in KINDS or x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"expected [..., {self.in_features}] of {[*KINDS]}, got {[*x.shape]} of {x.dtype}")
+        if x.device.type == "cpu":
+            return fused(x, self.weight, self.weight_scale, self.bias)
+        return composed(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -72,15 +81,35 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         return self
 
 
+def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer on a CPU, by `int8_cpu.linear` on torch's own threads: `x` [..., in] to [..., out]."""
+    n, k = weight.shape
+    x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
+    y = x.new_empty(*x.shape[:-1], n)
+    bias = bias if bias is None else bias.float().contiguous()
+    int8_cpu.linear(
+        x.data_ptr(),
+        weight.data_ptr(),
+        weight_scale.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        y.data_ptr(),
+        (x.numel() // k, n, k),
+        KINDS[x.dtype],
+        threads=torch.get_num_threads(),
+        fork=_openmp_fork(),
+    )
+    return y
+
+
 def composed(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer as a composition of torch operators, for any device: `x` [tokens, in] to [tokens, out]."""
-    codes, scale = quantize_tokens(x)
+    """The layer as a composition of torch operators, for any device: `x` [..., in] to [..., out]."""
+    codes, scale = quantize_tokens(x.detach().reshape(-1, weight.shape[1]))
     # CUDA's int8 matmul takes more than 16 tokens, and multiples of 8.
     acc = padded_int_mm(codes, weight, tokens=32, multiple=8) if x.is_cuda else padded_int_mm(codes, weight)
     y = acc.float().mul_(weight_scale).mul_(scale)
     if bias is not None:
         y.add_(bias)
-    return y.to(x.dtype)
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,3 +133,12 @@ def padded_int_mm(codes: Tensor, weight: Tensor, tokens: int = 1, multiple: int 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
+
+
+@cache
+def _openmp_fork() -> int:
+    """Address of `GOMP_parallel` in the OpenMP runtime that torch is linked with; 0 where it has none by that name."""
+    try:
+        return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0
+    except (AttributeError, OSError):
+        return 0
