@@ -1,4 +1,4 @@
-"""`W8A8Linear` as a module: the same numbers fused and composed, every input a model may hand it, and its parameters."""
+"""`W8A8Linear` as a module: the same numbers fused and composed, whatever a model hands it, and its parameters."""
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ def layer(inputs: int = 96, outputs: int = 70, *, bias: bool = True, dtype: torc
     made = W8A8Linear(inputs, outputs, bias, dtype)
     made.weight.random_(-128, 128)
     made.weight_scale.uniform_(1e-4, 1e-2)
-    if bias:
+    if made.bias is not None:
         made.bias.normal_()
     return made
 

@@ -74,10 +74,10 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move to another device or dtype, but never lose precision of the scales."""
-        scale = self.weight_scale
+        scale = self.weight_scale.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = _frozen(scale.detach().to(self.weight_scale.device))
+            self.weight_scale = _frozen(scale.to(self.weight_scale.device))
         return self
 
 
