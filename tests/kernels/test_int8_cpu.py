@@ -1,4 +1,4 @@
-"""The CPU kernel against exact integer arithmetic in NumPy, bit for bit; with the CPU's INT8 instructions and without."""
+"""The CPU kernel against exact integer arithmetic in NumPy, bit for bit; with INT8 instructions and without."""
 
 import os
 import subprocess
