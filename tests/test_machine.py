@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from w8a8 import machine
 from w8a8.errors import UsageError
-from w8a8.machine import Gpu, amd_gpus, available_memory, describe, detect, parse_nvidia_smi
+from w8a8.machine import Gpu, amd_gpus, available_memory, describe, detect, find, parse_nvidia_smi
 
 NVIDIA_SMI = """\
 NVIDIA H200, 143771, 9.0
@@ -212,6 +212,16 @@ def test_a_description_is_read(text: str, count: int, memory: int, arch: str) ->
 def test_a_garbled_description_is_refused_with_examples(text: str) -> None:
     with pytest.raises(UsageError, match="4x24GiB:gfx1100"):
         describe(text)
+
+
+def test_a_count_multiplies_what_is_described_or_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find("24GiB:gfx1100", 4) == describe("4x24GiB:gfx1100")
+    assert find("2x48GB", None) == describe("2x48GB")
+    with pytest.raises(UsageError, match="how many"):
+        find("2x48GB", 4)
+    nvidia_smi(tmp_path, monkeypatch, 'echo "A, 24564, 8.9"; echo "B, 16380, 8.9"')
+    assert [gpu.name for gpu in find(None, None)] == ["A", "B"]
+    assert [gpu.name for gpu in find(None, 4)] == ["B"] * 4
 
 
 MEMINFO = "MemTotal:       32768000 kB\nMemFree:         1024000 kB\nMemAvailable:   16384000 kB\n"

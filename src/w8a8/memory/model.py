@@ -172,7 +172,7 @@ class _Parts:
             "linear",
             conv_state=conv.shape[0] * (conv.shape[2] - 1),
             ssm_state=z.shape[0] * key_dim,
-            ssm_bytes=2 if self.text.get("mamba_ssm_dtype") in {"bfloat16", "float16"} else 4,
+            ssm_bytes=2 if str(self.text.get("mamba_ssm_dtype")) in {"bfloat16", "float16"} else 4,
         )
 
     def _head_dim(self, tensors: Mapping[str, TensorSpec]) -> int:
