@@ -1,7 +1,7 @@
 """Stands in for vLLM where starting and stopping is tested: a server with a worker, which ends only when killed.
 
 Writes what it was given, and its process ids, to `$FAKE_VLLM/started.json`. `$FAKE_VLLM_MANNER` makes it `fail` before
-it is ready, `fall` after its first answer, `linger` when asked to end, or end its worker itself (`orderly`, as vLLM).
+it is ready, `fall` after its first answer, or `linger` when asked to end.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 FOLDER = "FAKE_VLLM"
 MANNER = "FAKE_VLLM_MANNER"
@@ -50,12 +50,8 @@ def main() -> None:
     assert worker.stdout is not None
     worker.stdout.readline()
 
-    def end(*_: object) -> NoReturn:
-        worker.kill()
-        sys.exit(0)
-
-    if manner in ("orderly", "linger"):
-        signal.signal(signal.SIGTERM, end if manner == "orderly" else signal.SIG_IGN)
+    if manner == "linger":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     argv = sys.argv[1:]
     values = {"argv": argv, "api_key": os.environ.get("VLLM_API_KEY"), "pids": [os.getpid(), worker.pid]}
     file = Path(os.environ[FOLDER]) / "started.json"

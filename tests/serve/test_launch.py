@@ -194,9 +194,13 @@ def test_a_second_ctrl_c_ends_an_engine_that_lingers(model: Path, vllm: dict[str
         assert eventually_gone(pids(vllm))
 
 
-def test_when_it_is_killed_the_engine_ends_too(model: Path, vllm: dict[str, str], port: int) -> None:
-    with serving(model, "--port", str(port), env=vllm | {fake_vllm.MANNER: "orderly"}) as server:
-        read_until(server, "in Python")
+@pytest.mark.parametrize("when", ["the engine speaks", "in Python"])
+@pytest.mark.parametrize("manner", ["", "linger"])
+def test_when_it_is_killed_the_engine_ends_too(
+    model: Path, vllm: dict[str, str], port: int, manner: str, when: str
+) -> None:
+    with serving(model, "--port", str(port), env=vllm | {fake_vllm.MANNER: manner}) as server:
+        read_until(server, when)
         server.kill()
         server.wait()
         assert eventually_gone(pids(vllm))

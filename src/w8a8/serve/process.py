@@ -2,10 +2,10 @@
 
 The engine leads a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then stops the
 engine in order: SIGTERM to its first process, which ends its workers, and after a while SIGKILL to whatever is left of
-the group. If this process itself is killed, the kernel sends the engine SIGTERM (`PR_SET_PDEATHSIG`).
+the group. If this process itself is killed, a guard does the same: a small process that waits for the end of a pipe.
+(A signal from the kernel at a parent's death would not do: while vLLM loads, SIGTERM makes it wait for its workers.)
 """
 
-import ctypes
 import os
 import re
 import signal
@@ -19,13 +19,26 @@ from threading import Thread
 
 from w8a8.errors import EngineError, MissingExtraError
 
-GRACE_SECONDS = 20.0
+GRACE_SECONDS = 20
 """How long an engine may take to end by itself."""
+
+LOADING_GRACE_SECONDS = 3
+"""The same while it loads: there is nothing to finish yet, and vLLM would load on to the end first."""
+
+_GUARD = f"""
+import os, signal, sys, time
+sys.stdin.read()
+for send, number, seconds in (os.kill, signal.SIGTERM, {LOADING_GRACE_SECONDS}), (os.killpg, signal.SIGKILL, 0):
+    try:
+        send(int(sys.argv[1]), number)
+    except ProcessLookupError:
+        pass
+    time.sleep(seconds)
+"""
 
 _POLL_SECONDS = 0.3
 _REQUEST_SECONDS = 5.0
 _KEPT_BYTES = 64 * 1024
-_PR_SET_PDEATHSIG = 1
 _TELLING = re.compile(r"\b\w*(?:Error|Exception|error): .*\S")
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -35,16 +48,8 @@ class Engine:
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start `argv` with this process's environment and `environment` on top."""
-        libc = ctypes.CDLL(None)
-        parent = os.getpid()
-
-        def die_with_parent() -> None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it was killed before the line above
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        self.name = os.path.basename(argv[0])  # noqa: PTH119
-        self.started = time.monotonic()
+        self._started = time.monotonic()
+        self._grace = LOADING_GRACE_SECONDS
         self._said = b""
         self._process = subprocess.Popen(
             argv,
@@ -53,8 +58,9 @@ class Engine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,
         )
+        guard = [sys.executable, "-I", "-S", "-c", _GUARD, str(self._process.pid)]
+        self._guard = subprocess.Popen(guard, stdin=subprocess.PIPE, start_new_session=True)
         self._listener = Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -62,7 +68,8 @@ class Engine:
         """Wait for `GET /health` to answer 200; return the seconds since the start. Raises `EngineError`."""
         while not _healthy(host, port):
             self._wait(_POLL_SECONDS)
-        return time.monotonic() - self.started
+        self._grace = GRACE_SECONDS
+        return time.monotonic() - self._started
 
     def wait(self) -> None:
         """Wait until it ends, which it does not unless it fails. Raises `EngineError`."""
@@ -74,10 +81,12 @@ class Engine:
         try:
             with suppress(subprocess.TimeoutExpired):
                 self._process.terminate()
-                self._process.wait(GRACE_SECONDS)
+                self._process.wait(self._grace)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
+            self._guard.kill()
+            self._guard.wait()
             self._process.wait()
             self._listener.join(1)
 
