@@ -11,7 +11,7 @@ from rich.text import Text
 
 from w8a8.machine import Gpu
 from w8a8.memory.fit import Fit
-from w8a8.terminal import printable
+from w8a8.terminal import plural, printable
 
 MAX_BARS = 8
 MAX_WIDTH = 100
@@ -33,8 +33,9 @@ class _Part:
 def draw(found: Fit, console: Console) -> None:
     """Print `found` for a person."""
     parts, ascii_only = _parts(found), not console.encoding.lower().startswith("utf")
-    console.print(Text(printable(found.name), "bold"), f": {printable(found.scheme)}", sep="", soft_wrap=True)
-    console.print(_headline(found), soft_wrap=True)
+    long = not console.is_terminal  # lines stay whole in a file
+    console.print(Text.assemble((printable(found.name), "bold"), f": {printable(found.scheme)}"), soft_wrap=long)
+    console.print(_headline(found), soft_wrap=long)
     console.print()
     for number, gpu in enumerate(found.gpus[: found.tensor_parallel][:MAX_BARS]):
         console.print(
@@ -44,11 +45,11 @@ def draw(found: Fit, console: Console) -> None:
         console.print(f"... and {found.tensor_parallel - MAX_BARS} more like them", style="dim")
     console.print()
     console.print(_legend(parts, ascii_only=ascii_only))
-    console.print(_verdict(found), soft_wrap=True)
+    console.print(_verdict(found), soft_wrap=long)
     for line in found.advice:
-        console.print(f"  - {line}", soft_wrap=True, markup=False)
+        console.print(f"  - {line}", soft_wrap=long, markup=False)
     for line in found.notices:
-        console.print(Text.assemble(("note: ", "yellow"), printable(line)), soft_wrap=True)
+        console.print(Text.assemble(("note: ", "yellow"), printable(line)), soft_wrap=long)
 
 
 def _parts(found: Fit) -> tuple[_Part, ...]:
@@ -57,6 +58,8 @@ def _parts(found: Fit) -> tuple[_Part, ...]:
     tokens = f"{found.concurrency} x {found.context:,} tokens of {_kb(found.kv_per_token)}"
     if found.kv_beyond_window != found.kv_per_token:
         tokens += f" (past the window {_kb(found.kv_beyond_window)})"
+    if found.state_per_sequence:
+        tokens += f", state of {_kb(found.state_per_sequence)}"
     share = f"split over {found.tensor_parallel} GPUs, " if found.tensor_parallel > 1 else ""
     estimate = "estimated: batch, logits, images; context, graphs"
     return (
@@ -110,11 +113,10 @@ def _verdict(found: Fit) -> Text:
         over = found.needed - found.budget
         text = Text.assemble(("does not fit", "bold red"), f": {_gb(over)} too much on each GPU")
         return text.append("; what would help:" if found.advice else "")
-    reach = f": up to {found.max_context:,} tokens" + (
-        " (all the model can)" if found.max_context == found.model_context else ""
-    )
-    requests = "one request" if found.concurrency == 1 else f"each of {found.concurrency} requests"
-    reach += f" for {requests}, or {found.max_concurrency:,} at once of {found.context:,}"
+    whole = " (all the model can)" if found.max_context == found.model_context else ""
+    each = f" for each of {found.concurrency} requests" if found.concurrency > 1 else ""
+    requests = plural(found.max_concurrency, "request")
+    reach = f": up to {found.max_context:,} tokens{whole}{each}, or {requests} of {found.context:,} at once"
     return Text.assemble(("fits", "bold green"), reach)
 
 

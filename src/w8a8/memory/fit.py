@@ -113,7 +113,7 @@ def fit(
         utilization=utilization,
         text_only=text_only,
     )
-    found = case.measure(opened.path.name)
+    found = case.measure(opened.path.resolve().name)
     notices = tuple(_notices(case, context))
     return replace(found, notices=notices, advice=() if found.fits else tuple(_advice(case)))
 
@@ -153,26 +153,24 @@ class _Case:
     def measure(self, name: str) -> Fit:
         """The sum, and by it how far the GPUs reach."""
         model, cache = self.model, self.cache
-        batch = largest_batch(model, self.gpu, self.context, text_only=self.text_only)
         weights = weights_per_gpu(model, self.tensor_parallel, text_only=self.text_only)
         rotary, engine = rotary_bytes(model), engine_bytes(self.tensor_parallel)
-        activations = activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only)
         room = int(self.gpu.memory * self.utilization) - weights - rotary - engine
 
-        def kv_room(context: int) -> tuple[int, int]:
-            """Bytes left for the cache, and the tokens of a batch, at a context."""
+        def working(context: int) -> tuple[int, int]:
+            """Tokens of the largest batch at a context, and bytes of its activations."""
             batch = largest_batch(model, self.gpu, context, text_only=self.text_only)
-            return room - activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only), batch.tokens
+            return batch.tokens, activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only)
 
         def holds(context: int) -> bool:
-            left, tokens = kv_room(context)
-            return cache.nbytes(context, self.concurrency, tokens) <= left
+            tokens, activations = working(context)
+            return cache.nbytes(context, self.concurrency, tokens) <= room - activations
 
-        left, _ = kv_room(self.context)
-        blocks = cache.blocks(self.context, batch.tokens)
+        tokens, activations = working(self.context)
+        blocks = cache.blocks(self.context, tokens)
         return Fit(
             name=name,
-            scheme=detect(model.checkpoint.config).summary,
+            scheme=_scheme(model),
             gpus=self.gpus,
             tensor_parallel=self.tensor_parallel,
             context=self.context,
@@ -185,12 +183,12 @@ class _Case:
             rotary=rotary,
             activations=activations,
             engine=engine,
-            kv=cache.nbytes(self.context, self.concurrency, batch.tokens),
+            kv=cache.nbytes(self.context, self.concurrency, tokens),
             kv_per_token=cache.per_token,
             kv_beyond_window=cache.beyond_window,
             state_per_sequence=cache.per_sequence,
             max_context=_largest(holds, model.max_context),
-            max_concurrency=max(0, left // cache.block_bytes - 1) // blocks if blocks else 0,
+            max_concurrency=max(0, (room - activations) // cache.block_bytes - 1) // blocks if blocks else 0,
             model_context=model.max_context,
         )
 
@@ -287,6 +285,11 @@ def _quantized(case: _Case) -> _Case | None:
     )
     result = replace(source, config=plan.config, shards=(Shard("", plan.bytes_out, tensors),))
     return replace(case, model=Model.read(result))
+
+
+def _scheme(model: Model) -> str:
+    """The scheme in a few words: what comes before a colon in its summary."""
+    return detect(model.checkpoint.config).summary.partition(":")[0]
 
 
 def _gb(nbytes: int) -> str:

@@ -7,6 +7,8 @@ out of the KV cache. The largest of three things counts, because each is freed b
 - one decoder layer over a whole batch: residual, norm, INT8 copy; gate and up, their product, its INT8 copy;
 - the logits of as many sequences as may run at once, in the model's dtype and in FP32, probabilities and noise;
 - the vision tower over as many patches as fill a batch with image tokens.
+
+Hidden states and per-layer embeddings of a batch stay beside them.
 """
 
 from collections.abc import Mapping
@@ -57,7 +59,8 @@ def activation_bytes(model: Model, gpus: int, batch: Batch, *, text_only: bool) 
     layer = batch.tokens * (6 * model.hidden + 7 * -(-model.intermediate // gpus))
     logits = batch.sequences * model.vocabulary * (2 + 2 * (gpus > 1) + 3 * 4)
     vision = 0 if text_only or not model.vision else batch.tokens * _patch_bytes(model)
-    return max(layer, logits, vision) + 2 * batch.tokens * model.hidden
+    per_layer = _size(model.text, "hidden_size_per_layer_input", 0) * len(model.layers)
+    return max(layer, logits, vision) + 2 * batch.tokens * (model.hidden + per_layer)
 
 
 def engine_bytes(gpus: int) -> int:
