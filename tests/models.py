@@ -135,7 +135,7 @@ def make_gemma4(folder: Path) -> Path:
     model = Gemma4ForConditionalGeneration(config).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if "layers" in name and "post_" in name:  # or the embeddings decide alone, and it repeats its last token
-            parameter.data.fill_(3)
+            parameter.data.fill_(5)
     model.save_pretrained(folder, max_shard_size="2MB")
     Gemma4Processor(
         feature_extractor=Gemma4AudioFeatureExtractor(),
@@ -149,22 +149,18 @@ def make_gemma4(folder: Path) -> Path:
 
 
 def _tokenizer() -> Any:
-    """One token per byte, and the special ones a Gemma 4 processor looks for."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """One token per printable character, and the special ones a Gemma 4 processor looks for."""
+    from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytes_ = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "\n", *map(chr, range(32, 127))])}
+    characters = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    characters.decoder = decoders.Fuse()
+    usual = ("bos_token", "eos_token", "pad_token", "unk_token")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytes_,
-        **{name: _SPECIAL[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
-        extra_special_tokens={
-            name: token
-            for name, token in _SPECIAL.items()
-            if name[-9:] not in ("bos_token", "eos_token", "pad_token", "unk_token")
-        },
+        tokenizer_object=characters,
+        **{name: _SPECIAL[name] for name in usual},
+        extra_special_tokens={name: token for name, token in _SPECIAL.items() if name not in usual},
         additional_special_tokens=["<|video|>", "<|turn>", "<turn|>"],
     )
     tokenizer.chat_template = CHAT_TEMPLATE
