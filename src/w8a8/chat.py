@@ -99,6 +99,8 @@ class Chat:
                     raise
             self.completes = True
             self.notice(f"{self.model} has no chat template: it completes the text, one message at a time")
+        if not isinstance(message["content"], str):
+            raise UsageError(f"{self.model} has no chat template, and so takes no images")
         return self.client.completions.create(
             prompt=text, **self._options(self.settings.max_tokens or COMPLETION_TOKENS)
         )
@@ -258,7 +260,8 @@ def _command(chat: Chat, line: str, waiting: list[str]) -> None:
 
 
 def _exchange(chat: Chat, line: str, waiting: list[str]) -> None:
-    pieces = chat.ask(line, waiting)
+    pieces = chat.ask(line, tuple(waiting))
+    waiting.clear()  # sent, or refused: the next message starts anew
     stopped = ""
     try:
         _print(pieces)
@@ -266,7 +269,6 @@ def _exchange(chat: Chat, line: str, waiting: list[str]) -> None:
         pieces.close()  # type: ignore[attr-defined]
         stopped = "stopped; "
         print()
-    waiting.clear()
     if chat.answer:
         chat.notice(stopped + chat.answer.speed)
 

@@ -264,9 +264,14 @@ async def _broken(_: Request, error: Exception) -> JSONResponse:
 
 
 async def _until_done(events: AsyncIterable[Any]) -> AsyncIterator[Any]:
-    """The events, and the one that the API ends with."""
+    """The events, an error among them as the API spells it, and the one that the API ends with."""
     async for event in events:
-        yield event
+        before, error, message = event.rpartition('data: {"error": "')
+        if error:
+            body = failure(503, message.rpartition('"}')[0]).body
+            yield f"{before}data: {bytes(body).decode()}\n\n"
+        else:
+            yield event
     yield "data: [DONE]\n\n"
 
 

@@ -1,0 +1,124 @@
+"""The embedded engine in a process of its own, serving a small random W8A8 checkpoint."""
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from openai import OpenAI
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+import w8a8
+
+KEY = "sesame"
+VOCABULARY = 320
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
+    "{{ m.content }} w9{% endfor %}"
+)
+SERVE = """
+import sys
+from pathlib import Path
+from w8a8.serve.embedded import run
+name, folder, port, key, context = sys.argv[1:]
+run(name, Path(folder), host="127.0.0.1", port=int(port), api_key=key or None,
+    max_model_len=int(context) or None, ready=lambda name: print("ready", name, flush=True))
+"""
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Every token a word of its own: ` w12`."""
+    core = Tokenizer(models.WordLevel({f" w{i}": i for i in range(VOCABULARY)}, unk_token=" w0"))
+    core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=core)
+
+
+def make_checkpoint(folder: Path, *, template: bool) -> Path:
+    """A Gemma 3 in FP32 with random weights, its linear layers INT8, whose answers never end by themselves."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=16,
+        max_position_embeddings=8192,
+        eos_token_id=None,
+    )
+    source = folder.with_name(f"{folder.name}-source")
+    Gemma3ForCausalLM(config).save_pretrained(source)
+    tokenizer = word_tokenizer()
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(source)
+    w8a8.quantize(source, folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    process: "subprocess.Popen[str]"
+    port: int
+    name: str
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def client(self, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def serving(folder: Path, name: str, *, key: str = "", context: int = 0) -> Iterator[Server]:
+    """A server that is ready; it is killed at the end, if it has not ended before."""
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context)],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines: queue.Queue[str] = queue.Queue()
+    assert process.stdout is not None
+    threading.Thread(target=lambda out: lines.put(out.readline()), args=(process.stdout,), daemon=True).start()
+    try:
+        assert lines.get(timeout=120) == f"ready {name}\n"
+        yield Server(process, port, name)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def prompt(i: int) -> str:
+    """Prompts of different lengths and words."""
+    return "".join(f" w{10 + (7 * i + 3 * k) % 280}" for k in range(1 + 3 * i))
+
+
+def message(content: Any) -> list[Any]:
+    return [{"role": "user", "content": content}]

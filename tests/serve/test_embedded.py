@@ -1,0 +1,320 @@
+"""The embedded engine over HTTP: the openai client, and whatever else a socket may send."""
+
+import base64
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import openai
+import pytest
+from fastapi import HTTPException
+from PIL import Image
+
+from tests.serve.embedded_server import KEY, Server, make_checkpoint, message, prompt, serving
+from w8a8.errors import EngineError, PortInUseError
+from w8a8.serve import guard
+from w8a8.serve.protocol import ChatRequest
+
+NAME = "some/model@main:8"
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("embedded") / "model", template=True)
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("embedded-plain") / "model", template=False)
+
+
+@pytest.fixture(scope="module")
+def servers(checkpoint: Path, plain_checkpoint: Path) -> Iterator[tuple[Server, Server]]:
+    """One with a chat template; one without, but with a key and a context of 64. Started side by side."""
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(stack.enter_context, serving(checkpoint, NAME))
+        second = pool.submit(stack.enter_context, serving(plain_checkpoint, "plain", key=KEY, context=64))
+        yield first.result(), second.result()
+
+
+@pytest.fixture(scope="module")
+def server(servers: tuple[Server, Server]) -> Server:
+    return servers[0]
+
+
+@pytest.fixture(scope="module")
+def locked(servers: tuple[Server, Server]) -> Server:
+    return servers[1]
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with server.client() as made:
+        yield made
+
+
+def image_url(kind: str = "PNG") -> str:
+    file = BytesIO()
+    Image.new("RGB", (8, 8)).save(file, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def image_message(url: str) -> list[Any]:
+    return message([{"type": "text", "text": "w1"}, {"type": "image_url", "image_url": {"url": url}}])
+
+
+def test_it_lists_exactly_the_model_by_the_name_it_was_given(client: openai.OpenAI, server: Server) -> None:
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    [model] = client.models.list().data
+    assert model.id == NAME
+    assert model.max_model_len == 8192  # type: ignore[attr-defined]
+
+
+def test_a_completion_counts_its_tokens_and_says_why_it_ended(client: openai.OpenAI) -> None:
+    made = client.completions.create(model=NAME, prompt=prompt(2), max_tokens=5, temperature=0)
+    [choice] = made.choices
+    assert (made.model, choice.finish_reason, len(choice.text.split())) == (NAME, "length", 5)
+    assert made.usage is not None
+    assert (made.usage.prompt_tokens, made.usage.completion_tokens, made.usage.total_tokens) == (7, 5, 12)
+    by_default = client.completions.create(model=NAME, prompt=prompt(2))
+    assert by_default.usage is not None
+    assert by_default.usage.completion_tokens == 16
+
+
+def test_a_stream_says_the_same_and_ends_as_the_api_ends_one(client: openai.OpenAI, server: Server) -> None:
+    whole = client.completions.create(model=NAME, prompt=prompt(2), max_tokens=20, temperature=0)
+    chunks = list(client.completions.create(model=NAME, prompt=prompt(2), max_tokens=20, temperature=0, stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+    body = {"prompt": prompt(2), "max_tokens": 2, "stream": True}
+    assert httpx.post(server.url + COMPLETIONS, json=body).text.endswith("data: [DONE]\n\n")
+
+
+def test_chat_answers_whole_and_streamed(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "messages": message(" w8 w7"), "max_tokens": 12, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].finish_reason == "length"
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 12)
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == whole.choices[0].message.content
+
+
+def test_a_stop_string_is_not_part_of_the_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "prompt": prompt(1), "max_tokens": 20, "temperature": 0}
+    words = client.completions.create(**asked).choices[0].text
+    stop = words.split()[4]
+    expected = words[: words.index(stop)]
+    made = client.completions.create(**asked, stop=stop)
+    assert (made.choices[0].text, made.choices[0].finish_reason) == (expected, "stop")
+    chunks = list(client.completions.create(**asked, stop=[stop], stream=True))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected
+    assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_sampling_follows_the_temperature_and_the_seed(client: openai.OpenAI) -> None:
+    def say(**how: Any) -> str:
+        made: openai.types.Completion = client.completions.create(model=NAME, prompt=prompt(1), max_tokens=12, **how)
+        return made.choices[0].text
+
+    assert say(seed=1) == say(seed=1)
+    assert say(temperature=5, seed=1) != say(temperature=5, seed=2)
+    assert say(temperature=5) != say(temperature=5)
+    greedy = say(temperature=0)
+    assert say(temperature=0) == greedy
+    assert say(temperature=5, extra_body={"top_k": 1}) == greedy
+
+
+def test_sixteen_at_once_get_what_they_get_one_by_one(client: openai.OpenAI) -> None:
+    def say(i: int) -> str:
+        return client.completions.create(model=NAME, prompt=prompt(i), max_tokens=40, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(16) as pool:
+        together = list(pool.map(say, range(16)))
+    assert together == [say(i) for i in range(16)]
+
+
+def test_sixteen_at_once_are_answered_together(client: openai.OpenAI) -> None:
+    """Nobody's last word comes before everybody's first."""
+
+    def say(i: int) -> tuple[float, float]:
+        stream = client.completions.create(model=NAME, prompt=prompt(i), max_tokens=300, temperature=0, stream=True)
+        times = [time.monotonic() for _ in stream]
+        return times[0], times[-1]
+
+    with ThreadPoolExecutor(16) as pool:
+        first, last = zip(*pool.map(say, range(16)), strict=True)
+    assert max(first) < min(last)
+
+
+BAD: dict[str, tuple[str, Any, str]] = {
+    "no JSON": (COMPLETIONS, b'{"prompt": ', "JSON"),
+    "not UTF-8": (COMPLETIONS, b'{"prompt": "\xff"}', ""),
+    "no object": (COMPLETIONS, [1], "object"),
+    "no prompt": (COMPLETIONS, {}, "prompt"),
+    "prompt of a wrong type": (COMPLETIONS, {"prompt": 5}, "prompt"),
+    "empty prompt": (COMPLETIONS, {"prompt": ""}, "empty"),
+    "temperature of a wrong type": (COMPLETIONS, {"prompt": "a", "temperature": "hot"}, "temperature"),
+    "negative temperature": (COMPLETIONS, {"prompt": "a", "temperature": -1}, "temperature"),
+    "NaN": (COMPLETIONS, b'{"prompt": "a", "temperature": NaN}', ""),
+    "no tokens": (COMPLETIONS, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    "tokens of a wrong type": (COMPLETIONS, {"prompt": "a", "max_tokens": "many"}, "max_tokens"),
+    "more tokens than the context": (COMPLETIONS, {"prompt": "a", "max_tokens": 9000}, "8192"),
+    "a prompt beyond the context": (COMPLETIONS, {"prompt": " w1" * 8192}, "8192"),
+    "a seed too large": (COMPLETIONS, {"prompt": "a", "seed": 2**64}, "seed"),
+    "an empty stop string": (COMPLETIONS, {"prompt": "a", "stop": ["b", ""]}, "stop"),
+    "an unknown field": (COMPLETIONS, {"prompt": "a", "frobnicate": 1}, "frobnicate"),
+    "logprobs": (COMPLETIONS, {"prompt": "a", "logprobs": 1}, "logprobs"),
+    "echo": (COMPLETIONS, {"prompt": "a", "echo": True}, "echo"),
+    "two answers": (COMPLETIONS, {"prompt": "a", "n": 2}, "n:"),
+    "a generation config": (COMPLETIONS, {"prompt": "a", "generation_config": "{}"}, "generation_config"),
+    "no messages": (CHAT, {"messages": []}, "messages"),
+    "messages of a wrong type": (CHAT, {"messages": ["hello"]}, "messages"),
+    "an unknown kind of content": (CHAT, {"messages": message([{"type": "video_url", "url": "x"}])}, "content"),
+    "a role the template refuses": (CHAT, {"messages": [{"role": "clown", "content": "a"}]}, "no clowns"),
+    "JSON mode": (CHAT, {"messages": message("a"), "response_format": {"type": "json_object"}}, "response_format"),
+    "an image for a text model": (CHAT, {"messages": image_message(image_url())}, "no images"),
+    "an image of this machine": (CHAT, {"messages": image_message("file:///etc/hostname")}, "fetches nothing"),
+    "an image by path": (CHAT, {"messages": image_message("/etc/hostname")}, "fetches nothing"),
+    "an image elsewhere": (CHAT, {"messages": image_message("http://127.0.0.1/a.png")}, "fetches nothing"),
+    "no image at all": (CHAT, {"messages": image_message("data:image/png;base64,AAAA")}, "not a readable image"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_answered_is_a_400_that_says_why(server: Server, what: str) -> None:
+    path, body, reason = BAD[what]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    got = httpx.post(server.url + path, content=content, headers={"content-type": "application/json"})
+    assert got.status_code == 400, got.text
+    error = got.json()["error"]
+    assert reason in error["message"]
+    assert (error["type"], error["code"]) == ("BadRequestError", 400)
+
+
+def test_another_model_is_a_404(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match=r"other does not exist.*some/model@main:8"):
+        client.completions.create(model="other", prompt="a")
+    with pytest.raises(openai.NotFoundError, match="other does not exist"):
+        client.chat.completions.create(model="other", messages=message("a"))
+
+
+@pytest.mark.parametrize("path", ["/reset", "/load_model", "/v1/responses", "/v1/audio/transcriptions", "/nothing"])
+def test_what_loads_unloads_or_fetches_is_not_there(server: Server, path: str) -> None:
+    got = httpx.post(server.url + path, json={"model": "other"})
+    assert got.status_code == 404
+    assert got.json()["error"]["code"] == 404
+
+
+def test_a_body_too_large_is_a_413(server: Server, client: openai.OpenAI) -> None:
+    with httpx.Client() as http:
+        got = http.post(server.url + COMPLETIONS, content=b"x" * (guard.MAX_BODY_BYTES + 1))
+    assert got.status_code == 413
+    assert client.models.list().data
+
+
+def test_a_model_without_a_template_says_so_and_completes(locked: Server) -> None:
+    client = locked.client(KEY)
+    with pytest.raises(openai.BadRequestError, match="plain has no chat template: use /v1/completions"):
+        client.chat.completions.create(model="plain", messages=message("a"))
+    assert client.completions.create(model="plain", prompt=prompt(1)).choices[0].text
+
+
+def test_the_context_is_what_was_asked_for(locked: Server) -> None:
+    client = locked.client(KEY)
+    client.completions.create(model="plain", prompt=" w1" * 60, max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match="context is 64 tokens"):
+        client.completions.create(model="plain", prompt=" w1" * 60, max_tokens=5)
+
+
+@pytest.mark.parametrize("header", [None, "", KEY, "Bearer", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer käse"])
+def test_without_the_key_there_is_only_health(locked: Server, header: str | None) -> None:
+    headers = [] if header is None else [(b"authorization", header.encode())]
+    for method, path in (("GET", "/v1/models"), ("POST", COMPLETIONS), ("POST", CHAT), ("GET", "/docs")):
+        got = httpx.request(method, locked.url + path, headers=headers)
+        assert (got.status_code, got.json()["error"]["code"]) == (401, 401)
+    assert httpx.get(f"{locked.url}/health", headers=headers).status_code == 200
+
+
+def test_clients_that_hang_up_leave_room_for_the_next(server: Server, client: openai.OpenAI) -> None:
+    """Sixteen endless answers would take all places; half are streamed, half are waited for."""
+    for stream in (True, False):
+        body = json.dumps({"prompt": prompt(1), "max_tokens": 8000, "stream": stream}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\n"
+        connections = [socket.create_connection(("127.0.0.1", server.port), timeout=30) for _ in range(8)]
+        for connection in connections:
+            connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        if stream:
+            assert all(connection.recv(1) for connection in connections)
+        for connection in connections:
+            connection.close()
+    answer = client.with_options(timeout=20).completions.create(model=NAME, prompt=prompt(3), max_tokens=4)
+    assert answer.choices[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_it_in_the_middle_of_an_answer(checkpoint: Path, number: signal.Signals) -> None:
+    with serving(checkpoint, NAME) as server, server.client() as client:
+        stream = client.completions.create(model=NAME, prompt=prompt(1), max_tokens=8000, stream=True)
+        next(stream)
+        server.process.send_signal(number)
+        server.process.wait(10)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_an_image_in_the_request_is_accepted(kind: str) -> None:
+    assert ChatRequest.parse({"messages": image_message(image_url(kind))}).has_images
+
+
+def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
+    file = BytesIO()
+    Image.new("1", (10_000, 10_000)).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    with pytest.raises(HTTPException, match="10000 x 10000 pixels"):
+        ChatRequest.parse({"messages": image_message(url)})
+
+
+def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Path) -> None:
+    from w8a8.serve.embedded import run
+
+    settings: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": None, "ready": print}
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in checkpoint.iterdir():
+        if not file.name.endswith(".safetensors"):
+            (broken / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(EngineError, match="broken: transformers cannot load it"):
+        run("broken", broken, **settings)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
+    with pytest.raises(EngineError, match="no architecture NoSuchModel"):
+        run("broken", broken, **settings)
+
+
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded(server: Server, tmp_path: Path) -> None:
+    from w8a8.serve.embedded import run
+
+    with pytest.raises(PortInUseError, match=f"127.0.0.1:{server.port}"):
+        run("none", tmp_path, host="127.0.0.1", port=server.port, api_key=None, ready=print)
+
+
+def test_without_the_extra_the_error_names_it() -> None:
+    program = "import sys; sys.modules['uvicorn'] = None; import w8a8.serve.embedded"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "MissingExtraError" in done.stderr
+    assert "pip install 'w8a8[serve]'" in done.stderr
