@@ -105,7 +105,7 @@ def test_it_does_not_know_other_models(server: Server) -> None:
 
 
 def test_it_chats_or_says_that_there_is_no_template(server: Server) -> None:
-    messages: Any = [{"role": "user", "content": "Hello"}]
+    messages: Any = [{"role": "user", "content": "In 1969 the"}]
     if "gemma4" not in server.model:
         with pytest.raises(BadRequestError, match="template"):
             server.client.chat.completions.create(model=server.model, messages=messages, max_tokens=4)
@@ -115,7 +115,7 @@ def test_it_chats_or_says_that_there_is_no_template(server: Server) -> None:
         model=server.model, messages=messages, max_tokens=8, temperature=0, stream=True
     )
     streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices)
-    assert streamed == answer.choices[0].message.content
+    assert streamed.strip() == (answer.choices[0].message.content or "").strip()
 
 
 def test_it_sees_images_or_says_that_it_takes_none(server: Server) -> None:
