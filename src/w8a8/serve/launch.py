@@ -321,7 +321,7 @@ def _place(headers: Checkpoint, devices: Sequence[Gpu], asked: _Asked) -> _Place
         raise UsageError(f"--max-model-len {least}: the model's longest context is {found.model_context}")
     if longest < least and not given(options.extra).keys() & _ABOUT_MEMORY:
         where = "each GPU's memory" if devices else "RAM"
-        advice = f". What would help, as `w8a8 fit` says: {'; '.join(found.advice)}" if found.advice else ""
+        advice = f". What would help, as `w8a8 fit` says: {'; '.join(found.advice)}" if devices and found.advice else ""
         raise DoesNotFitError(
             f"{asked.checkpoint}: with {found.context:,} tokens vLLM needs {_gb(found.needed + besides)} of {where}, "
             f"of which it may use {_gb(found.budget + besides)}{advice}"

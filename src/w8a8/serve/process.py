@@ -123,10 +123,10 @@ def running(argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[Eng
 
 
 def telling(said: str) -> str:
-    """What of an engine's last words explains its end: its errors, the first named first; else its last lines."""
+    """What of an engine's last words explains its end: its last errors, the cause first; else its last lines."""
     lines = [line for line in _COLOUR.sub("", said).splitlines() if line.strip()]
-    errors = [match[0] for line in lines if (match := _TELLING.search(line))]
-    chosen = list(dict.fromkeys(errors))[:3] or [line.strip() for line in lines[-3:]]
+    errors = [match[0] for line in lines if "WARNING" not in line and (match := _TELLING.search(line))]
+    chosen = list(dict.fromkeys(errors))[-3:] or [line.strip() for line in lines[-3:]]
     return "In short: " + " / ".join(chosen) if chosen else "It said nothing."
 
 
