@@ -430,6 +430,54 @@ def bench_quantize(
     terminal.benched(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
 
 
+@bench_app.command(
+    "linear",
+    epilog="""
+Examples:
+
+- `w8a8 bench linear`
+- `w8a8 bench linear --runs 31 --json`
+""",
+)
+def bench_linear(
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 15,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time one linear layer of Gemma 4 31B, W8A8 against BF16, for 1 to 512 tokens. Needs 2 GB of memory."""
+    from w8a8.bench.linear import bench, show
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(runs=runs, notice=terminal.notice), show)
+
+
+@bench_app.command(
+    "decode",
+    epilog="""
+Examples:
+
+- `w8a8 bench decode`
+- `w8a8 bench decode --layers 6 --tokens 64`
+""",
+)
+def bench_decode(
+    layers: Annotated[
+        int | None, typer.Option(min=1, max=60, help="Of 60; 1.5 GB each.", show_default="as memory allows")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode, by turns.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Prefills of each, by turns; medians are printed.")] = 5,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prefill and decode with layers of Gemma 4 31B in transformers, W8A8 against BF16, random weights."""
+    from w8a8.bench.decode import bench, show
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(layers=layers, tokens=tokens, runs=runs, notice=terminal.notice), show)
+
+
 @contextmanager
 def _interruptible(consequence: str) -> Iterator[None]:
     """On Ctrl-C or SIGTERM end in order, with 130 or 143, and say what that means."""

@@ -137,7 +137,7 @@ class Terminal:
             self._print_json(found.to_dict(tensors=tensors))
             return
         self._say(f"[bold]{clean(found.name)}[/bold]: {clean(', '.join(found.architectures) or found.model_type)}")
-        table = _table("component", "dtype", "tensors", "parameters", "bytes", "share", left=2)
+        table = plain_table("component", "dtype", "tensors", "parameters", "bytes", "share", left=2)
         for row in found.components:
             table.add_row(
                 row.component,
@@ -195,7 +195,7 @@ class Terminal:
         if self._json:
             self._print_json(result.to_dict())
             return
-        table = _table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
+        table = plain_table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
         for row in result.rows:
             table.add_row(
                 f"{row.seconds:.2f}",
@@ -208,6 +208,13 @@ class Terminal:
         self._out.print(table)
         for name, reason in result.failed.items():
             self._say(f"[yellow]{clean(name)} did not run:[/yellow] {clean(reason)}")
+
+    def table(self, result: Any, show: Callable[[Any, Callable[[Any], None]], None]) -> None:
+        """A result that has a `to_dict`, as JSON or by its own `show(result, say)`; `say` prints what Rich can."""
+        if self._json:
+            self._print_json(result.to_dict())
+        else:
+            show(result, self._out.print)
 
     def _say(self, text: str) -> None:
         self._out.print(text, soft_wrap=True)
@@ -287,7 +294,7 @@ def _some(names: Sequence[str]) -> str:
     return clean(", ".join(names[:3])) + more
 
 
-def _table(*columns: str, left: int) -> Table:
+def plain_table(*columns: str, left: int) -> Table:
     """A plain table whose first `left` columns and last one are text, the others numbers."""
     table = Table(box=None, pad_edge=False, header_style="dim")
     for i, column in enumerate(columns):
@@ -297,7 +304,7 @@ def _table(*columns: str, left: int) -> Table:
 
 
 def _component_table(plan: "Plan", *, why: bool = False) -> Table:
-    table = _table("component", "becomes", "tensors", "parameters", "bytes in", "bytes out", left=2)
+    table = plain_table("component", "becomes", "tensors", "parameters", "bytes in", "bytes out", left=2)
     if why:
         table.add_column("why")
     reasons = _reasons(plan)
@@ -317,7 +324,7 @@ def _component_table(plan: "Plan", *, why: bool = False) -> Table:
 def _error_table(result: "VerifyResult", top: int) -> Table:
     from w8a8.plan import module_name
 
-    table = _table("SQNR dB", "error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
+    table = plain_table("SQNR dB", "error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
     for t in result.tensors[:top]:
         table.add_row(
             f"{t.sqnr_db:.2f}",

@@ -101,9 +101,9 @@ def bench(
 
 def show(result: DecodeResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import _table
+    from w8a8.terminal import plain_table
 
-    table = _table("", "W8A8 tokens/s", "BF16 tokens/s", "speedup", left=1)
+    table = plain_table("", "W8A8 tokens/s", "BF16 tokens/s", "speedup", left=1)
     values = result.to_dict()
     for name, row in (
         ("decode", "decode_tokens_per_second"),

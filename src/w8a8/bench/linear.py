@@ -94,9 +94,11 @@ def bench(
 
 def show(result: LinearResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import _table
+    from w8a8.terminal import plain_table
 
-    table = _table("out x in", "tokens", "W8A8 ms", "BF16 ms", "speedup", "GB/s", "of read", "us/token", "TOPS", left=1)
+    table = plain_table(
+        "out x in", "tokens", "W8A8 ms", "BF16 ms", "speedup", "GB/s", "of read", "us/token", "TOPS", left=1
+    )
     rows = [row.to_dict() for row in result.rows]
     for row in rows:
         table.add_row(

@@ -1,0 +1,89 @@
+"""`w8a8 bench decode`, on a Gemma 4 of tiny layers: its twins, what they share, and what is reported of them."""
+
+import json
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from w8a8.bench.decode import GEMMA_4_31B, LAYERS, VOCABULARY, bench, fitting_layers, make_model, make_twin, show
+from w8a8.errors import DoesNotFitError
+from w8a8.runtime.linear import W8A8Linear
+
+TINY = {
+    **GEMMA_4_31B,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def twins() -> tuple[Any, Any]:
+    with torch.inference_mode():
+        bf16 = make_model(6, TINY)
+        return bf16, make_twin(bf16)
+
+
+def test_the_layers_are_those_of_gemma_4_31b() -> None:
+    with torch.device("meta"):
+        from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+        model = Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA_4_31B, num_hidden_layers=6, vocab_size=64))
+    weights = [
+        {name: tuple(w.shape) for name, w in layer.named_parameters() if w.dim() == 2} for layer in model.model.layers
+    ]
+    mlp = {"mlp.gate_proj": (21504, 5376), "mlp.up_proj": (21504, 5376), "mlp.down_proj": (5376, 21504)}
+    sliding = {"q_proj": (8192, 5376), "k_proj": (4096, 5376), "v_proj": (4096, 5376), "o_proj": (5376, 8192)}
+    full = {"q_proj": (16384, 5376), "k_proj": (2048, 5376), "o_proj": (5376, 16384)}
+    for layer, attention in zip(weights, [sliding] * 5 + [full], strict=True):
+        named = mlp | {f"self_attn.{name}": shape for name, shape in attention.items()}
+        assert layer == {f"{name}.weight": shape for name, shape in named.items()}
+
+
+def test_the_twin_differs_in_its_linear_layers_only(twins: tuple[Any, Any]) -> None:
+    bf16, w8a8 = twins
+    linears = {n for n, m in bf16.named_modules() if type(m) is nn.Linear}
+    assert {n for n, m in w8a8.named_modules() if isinstance(m, W8A8Linear)} == linears - {"lm_head"}
+    assert w8a8.lm_head.weight is bf16.lm_head.weight
+    assert bf16.config.vocab_size == VOCABULARY * 6 // LAYERS
+    assert all(p.detach().isfinite().all() for p in bf16.parameters())
+
+
+def test_the_twins_all_but_agree(twins: tuple[Any, Any]) -> None:
+    with torch.inference_mode():
+        exact, near = (twin(torch.arange(40)[None]).logits.float() for twin in twins)
+    assert 0 < (near - exact).norm() / exact.norm() < 0.1
+
+
+def test_it_times_every_token_and_every_prefill_of_both() -> None:
+    result = bench(layers=2, tokens=3, prompt=8, runs=2, shapes=TINY)
+    for decode, prefill in (
+        (result.w8a8_decode, result.w8a8_prefill),
+        (result.bf16_decode, result.bf16_prefill),
+    ):
+        assert (len(decode), len(prefill)) == (3, 2)
+        assert min(*decode, *prefill) > 0
+    values = json.loads(json.dumps(result.to_dict()))
+    assert (values["layers"], values["prompt"]) == (2, 8)
+    for rate in (values["decode_tokens_per_second"], values["prefill_tokens_per_second"]):
+        assert rate["speedup"] == rate["w8a8"] / rate["bf16"]
+    text = StringIO()
+    show(result, Console(file=text, width=120).print)
+    assert "medians of 3 tokens and 2 prefills" in text.getvalue()
+    assert "prefill of 8" in text.getvalue()
+
+
+def test_layers_are_chosen_to_fit_memory() -> None:
+    assert fitting_layers(10**12) == LAYERS
+    assert fitting_layers(24 * 2**30) == 12
+    assert fitting_layers(8 * 10**9) == 4
+    with pytest.raises(DoesNotFitError, match="one layer"):
+        fitting_layers(10**9)
