@@ -209,7 +209,7 @@ def test_in_a_terminal_commands_do_what_help_says(typist: Typist, tmp_path: Path
         (f"/image {__file__}", "not an image in PNG"),
         (f"/image {picture}", "1 to send with the next message"),
         (f"/image {picture}", "2 to send with the next message"),
-        ("/clear", ""),
+        ("/clear", "\n"),
         (f"/image {picture}", "1 to send with the next message"),
         ("look", "takes text only, no images"),
         ("w5", "8 tokens"),
