@@ -99,16 +99,14 @@ def settings(tokens: int, **more: Any) -> GenerationConfig:
     return made
 
 
-def together(
-    model: Any, tokenizer: Any, requests: Sequence[tuple[list[int], GenerationConfig]], *, apart: float = 0
+def run(
+    model: Any, tokenizer: Any, requests: Sequence[tuple[dict[str, torch.Tensor], GenerationConfig]], apart: float = 0
 ) -> list[list[int]]:
     """The token ids of every request, sent at once or some seconds apart."""
 
     async def one(batcher: Batcher, i: int) -> list[int]:
         await asyncio.sleep(i * apart)
-        prompt, config = requests[i]
-        inputs = {"input_ids": torch.tensor([prompt])}
-        return (await batcher.generate_non_streaming(model, tokenizer, inputs, config, str(i)))[2]
+        return (await batcher.generate_non_streaming(model, tokenizer, *requests[i], str(i)))[2]
 
     async def every() -> list[list[int]]:
         batcher = Batcher(model, context=256)
@@ -119,6 +117,13 @@ def together(
             batcher.join(10)
 
     return asyncio.run(every())
+
+
+def together(
+    model: Any, tokenizer: Any, requests: Sequence[tuple[list[int], GenerationConfig]], apart: float = 0
+) -> list[list[int]]:
+    """`run`, for prompts of text."""
+    return run(model, tokenizer, [({"input_ids": torch.tensor([p])}, config) for p, config in requests], apart)
 
 
 def test_which_models_can_be_batched(model: Any) -> None:
@@ -146,6 +151,36 @@ def test_more_than_fit_wait_for_their_turn(model: Any, tokenizer: Any, monkeypat
     asked = list(zip(prompts(3, 5, 7, 9, 11), (9, 3, 6, 1, 4), strict=True))
     got = together(model, tokenizer, [(p, settings(n)) for p, n in asked])
     assert got == [alone(model, p, n, eos_token_id=EOS) for p, n in asked]
+
+
+def test_an_image_is_seen_beside_requests_of_text(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    model = gemma4().eval()
+    generator = torch.Generator().manual_seed(2)
+    side = torch.arange(4)
+    positions = torch.stack(torch.meshgrid(side, side, indexing="ij"), -1).reshape(1, 16, 2)
+
+    def looking() -> dict[str, torch.Tensor]:
+        ids = torch.tensor([[20, 301, *[300] * 4, 302, 21, 22]])  # 16 patches, pooled two by two
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == 300).long(),
+            "pixel_values": torch.rand(1, 16, 48, generator=generator),
+            "image_position_ids": positions,
+        }
+
+    texts = [{"input_ids": torch.tensor([prompt])} for prompt in prompts(3, 30)]
+    asked = [texts[0], looking(), looking(), texts[1]]
+    expected = [
+        model.generate(**inputs, max_new_tokens=20, do_sample=False, eos_token_id=None)[
+            0, inputs["input_ids"].shape[1] :
+        ]
+        for inputs in asked
+    ]
+    got = run(model, tokenizer, [(inputs, settings(20, eos_token_id=None)) for inputs in asked])
+    assert got == [answer.tolist() for answer in expected]
+    assert got[1] != got[2]
 
 
 def test_each_request_is_sampled_by_its_own_settings(model: Any, tokenizer: Any) -> None:
