@@ -147,7 +147,7 @@ def test_every_command_has_help(arguments: list[str]) -> None:
     assert "Usage" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["quantize"], ["verify"], ["inspect"], ["bench", "quantize"]])
+@pytest.mark.parametrize("command", [["quantize"], ["verify"], ["inspect"], ["serve"], ["bench", "quantize"]])
 def test_help_shows_examples(command: list[str]) -> None:
     assert f"w8a8 {' '.join(command)}" in run(*command, "--help").stdout.split("Examples")[1]
 
@@ -158,6 +158,7 @@ def test_help_shows_examples(command: list[str]) -> None:
         ("w8a8 ver", 1, ["verify"]),
         ("w8a8 quantize --format c", 3, ["compressed-tensors"]),
         ("w8a8 quantize --compat quark", 3, ["quark-0.11", "quark-0.13"]),
+        ("w8a8 serve m --engine v", 4, ["vllm"]),
     ],
 )
 def test_the_shell_completes_commands_and_values(typed: str, word: int, offered: list[str]) -> None:

@@ -227,7 +227,7 @@ Examples:
 def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]`.")],
     vllm_args: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- VLLM ARGS...]", help="Passed to vLLM as they are; they win.")
+        list[str] | None, typer.Argument(metavar="-- VLLM ARGS", help="Passed to vLLM as they are; they win.")
     ] = None,
     engine: Annotated[
         str,

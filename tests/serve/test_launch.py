@@ -122,6 +122,13 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
     raise AssertionError(f"no {text!r} in {said}")
 
 
+def install_nvidia_smi(folder: Path) -> None:
+    """Make this a machine with two GPUs."""
+    program = folder / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771, 9.0'\necho 'NVIDIA H200, 143771, 9.0'\n")
+    program.chmod(0o755)
+
+
 def eventually_gone(pids: list[int]) -> bool:
     """Whether all of them end; a dead one nobody has waited for counts as ended."""
 
@@ -222,6 +229,15 @@ def test_who_passes_on_a_flag_about_memory_leaves_the_judgement_to_vllm(gemma4: 
     assert "--cpu-offload-gb 30" in done.stdout
 
 
+def test_nodes_are_for_gpus_and_need_ray(model: Path, tmp_path: Path, vllm: dict[str, str]) -> None:
+    assert run(model, "--nodes", "2", "--dry-run", env=vllm).returncode == errors.UsageError.exit_code
+    cuda = fake_vllm.install(tmp_path / "cuda", "0.32.0")
+    install_nvidia_smi(Path(cuda["PATH"]))
+    done = run(model, "--nodes", "2", env=cuda)
+    assert done.returncode == errors.MissingExtraError.exit_code
+    assert "pip install ray" in done.stderr
+
+
 def test_too_little_ram_is_an_error_for_both_engines(huge: Path, vllm: dict[str, str]) -> None:
     for engine in ("vllm", "transformers"):
         done = run(huge, "--engine", engine, env=vllm)
@@ -246,6 +262,12 @@ def test_a_base_model_is_called_for_completions(model: Path, vllm: dict[str, str
     with serving(model, "--port", str(port), env=vllm) as server:
         said = read_until(server, "in Python")
         assert request(said[said.index("curl ") : said.index("\n\nin Python")])["path"] == "/v1/completions"
+
+
+def test_a_chat_template_passed_on_counts(model: Path, vllm: dict[str, str]) -> None:
+    (model / "tokenizer_config.json").write_text("{}")
+    assert "/v1/completions" in run(model, "--dry-run", env=vllm).stdout
+    assert "/v1/chat/completions" in run(model, "--dry-run", "--", "--chat-template", "x", env=vllm).stdout
 
 
 def test_vllm_gets_its_arguments_and_the_key_where_ps_does_not_show_it(
@@ -364,6 +386,7 @@ def test_an_address_that_is_not_here_is_an_error_that_names_it(host: str) -> Non
         (["--describe", "24 gigs", "--dry-run"], errors.UsageError, "24 gigs"),
         (["--engine", "transformers", "--text-only", "--", "-x"], errors.UsageError, "--text-only"),
         (["another"], errors.UsageError, "another"),
+        (["--engine", "transformers", "--max-model-len", "4096"], errors.UsageError, "2048"),
         (["--api-key", ""], errors.UsageError, "API key"),
         (["--api-key", "a\nb"], errors.UsageError, "API key"),
         (["--engine", "vllm"], errors.MissingExtraError, "pip install vllm"),
@@ -405,13 +428,11 @@ def test_auto_takes_vllm_where_it_has_a_device(model: Path, tmp_path: Path, vllm
     done = run(model, "--engine", "vllm", env=cuda)
     assert done.returncode == errors.NoDeviceError.exit_code
     assert "cuda" in done.stderr
-    smi = Path(cuda["PATH"]) / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA H200, 143771, 9.0'\necho 'NVIDIA H200, 143771, 9.0'\n")
-    smi.chmod(0o755)
+    install_nvidia_smi(Path(cuda["PATH"]))
     assert chosen(cuda) == "vllm"
     assert chosen(cuda | {"CUDA_VISIBLE_DEVICES": ""}) == "transformers"
     rocm = fake_vllm.install(tmp_path / "rocm", "0.32.0+rocm700")
-    assert chosen(rocm | {"PATH": f"{rocm['PATH']}{os.pathsep}{smi.parent}"}) == "transformers"
+    assert chosen(rocm | {"PATH": f"{rocm['PATH']}{os.pathsep}{cuda['PATH']}"}) == "transformers"
 
 
 def test_dry_run_starts_nothing_and_tries_no_port(model: Path, vllm: dict[str, str]) -> None:

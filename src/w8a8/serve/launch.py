@@ -29,15 +29,14 @@ from w8a8.errors import (
 from w8a8.formats.detect import UNQUANTIZED, detect
 from w8a8.machine import Gpu
 from w8a8.memory import Fit, fit, ram_needed
+from w8a8.memory.fit import DEFAULT_CONTEXT as CONTEXT
+from w8a8.memory.model import Model
 from w8a8.serve.calling import Call, can_chat
 from w8a8.serve.installed import Installed, find
 from w8a8.serve.process import running
 from w8a8.serve.vllm import Options, command, given, shell
 
 ENGINES = ("auto", "transformers", "vllm")
-CONTEXT = 8192
-"""Tokens of the longest request unless told otherwise, less where the model or the memory says so."""
-
 MIN_CONTEXT = 1024
 """What must fit for a model to be served unasked: with less, hardly a chat is possible."""
 
@@ -125,7 +124,7 @@ def run(launch: Launch, ready: Callable[[Call, float], None]) -> None:
     if launch.engine == "vllm":
         with running((*launch.program, *launch.argv[2:]), {"VLLM_API_KEY": launch.api_key or ""}) as engine:
             seconds = engine.wait_until_ready(*address)
-            ready(replace(launch.call, chat=launch.call.chat and can_chat(launch.checkpoint)), seconds)
+            ready(replace(launch.call, chat=_chats(launch.checkpoint, launch.argv)), seconds)
             engine.wait()
     from w8a8.serve import embedded
 
@@ -227,6 +226,8 @@ def _vllm(asked: _Asked, found: Installed | None, devices: Sequence[Gpu]) -> Lau
     host, port = passed_on.get("--host") or options.host, _port(passed_on.get("--port"), options.port)
     notices = [*asked.notices(host)]
     if options.nodes > 1:
+        if not devices:
+            raise UsageError("--nodes is for GPUs, and vLLM would run on the CPU")
         notices.append(f"before: `ray start --head` here, `ray start --address=HEAD:6379` on {options.nodes - 1} more")
         if found and not found.ray:
             raise MissingExtraError("--nodes needs Ray beside vLLM, on every node: pip install ray")
@@ -254,7 +255,7 @@ def _vllm(asked: _Asked, found: Installed | None, devices: Sequence[Gpu]) -> Lau
             host,
             port,
             passed_on.get("--served-model-name") or model,
-            chat="--chat-template" in passed_on or can_chat(asked.checkpoint),
+            chat=_chats(asked.checkpoint, options.extra),
             key=asked.shown_key,
         ),
         (*notices, *place.notices),
@@ -316,9 +317,8 @@ def _place(headers: Checkpoint, devices: Sequence[Gpu], asked: _Asked) -> _Place
     found = fitted(options.max_model_len or CONTEXT)
     if size and found.tensor_parallel != size:
         raise UsageError(f"--tensor-parallel-size {size} cannot share this model evenly; {found.tensor_parallel} can")
+    _check_length(options, found.model_context)
     longest, least = found.max_context, options.max_model_len or min(MIN_CONTEXT, found.model_context)
-    if least > found.model_context:
-        raise UsageError(f"--max-model-len {least}: the model's longest context is {found.model_context}")
     if longest < least and not given(options.extra).keys() & _ABOUT_MEMORY:
         where = "each GPU's memory" if devices else "RAM"
         advice = f". What would help, as `w8a8 fit` says: {'; '.join(found.advice)}" if devices and found.advice else ""
@@ -340,7 +340,9 @@ def _place(headers: Checkpoint, devices: Sequence[Gpu], asked: _Asked) -> _Place
 
 def _in_ram(headers: Checkpoint, asked: _Asked) -> int:
     """The longest request, in tokens, that the embedded engine can hold; it may spread to GPUs, where there are any."""
-    context = asked.options.max_model_len or CONTEXT
+    model_context = Model.read(headers).max_context
+    _check_length(asked.options, model_context)
+    context = asked.options.max_model_len or min(CONTEXT, model_context)
     available = machine.available_memory()
     while not asked.gpus and (needed := ram_needed(headers, context)) > available:
         if asked.options.max_model_len or context <= MIN_CONTEXT:
@@ -350,6 +352,16 @@ def _in_ram(headers: Checkpoint, asked: _Asked) -> int:
             )
         context //= 2
     return context
+
+
+def _check_length(options: Options, model_context: int) -> None:
+    if options.max_model_len and options.max_model_len > model_context:
+        raise UsageError(f"--max-model-len {options.max_model_len}: the model's longest context is {model_context}")
+
+
+def _chats(checkpoint: str, argv: Sequence[str]) -> bool:
+    """Whether vLLM has a chat template for it; for a Hub id that is known for sure once vLLM has fetched it."""
+    return "--chat-template" in given(argv) or can_chat(checkpoint)
 
 
 def _model(checkpoint: str) -> tuple[str, str | None]:

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from threading import Thread
+from typing import NoReturn
 
 from w8a8.errors import EngineError, MissingExtraError
 
@@ -71,8 +72,8 @@ class Engine:
         self._grace = GRACE_SECONDS
         return time.monotonic() - self._started
 
-    def wait(self) -> None:
-        """Wait until it ends, which it does not unless it fails. Raises `EngineError`."""
+    def wait(self) -> NoReturn:
+        """Stay with it: it does not end unless it fails. Raises `EngineError`."""
         while True:
             self._wait(_POLL_SECONDS)
 
