@@ -49,10 +49,11 @@ DEPTH = 4096
 """Inputs of such a block."""
 AHEAD = 1024
 """Bytes to prefetch ahead."""
-PARALLEL_TOKENS = 1 << 16
-"""Values of tokens from which on threads share in quantizing them (some 10 us)."""
-PARALLEL_WEIGHTS = 1 << 18
-"""Weights (times tokens / 8) from which on threads share in the product (some 10 us)."""
+PARALLEL_TOKENS = 1 << 19
+"""Values of tokens from which on threads share in quantizing them (some 60 us; where others work too, waiting for
+a thread that is not running costs milliseconds)."""
+PARALLEL_WEIGHTS = 1 << 20
+"""Weights, times 1 + tokens / 8, from which on threads share in the product (some 25 us)."""
 
 # A call's parameters, which every thread reads: addresses, sizes, and the counter of blocks already taken.
 X, WEIGHT, SCALE, BIAS, OUT, CODES, TOKEN_SCALE, OFFSET, M, N, K, WIDTH, KIND, PHASE, COUNTER = range(15)
