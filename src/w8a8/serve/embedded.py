@@ -36,7 +36,7 @@ try:
     import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
     from w8a8.serve.batching import Batcher
     from w8a8.serve.guard import Guard, failure
-    from w8a8.serve.protocol import ChatRequest, CompletionRequest
+    from w8a8.serve.protocol import ChatRequest, CompletionRequest, open_image
 except ImportError as missing:
     raise MissingExtraError(
         f"the transformers engine cannot be imported ({missing}); install it: pip install 'w8a8[serve]'"
@@ -190,6 +190,16 @@ class _Chat(_Handler, ChatCompletionHandler):  # type: ignore[misc]
             return await super().handle_request(request.model_dump(exclude_none=True), request_id)
         except TemplateError as error:
             raise HTTPException(400, f"the chat template refuses these messages: {error}") from error
+
+    @staticmethod
+    def get_processor_inputs_from_messages(messages: list[dict[str, Any]], modality: Modality) -> list[dict[str, Any]]:
+        """transformers', with images decoded by Pillow: its own decoder needs torchvision's binaries."""
+        inputs: list[dict[str, Any]] = BaseHandler.get_processor_inputs_from_messages(messages, modality)
+        for message in inputs:
+            for part in message["content"] if isinstance(message["content"], list) else ():
+                if part["type"] == "image":
+                    part["image"] = open_image(part.pop("url"))
+        return inputs
 
     def _build_generation_config(self, body: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = super()._build_generation_config(body, *args, **kwargs)

@@ -31,8 +31,8 @@ def _only(allowed: Any = None) -> Any:
     return Annotated[Any, AfterValidator(check)]
 
 
-def _image(url: str) -> str:
-    """A `data:` URL that holds an image Pillow can read, of a reasonable size."""
+def open_image(url: str) -> Image.Image:
+    """The image a `data:` URL holds. Raises ValueError if it holds none that Pillow can read, or one too large."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
@@ -45,6 +45,11 @@ def _image(url: str) -> str:
             image.load()
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"is not a readable image ({', '.join(IMAGE_FORMATS)})") from error
+    return image
+
+
+def _image(url: str) -> str:
+    open_image(url)
     return url
 
 
