@@ -1,20 +1,32 @@
-"""`make demo`: a real Gemma 3 270M, quantized and verified, on one screen.
+"""`make demo`: a real Gemma 3 270M, quantized, verified and served, on one screen.
 
-Everything printed is measured in this run: both commands are whole processes, and their peak memory is what the kernel
+Everything printed is measured in this run: the commands are whole processes, and their peak memory is what the kernel
 accounts to them.
 """
 
 import json
+import socket
+import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
 
 from make_gemma import make_gemma
+from openai import OpenAI
 from rich.console import Console
 from rich.table import Table
 
 from w8a8.bench.process import timed
 from w8a8.terminal import size
+
+QUESTION = "The three most important inventions of the last century are"
+ANSWER_TOKENS = 48
 
 console = Console(highlight=False)
 
@@ -56,7 +68,57 @@ def main(folder: Path) -> None:
     )
     console.print(f"\n[bold]w8a8 verify {out} --source {source}[/bold]")
     console.print(f"{verified['verdict']} ({verify_seconds:.2f} s, peak memory {verify_mib:.0f} MiB)")
-    console.print(f"\nThe checkpoint is {out}; look at it with [bold].venv/bin/w8a8 inspect {out}[/bold]")
+    for checkpoint in (source, out):
+        console.print(f"\n[bold]w8a8 serve {checkpoint} --engine transformers[/bold]")
+        with console.status("serving"), serving(checkpoint) as client:
+            answer, rate = ask(client, str(checkpoint))
+        console.print(f"{QUESTION}[dim]...[/dim]{answer}", style="italic")
+        console.print(f"{rate:.0f} tokens/s, one request, greedy")
+    console.print(
+        f"\nThe checkpoint is {out}. Look at it with [bold].venv/bin/w8a8 inspect {out}[/bold], "
+        f"talk to it with [bold].venv/bin/w8a8 chat {out}[/bold]"
+    )
+
+
+@contextmanager
+def serving(checkpoint: Path) -> Iterator[OpenAI]:
+    """`w8a8 serve` on a free port, as a process of its own, stopped at the end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "w8a8", "serve", str(checkpoint), "--engine", "transformers", "--port", str(port)]
+    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            while not healthy(port):
+                if server.poll() is not None:
+                    log.seek(0)
+                    sys.exit(log.read())
+                time.sleep(0.2)
+            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        finally:
+            server.terminate()
+
+
+def healthy(port: int) -> bool:
+    """Whether the server answers."""
+    try:
+        with urlopen(f"http://127.0.0.1:{port}/health") as answer:
+            return bool(answer.status == 200)
+    except (URLError, ConnectionError):
+        return False
+
+
+def ask(client: OpenAI, model: str) -> tuple[str, float]:
+    """The greedy continuation of `QUESTION`, and tokens per second from the first token to the last."""
+    client.completions.create(model=model, prompt="Hello", max_tokens=2)  # the first request pays for warming up
+    pieces, times = [], []
+    for chunk in client.completions.create(
+        model=model, prompt=QUESTION, max_tokens=ANSWER_TOKENS, temperature=0, stream=True
+    ):
+        if chunk.choices and chunk.choices[0].text:
+            pieces.append(chunk.choices[0].text)
+            times.append(time.perf_counter())
+    return "".join(pieces), (len(times) - 1) / (times[-1] - times[0])
 
 
 def command(*arguments: str | Path) -> tuple[dict[str, Any], float, float]:
