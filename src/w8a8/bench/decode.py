@@ -3,6 +3,9 @@
 As many layers as memory holds twice over, and a vocabulary cut to the same share, so that the head, BF16 in both, costs
 what it costs in the whole model. Twins in one process share everything but their linear layers and take turns token by
 token; both are fed the same tokens.
+
+6 layers on Zen 5 with 2 cores, which others used too: decode 7.98 tokens/s against 3.64 in BF16, 2.19 times as many;
+prefill of 512 tokens 163 against 106, 1.54 times.
 """
 
 import copy
