@@ -8,6 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch import nn
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 from w8a8.bench.decode import GEMMA_4_31B, LAYERS, VOCABULARY, bench, fitting_layers, make_model, make_twin, show
 from w8a8.errors import DoesNotFitError
@@ -34,8 +35,6 @@ def twins() -> tuple[Any, Any]:
 
 def test_the_layers_are_those_of_gemma_4_31b() -> None:
     with torch.device("meta"):
-        from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
         model = Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA_4_31B, num_hidden_layers=6, vocab_size=64))
     weights = [
         {name: tuple(w.shape) for name, w in layer.named_parameters() if w.dim() == 2} for layer in model.model.layers
@@ -55,6 +54,22 @@ def test_the_twin_differs_in_its_linear_layers_only(twins: tuple[Any, Any]) -> N
     assert w8a8.lm_head.weight is bf16.lm_head.weight
     assert bf16.config.vocab_size == VOCABULARY * 6 // LAYERS
     assert all(p.detach().isfinite().all() for p in bf16.parameters())
+
+
+def test_nothing_is_left_uninitialized(twins: tuple[Any, Any]) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        made = Gemma4ForCausalLM(twins[0].config)
+    finally:
+        torch.set_default_dtype(before)
+    for twin in twins:
+        found = dict(twin.named_buffers()) | {n: p for n, p in twin.named_parameters() if n.endswith("norm.weight")}
+        assert len(found) > 20
+        for name, value in found.items():
+            expected = made.get_parameter(name) if name.endswith("norm.weight") else made.get_buffer(name)
+            assert value.dtype == expected.dtype, name
+            assert torch.equal(value, expected), name
 
 
 def test_the_twins_all_but_agree(twins: tuple[Any, Any]) -> None:

@@ -136,10 +136,9 @@ def make_model(layers: int, shapes: dict[str, Any]) -> Any:
     from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
     config = Gemma4TextConfig(**shapes, num_hidden_layers=layers, vocab_size=VOCABULARY * layers // LAYERS)
-    config.dtype = torch.bfloat16
     pool = torch.randn(1 << 24).mul_(0.02).to(torch.bfloat16)
     with torch.device("meta"):
-        model = Gemma4ForCausalLM(config).to(torch.bfloat16)
+        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16)
     model.to_empty(device="cpu")
     for module in model.modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
@@ -147,8 +146,7 @@ def make_model(layers: int, shapes: dict[str, Any]) -> Any:
             for at in range(0, flat.numel(), pool.numel()):
                 part = flat[at : at + pool.numel()]
                 part.copy_(pool[: part.numel()])
-            module._is_hf_initialized = True
-            module.weight._is_hf_initialized = True
+            module.weight._is_hf_initialized = True  # so that only the small rest is initialized
     model.init_weights()
     return model.eval()
 

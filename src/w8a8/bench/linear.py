@@ -4,7 +4,7 @@ Both run in this process, by turns, on torch's threads; medians are shown. A tur
 weight, so that no cache serves it, which is how a model reads its layers. What the machine can read is measured by the
 same turns: a sum over memory that was written first (pages never written are all one page, and read as fast as cache).
 
-Zen 5, 2 cores, AVX512-VNNI, on a machine that others used a little (medians of 9, milliseconds; reads at 39 to 48 GB/s):
+Zen 5, 2 cores that others used a little; milliseconds, medians of 9; memory read at 39 GB/s, 48 when all was quiet:
 
     tokens               1     2     4     8     16     64    256    512
     21504 x 5376      3.76  3.48  3.26  4.04   4.98   10.5   38.3   73.9
