@@ -29,7 +29,9 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(help="Measure this tool against its peers, on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-eval_app = typer.Typer(help="Measure how good a model is, and how far a quantized one is from it.", no_args_is_help=True)
+eval_app = typer.Typer(
+    help="Measure how good a model is, and how far a quantized one is from it.", no_args_is_help=True
+)
 app.add_typer(eval_app, name="eval")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
