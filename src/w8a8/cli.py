@@ -404,6 +404,224 @@ def fit(
         raise typer.Exit(DoesNotFitError.exit_code)
 
 
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 card ./gemma-W8A8`
+- `w8a8 card ./gemma-W8A8 --base-model google/gemma-4-31b-it --describe 4x24GiB:gfx1100`
+- `w8a8 card ./gemma-W8A8 --baseline bf16.json --quant w8a8.json --kld kld.json`
+"""
+)
+def card(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint; its README.md is written.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID|SRC",
+            help="The source's Hub id, or its folder, whose README.md says the license.",
+            show_default="what `quantize` noted",
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")
+    ] = None,
+    quant: Annotated[
+        Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of the checkpoint.")
+    ] = None,
+    kld: Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")] = None,
+    describe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="GPUS", help="GPUs of the vLLM example.", show_default="24GiB, or 4x24GiB:gfx1100 where it needs it"
+        ),
+    ] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option("--repo", envvar="HF_REPO_ID", help="Hub id the examples use.", show_default="the folder's name"),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Move aside a README.md that this command did not write.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write the model card of a checkpoint: README.md with Hub metadata, from its files and its results.
+
+    What is not measured says so. What you add between lines marked `yours` stays when it is written again.
+    """
+    from w8a8.publish.card import Results, make, show, write
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    results = Results(baseline=baseline, quant=quant, kld=kld)
+    made = make(out, base_model=base_model, results=results, describe=describe, repo=repo)
+    for notice in made.notices:
+        terminal.notice(notice)
+    write(made, overwrite=overwrite)
+    terminal.table(made, show)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 push ./gemma-W8A8 me/gemma-W8A8`
+- `w8a8 push ./gemma-W8A8 me/gemma-W8A8 --public --source google/gemma-4-31b-it`
+- `HF_REPO_ID=me/gemma-W8A8 w8a8 push ./gemma-W8A8 --dry-run`
+"""
+)
+def push(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
+    repo: Annotated[
+        str | None,
+        typer.Argument(metavar="REPO", envvar="HF_REPO_ID", help="Hub id `org/name`; made if it is not there."),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone see a repository that this makes.", show_default="private")
+    ] = False,
+    source: Annotated[
+        str | None, typer.Option(help="What it was made from, for a full `verify` first: folder or Hub id.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check, and list what would be uploaded; ask the Hub nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Upload a checkpoint to the Hub, once it has been checked. Private unless you say `--public`.
+
+    Every shard's checksum is compared with what `quantize` wrote, or all of it with --source. Given again after an
+    interruption, the same command sends only what is missing.
+    """
+    from w8a8.publish.push import check, planned, prepare, run, show
+    from w8a8.terminal import Terminal
+
+    if not repo:
+        raise UsageError("no repository: give REPO, or set HF_REPO_ID")
+    terminal = Terminal(json=json, quiet=quiet)
+    job = prepare(out, repo, public=public, source=source)
+    with _interruptible("the same command goes on from here"):
+        with terminal.bytes("checking", job.bytes_to_check) as advance:
+            check(job, advance)
+        result = planned(job) if dry_run else run(job, notice=terminal.notice)
+    terminal.table(result, show)
+
+
+@eval_app.command(
+    "gsm8k",
+    epilog="""
+Examples:
+
+- `w8a8 eval gsm8k --base-url http://localhost:8000/v1`
+- `w8a8 eval gsm8k --ckpt ./gemma-W8A8 --limit 100`
+- `w8a8 eval gsm8k --ckpt ./gemma-3-270m-W8A8 --completions --data ./gsm8k --out results/quantized.json`
+""",
+)
+def eval_gsm8k(
+    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server.")] = None,
+    ckpt: Annotated[
+        str | None, typer.Option(metavar="CKPT", help="Folder or Hub id, to be served for as long as it takes.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Which of the server's.", show_default="the only one")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    engine: Annotated[
+        str, typer.Option(help="With --ckpt: `auto`, `transformers` or `vllm`.", autocompletion=_engines)
+    ] = "auto",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with train.jsonl and test.jsonl.", show_default="openai/gsm8k, by `datasets`"),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many.", show_default="all 1,319")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Training examples shown first, as turns of the chat.")] = 8,
+    completions: Annotated[
+        bool, typer.Option("--completions", help="Complete text instead: for base models without a chat template.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take before it is tried again.")] = 600,
+    out: Annotated[
+        Path | None, typer.Option(help="Result, ending in .json.", show_default="results/gsm8k-MODEL.json")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Ask all again, also what OUT has answers to.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ask a model the 1,319 test questions of GSM8K, and score its answers.
+
+    Every answer is kept as it comes, in a .jsonl beside the result: a run that was stopped, and requests that failed,
+    go on when the same command is given again.
+    """
+    from w8a8.evals.gsm8k import evaluate
+    from w8a8.evals.questions import load
+    from w8a8.evals.server import connected
+    from w8a8.evals.showing import live, show_gsm8k
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    if (base_url is None) == (ckpt is None):
+        raise UsageError("give --base-url of a server that runs, or --ckpt to have one started")
+    questions = load(data, shots=shots, limit=limit)
+    with (
+        _interruptible("the answers so far are kept, and the same command goes on from there"),
+        connected(
+            base_url,
+            ckpt,
+            api_key=api_key,
+            engine=engine,
+            completions=completions,
+            timeout=timeout,
+            notice=terminal.notice,
+        ) as server,
+        live(quiet=quiet) as progress,
+    ):
+        result = evaluate(
+            server,
+            questions,
+            model=model,
+            completions=completions,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            concurrency=concurrency,
+            out=out,
+            restart=restart,
+            progress=progress,
+            notice=terminal.notice,
+        )
+    terminal.table(result, show_gsm8k)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 compare results/gsm8k-gemma.json results/gsm8k-gemma-W8A8.json`
+- `w8a8 compare base.json quantized.json --flips 3`
+"""
+)
+def compare(
+    base: Annotated[Path, typer.Argument(metavar="BASE.json", help="What `eval gsm8k` found of the original.")],
+    quant: Annotated[Path, typer.Argument(metavar="QUANT.json", help="What it found of the quantized model.")],
+    flips: Annotated[int, typer.Option(min=0, help="How many flipped questions to show, both answers beside.")] = 0,
+    flexible: Annotated[
+        bool, typer.Option("--flexible", help="Right is who has the last number right, not the one after `####`.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Compare two models' answers to the same GSM8K questions, question by question.
+
+    Both must have been asked the same questions in the same way.
+    """
+    from w8a8.evals.compare import compare as compare_
+    from w8a8.evals.results import read
+    from w8a8.evals.showing import show_comparison
+    from w8a8.terminal import Terminal
+
+    found = compare_(read(base), read(quant), score="flexible" if flexible else "strict")
+    Terminal(json=json).table(found, lambda found, say: show_comparison(found, say, flips=flips))
+
+
 @bench_app.command(
     "quantize",
     epilog="""
@@ -480,6 +698,50 @@ def bench_decode(
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(layers=layers, tokens=tokens, runs=runs, notice=terminal.notice), show)
+
+
+@eval_app.command(
+    "kld",
+    epilog="""
+Examples:
+
+- `w8a8 eval kld ./gemma ./gemma-W8A8`
+- `w8a8 eval kld google/gemma-3-270m ./gemma-3-270m-W8A8 --text book.txt --tokens 32768 --context 2048`
+- `w8a8 eval kld ./gemma ./gemma-W8A8 --data ./gsm8k --out kld.json`
+""",
+)
+def eval_kld(
+    reference: Annotated[str, typer.Argument(metavar="REF", help="The original: folder, or Hub id.")],
+    candidate: Annotated[str, typer.Argument(metavar="CAND", help="The quantized one: folder, or Hub id.")],
+    text: Annotated[Path | None, typer.Option(help="Plain text to read.", show_default="GSM8K's test split")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help="A document per line: its `text`, or its `question` and `answer`.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder with GSM8K's `test.jsonl`.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to predict at most.")] = 8192,
+    context: Annotated[int, typer.Option(min=2, help="Tokens of a window at most.")] = 512,
+    out: Annotated[Path | None, typer.Option(help="File to write the result to, as JSON.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how far one model's predictions lie from another's: KL divergence per token, agreement, perplexity.
+
+    Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text.
+    """
+    from w8a8.evals.kld import prepare, run, write
+    from w8a8.evals.kld_showing import progress, show
+    from w8a8.evals.kld_text import choose
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    source = choose(text=text, jsonl=jsonl, data=data)
+    with _interruptible("nothing was written"):
+        job = prepare(reference, candidate, source, tokens=tokens, context=context, out=out)
+        with progress(job.tokens, quiet=quiet) as advance:
+            result = run(job, advance=advance, notice=terminal.notice)
+        if out is not None:
+            write(result, out)
+    terminal.table(result, show)
 
 
 @contextmanager

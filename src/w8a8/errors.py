@@ -227,3 +227,9 @@ class ServerError(W8A8Error):
     """A server could not be reached, or refused the request."""
 
     exit_code = 56
+
+
+class InvalidResultError(W8A8Error):
+    """A file is not the result of an evaluation that it should be."""
+
+    exit_code = 57

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
 from threading import Thread
-from typing import NoReturn
+from typing import IO, NoReturn
 
 from w8a8.errors import EngineError, MissingExtraError
 
@@ -47,8 +47,9 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 class Engine:
     """A running engine; `running` makes one."""
 
-    def __init__(self, argv: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start `argv` with this process's environment and `environment` on top."""
+    def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None) -> None:
+        """Start `argv` with this process's environment and `environment` on top; what it says goes to `log`."""
+        self._log = log
         self._started = time.monotonic()
         self._grace = LOADING_GRACE_SECONDS
         self._said = b""
@@ -97,24 +98,27 @@ class Engine:
             code = self._process.wait(seconds)
             self._listener.join(1)
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            raise EngineError(f"the engine {how}; all it said is above. {telling(self._said.decode(errors='replace'))}")
+            where = "above" if self._log is None else f"in {self._log.name}"
+            said = telling(self._said.decode(errors="replace"))
+            raise EngineError(f"the engine {how}; all it said is {where}. {said}")
 
     def _listen(self) -> None:
-        """Hand on what it says, and keep the end of it."""
+        """Hand on what it says, to standard error unless there is a log, and keep the end of it."""
         pipe = self._process.stdout
         assert pipe is not None
         while chunk := os.read(pipe.fileno(), 65536):
             self._said = (self._said + chunk)[-_KEPT_BYTES:]
             with suppress(OSError, ValueError):  # nobody listens; the engine must not stall for that
-                sys.stderr.buffer.write(chunk)
-                sys.stderr.buffer.flush()
+                to = self._log or sys.stderr.buffer
+                to.write(chunk)
+                to.flush()
 
 
 @contextmanager
-def running(argv: Sequence[str], environment: Mapping[str, str]) -> Iterator[Engine]:
+def running(argv: Sequence[str], environment: Mapping[str, str], *, log: IO[bytes] | None = None) -> Iterator[Engine]:
     """An engine that is stopped at the end, however that comes about. Raises `MissingExtraError`."""
     try:
-        engine = Engine(argv, environment)
+        engine = Engine(argv, environment, log)
     except OSError as error:
         raise MissingExtraError(f"{argv[0]} cannot be started: {error.strerror}; is vLLM installed whole?") from error
     try:

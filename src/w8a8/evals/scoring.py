@@ -1,0 +1,39 @@
+"""Is an answer to a GSM8K question right? Two readings, both compared as numbers.
+
+Strict is the number after the last `####`, the format that was asked for. Flexible is the last number anywhere, which
+also finds the result of a model that did not keep to the format. `$1,080.00`, `1080` and `1080.` are one number.
+
+On answers that keep to the format both agree with lm-evaluation-harness's `gsm8k` filters (tests/evals/test_scoring.py
+runs those, and lists where the two differ and why).
+"""
+
+import re
+from decimal import Decimal
+
+MARK = "####"
+
+_NUMBER = re.compile(
+    r"(?P<minus>(?<![\w)\]])[-−])?"  # after a digit, a word or a bracket it subtracts: 10-5
+    r"(?:[$€£¥]\s?(?P<minus_inside>[-−])?)?"
+    r"(?P<digits>[0-9][0-9,]*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+)
+
+
+def strict(answer: str) -> Decimal | None:
+    """The first number after the last `####`, `None` if there is none."""
+    _, mark, after = answer.rpartition(MARK)
+    found = _NUMBER.search(after) if mark else None
+    return _value(found) if found else None
+
+
+def flexible(answer: str) -> Decimal | None:
+    """The last number in the answer, `None` if there is none."""
+    found = None
+    for found in _NUMBER.finditer(answer):  # noqa: B007 - the last one is wanted
+        pass
+    return _value(found) if found else None
+
+
+def _value(found: re.Match[str]) -> Decimal:
+    value = Decimal(found["digits"].replace(",", ""))
+    return value.copy_negate() if found["minus"] or found["minus_inside"] else value
