@@ -622,6 +622,56 @@ def compare(
     Terminal(json=json).table(found, lambda found, say: show_comparison(found, say, flips=flips))
 
 
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 report ./gemma-W8A8`
+- `w8a8 report ./gemma-W8A8 --source ./gemma --baseline base.json --quant quant.json --kld kld.json`
+- `w8a8 report ./gemma-W8A8 --out report.html --png ./gemma-W8A8/figures`
+"""
+)
+def report(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="What it was made from: folder or Hub id `org/name[@revision]`.",
+            show_default="what OUT says, if that lies beside OUT or in the Hub's cache",
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")
+    ] = None,
+    quant: Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")] = None,
+    kld: Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")] = None,
+    page: Annotated[
+        Path | None, typer.Option("--out", metavar="HTML", help="The page.", show_default="OUT-report/report.html")
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Where the figures go, as PNG.", show_default="beside the page"),
+    ] = None,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write one HTML page about a quantized checkpoint, to look at, and its figures as PNG.
+
+    Sizes, errors of every matrix, weight scales, and the results of the evaluations that are given. The page needs
+    no network and no script, and opens anywhere.
+    """
+    from w8a8.publish.report import prepare, run, show, write
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
+    page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
+    with _interruptible("nothing was written"), terminal.bytes("reading", job.nbytes) as advance:
+        found = run(job, workers=workers, advance=advance)
+    terminal.table(write(found, page, png or page.parent), show)
+
+
 @bench_app.command(
     "quantize",
     epilog="""
