@@ -1,0 +1,130 @@
+"""A checkpoint that `quantize` made: its folder, and what `w8a8.json` says of how it came about.
+
+Both card and push begin here. `w8a8.json` is a file like any other: it is validated before it is believed, and what it
+says of the shards has to be what the headers say.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from w8a8.checkpoint import Checkpoint
+from w8a8.checkpoint.reader import INDEX, read_json
+from w8a8.errors import UnsupportedSchemeError, W8A8Error
+from w8a8.execute.run import PROVENANCE, worker_count
+from w8a8.execute.stream import file_sha256
+from w8a8.formats import Scheme, detect, section
+
+UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
+"""Weights by their names: beside a checkpoint's own they have no business."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An opened W8A8 checkpoint and its provenance. `source_bytes` are of the tensors it was made from."""
+
+    checkpoint: Checkpoint
+    scheme: Scheme
+    version: str
+    source: str
+    revision: str | None
+    format: str
+    recipe: str
+    source_bytes: int
+    arithmetic: Mapping[str, str]
+    shards: Mapping[str, tuple[int, str]]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """Open `folder` by its headers. Raises what `Checkpoint.open` raises, `UnsupportedSchemeError`, `W8A8Error`."""
+        checkpoint = Checkpoint.open(folder)
+        scheme = detect(checkpoint.config)
+        if not scheme.w8a8:
+            raise UnsupportedSchemeError(f"{folder}: {scheme.summary}; this is for what `w8a8 quantize` makes")
+        path = checkpoint.path / PROVENANCE
+        if not path.is_file():
+            raise W8A8Error(f"{folder}: no {PROVENANCE}, so nothing says how it was made; `w8a8 quantize` writes it")
+        try:
+            return cls(checkpoint, scheme, **_provenance(read_json(path)))
+        except (ValueError, OSError) as error:
+            raise W8A8Error(f"{path}: not as `quantize` wrote it ({error}); quantize again") from error
+
+    @property
+    def path(self) -> Path:
+        """The folder."""
+        return self.checkpoint.path
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the source was a repository; a folder goes by its last name, which has no slash."""
+        return "/" in self.source
+
+    def problems(self) -> Iterator[str]:
+        """What headers, index and folder say against `w8a8.json`, without reading a weight."""
+        found = {shard.name: shard.size for shard in self.checkpoint.shards}
+        for name in sorted(found.keys() | self.shards.keys()):
+            recorded = self.shards.get(name, (None, ""))[0]
+            if found.get(name) != recorded:
+                yield f"{name}: {_bytes(found.get(name))} here, {_bytes(recorded)} in {PROVENANCE}"
+        if self.checkpoint.indexed:
+            total = section(read_json(self.path / INDEX), "metadata").get("total_size")
+            if total != self.checkpoint.nbytes:
+                yield f"{INDEX}: total_size is {total}, the tensors have {self.checkpoint.nbytes} bytes"
+        for left in self.checkpoint.left_out:
+            if left.name.lower().endswith(UNVERIFIED):
+                yield f"{left.name}: weights that are no part of the checkpoint, so nothing vouches for them"
+
+    def wrong_checksums(self, advance: Callable[[int], None] = lambda _: None) -> list[str]:
+        """Read every shard: those whose SHA-256 is not the recorded one, as sentences. `advance` is told of bytes."""
+
+        def check(name: str) -> str | None:
+            same = file_sha256(self.path / name) == self.shards[name][1]
+            advance(self.shards[name][0])
+            return None if same else f"{name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"
+
+        with ThreadPoolExecutor(worker_count(), thread_name_prefix="checksum") as pool:
+            return [problem for problem in pool.map(check, sorted(self.shards)) if problem]
+
+
+def _provenance(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `Made` that `w8a8.json` holds. Raises `ValueError` where one is not what it should be."""
+    source = section(values, "source")
+    return {
+        "version": _text(values, "version"),
+        "source": _text(source, "name"),
+        "revision": None if source.get("revision") is None else _text(source, "revision"),
+        "format": _text(values, "format"),
+        "recipe": _text(values, "recipe"),
+        "source_bytes": _number(section(values, "bytes"), "source"),
+        "arithmetic": {key: _text(section(values, "scheme"), key) for key in ("weights", "activations")},
+        "shards": {name: _shard(values, name) for name in section(values, "shards")},
+    }
+
+
+def _shard(values: Mapping[str, Any], name: str) -> tuple[int, str]:
+    shard = section(values, "shards", name)
+    digest = _text(shard, "sha256")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"the sha256 of {name} is none")
+    return _number(shard, "size"), digest
+
+
+def _text(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key)
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{key} is not text")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if type(value) is not int or value <= 0:
+        raise ValueError(f"{key} is not a number of bytes")
+    return value
+
+
+def _bytes(number: int | None) -> str:
+    return "none" if number is None else f"{number:,} bytes"

@@ -1,0 +1,181 @@
+"""`w8a8 push`: a checked checkpoint to the Hub.
+
+The folder is checked before the Hub is asked anything: headers, index and every shard's checksum against `w8a8.json`,
+or, given the source, all that `verify` checks. Then huggingface_hub uploads it, through Xet where that is installed:
+what an interrupted upload had sent already is on the Hub and is not sent again. Hidden files (its own state, `.git`,
+unfinished work) stay here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import w8a8
+from w8a8 import verification
+from w8a8.checkpoint import reading
+from w8a8.checkpoint.reader import inside
+from w8a8.errors import HubError, UsageError, W8A8Error
+from w8a8.publish.made import Made
+from w8a8.terminal import clean, plural, printable, size
+
+HIDDEN = (".*", "*/.*")
+"""What is not uploaded, as globs over relative paths."""
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Job:
+    """A folder to upload, its `files` with their bytes, and what it will be checked against."""
+
+    made: Made
+    repo: str
+    public: bool
+    files: tuple[tuple[str, int], ...]
+    against: verification.Job | None
+
+    @property
+    def bytes_to_check(self) -> int:
+        """What `check` will read, in bytes of shards."""
+        opened = self.against.source if self.against else self.made.checkpoint
+        return sum(shard.size for shard in opened.shards)
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What was uploaded, or (a dry run) would be; `bytes` of all `files`. Without a `url` nothing was."""
+
+    repo: str
+    private: bool
+    files: tuple[str, ...]
+    bytes: int
+    url: str | None = None
+    commit: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | Path | None = None) -> Job:
+    """Open `out`, and its `source` if it is to be compared with that, and list what would be uploaded to `repo`.
+
+    Raises `UsageError` for an impossible id, what opening raises, and `PathEscapeError` for a link out of the folder.
+    """
+    _check_id(repo)
+    made = Made.open(out)
+    files = tuple(_files(made.path))
+    return Job(made, repo, public, files, verification.prepare(out, source) if source else None)
+
+
+def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
+    """Raise `W8A8Error` unless the folder is what `quantize` made. Reads all of it; `advance` is told of bytes."""
+    problems = list(job.made.problems())
+    if not problems and job.against:
+        problems = list(verification.run(job.against, advance=advance).problems)
+    elif not problems:
+        problems = job.made.wrong_checksums(advance)
+    if problems:
+        more = f" (and {plural(len(problems) - _SHOWN, 'problem')} more)" if len(problems) > _SHOWN else ""
+        raise W8A8Error(f"{job.made.path}: not uploaded: {'; '.join(problems[:_SHOWN])}{more}")
+
+
+def planned(job: Job) -> Pushed:
+    """What `run` would upload."""
+    return Pushed(job.repo, not job.public, tuple(name for name, _ in job.files), sum(n for _, n in job.files))
+
+
+def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
+    """Upload a checked folder, making the repository if it is not there; what the Hub has already is not sent.
+
+    Raises `HubError`, and `UsageError` where the repository is public and that was not asked for.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api = HfApi(library_name="w8a8", library_version=w8a8.__version__)
+    with _explained(job.repo):
+        api.whoami()
+        try:
+            private = bool(api.model_info(job.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).private)
+        except RepositoryNotFoundError:
+            api.create_repo(job.repo, private=not job.public, exist_ok=True)
+            private = not job.public
+        if not private and not job.public:
+            raise UsageError(f"{job.repo}: is there and public; --public uploads to it, or choose another name")
+        if private and job.public:
+            notice(f"{job.repo} is there and private, and stays so; its settings on the Hub make it public")
+        commit = api.upload_folder(
+            repo_id=job.repo,
+            folder_path=job.made.path,
+            ignore_patterns=list(HIDDEN),
+            commit_message=f"INT8 W8A8 by w8a8 {job.made.version}",
+        )
+    done = planned(job)
+    return Pushed(job.repo, private, done.files, done.bytes, f"{api.endpoint}/{job.repo}", commit.oid)
+
+
+def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
+    """Where it is now; of a dry run, what there is to upload."""
+    what = f"{plural(len(pushed.files), 'file')}, {size(pushed.bytes)}, {'private' if pushed.private else 'public'}"
+    if pushed.url:
+        say(f"[bold]{clean(pushed.url)}[/bold]: {what}")
+        return
+    for name in pushed.files:
+        say(clean(name))
+    say(f"would go to [bold]{clean(pushed.repo)}[/bold]: {what}; its checks hold")
+
+
+def _check_id(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UsageError(f"{printable(repo)}: no Hub id ({error})") from error
+    if "/" not in repo:
+        raise UsageError(f"{repo}: whose? Give it as `org/name`")
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """What is not hidden, by relative name, with its bytes."""
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    with reading(folder):
+        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        for name in filter_repo_objects(names, ignore_patterns=list(HIDDEN)):
+            yield name, inside(folder, name).stat().st_size
+
+
+@contextmanager
+def _explained(repo: str) -> Iterator[None]:
+    """Errors of huggingface_hub, in a line that says what to do."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        HfHubHTTPError,
+        HTTPError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        yield
+    except LocalTokenNotFoundError as error:
+        raise HubError(f"{repo}: no token here; `hf auth login`, or set HF_TOKEN") from error
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        said = getattr(cause, "server_message", None) or cause
+        raise HubError(f"{repo}: {_advice(cause)} ({' '.join(str(said).split())[:300]})") from error
+
+
+def _advice(error: BaseException) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub does not know the token; `hf auth login`, or set HF_TOKEN"
+    if status == 403:
+        return "the token may not write there; `hf auth login` with one that may"
+    if status is not None:
+        return f"the Hub refused ({status}); what it has is kept, the same command goes on"
+    return "the upload did not finish; what the Hub has is kept, the same command goes on"

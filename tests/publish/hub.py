@@ -1,0 +1,189 @@
+"""A Hub on this machine that takes uploads: the endpoints huggingface_hub asks for without Xet, over real HTTP."""
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import Any
+from urllib.parse import urlsplit
+
+TOKEN = "hf_the_right_one"
+COMMIT = "c0ffee" * 6 + "beef"
+
+_REPO = r"(?P<repo>[^/]+/[^/]+)"
+_BATCH = re.compile(rf"/{_REPO}\.git/info/lfs/objects/batch")
+_API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit)/main)?")
+
+
+@dataclass
+class Repository:
+    """What was committed."""
+
+    private: bool
+    files: dict[str, bytes] = field(default_factory=dict)
+    messages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Hub:
+    """A running Hub.
+
+    With `uploads_left` it breaks the connection of every further upload, or answers `then`; `readonly` refuses to make
+    repositories and commits. `objects` are the large files it has, `received` how often each was sent whole.
+    """
+
+    url: str = ""
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
+    received: dict[str, int] = field(default_factory=dict)
+    requests: list[str] = field(default_factory=list)
+    uploads_left: int | None = None
+    then: HTTPStatus | None = None
+    readonly: bool = False
+    lock: Lock = field(default_factory=Lock)
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, message: str, code: str = "") -> None:
+        super().__init__(status, message)
+        self.status, self.message, self.code = status, message, code
+
+
+@contextmanager
+def receiving_hub() -> Iterator[Hub]:
+    """A Hub without repositories, until the block ends."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            hub.requests.append(f"{self.command} {path}")
+            try:
+                if path.startswith("/lfs/"):
+                    if not _take(hub, path.removeprefix("/lfs/"), body):
+                        self.close_connection = True
+                        return
+                    self._answer(HTTPStatus.OK, {})
+                    return
+                if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                    raise _RefusedError(HTTPStatus.UNAUTHORIZED, "Invalid credentials in Authorization header")
+                self._answer(HTTPStatus.OK, _reply(hub, self.command, path, body))
+            except _RefusedError as refused:
+                headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
+                self._answer(refused.status, {"error": refused.message}, headers)
+
+        do_POST = do_PUT = do_GET  # noqa: N815
+
+        def _answer(self, status: HTTPStatus, value: Any, headers: dict[str, str] | None = None) -> None:
+            body = json.dumps(value).encode()
+            self.send_response(status)
+            for name, text in {**(headers or {}), "Content-Length": str(len(body))}.items():
+                self.send_header(name, text)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _take(hub: Hub, oid: str, body: bytes) -> bool:
+    """Store an uploaded object, if it may still come and is what its name says."""
+    with hub.lock:
+        if hub.uploads_left is not None:
+            hub.uploads_left -= 1
+            if hub.uploads_left < 0:
+                if hub.then:
+                    raise _RefusedError(hub.then, "no more for now")
+                return False
+        if hashlib.sha256(body).hexdigest() != oid:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, "not that object")
+        hub.objects[oid] = body
+        hub.received[oid] = hub.received.get(oid, 0) + 1
+    return True
+
+
+def _reply(hub: Hub, method: str, path: str, body: bytes) -> Any:
+    if path == "/api/whoami-v2":
+        return {"type": "user", "name": "me", "auth": {}}
+    if path == "/api/validate-yaml":
+        return {"errors": [], "warnings": []}
+    if path == "/api/repos/create":
+        return _create(hub, json.loads(body))
+    if found := _BATCH.fullmatch(path):
+        return {"objects": [_action(hub, entry) for entry in json.loads(body)["objects"]]}
+    found = _API.fullmatch(path)
+    repository = hub.repositories.get(found["repo"]) if found else None
+    if found is None or repository is None:
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "Repository not found", "RepoNotFound")
+    if found["what"] == "preupload":
+        return {"files": [_mode(repository, file) for file in json.loads(body)["files"]]}
+    if found["what"] == "commit":
+        if hub.readonly:
+            raise _RefusedError(HTTPStatus.FORBIDDEN, "you may read only")
+        return _commit(hub, found["repo"], [json.loads(line) for line in body.splitlines()])
+    return {"id": found["repo"], "private": repository.private, "sha": COMMIT, "siblings": []}
+
+
+def _create(hub: Hub, asked: dict[str, Any]) -> Any:
+    if hub.readonly:
+        raise _RefusedError(HTTPStatus.FORBIDDEN, "you may not create here")
+    private = asked.get("visibility") == "private" or asked.get("private") is True
+    name = f"{asked['organization']}/{asked['name']}"
+    hub.repositories[name] = Repository(private)
+    return {"url": f"{hub.url}/{name}"}
+
+
+def _mode(repository: Repository, file: dict[str, Any]) -> Any:
+    """Large files are those the Hub's own .gitattributes names; what it has is named by its hash."""
+    large = file["path"].endswith((".safetensors", "tokenizer.json"))
+    content = repository.files.get(file["path"])
+    oid = None
+    if content is not None:
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content)
+        oid = (hashlib.sha256(content) if large else blob).hexdigest()
+    return {
+        "path": file["path"],
+        "uploadMode": "lfs" if large else "regular",
+        "shouldIgnore": False,
+        "oid": oid,
+    }
+
+
+def _action(hub: Hub, entry: dict[str, Any]) -> Any:
+    if entry["oid"] in hub.objects:
+        return entry
+    return {**entry, "actions": {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}}
+
+
+def _commit(hub: Hub, name: str, lines: list[dict[str, Any]]) -> Any:
+    repository = hub.repositories[name]
+    for line in lines:
+        value = line["value"]
+        if line["key"] == "header":
+            repository.messages.append(value["summary"])
+        elif line["key"] == "file":
+            repository.files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            repository.files[value["path"]] = hub.objects[value["oid"]]
+        else:
+            raise _RefusedError(HTTPStatus.BAD_REQUEST, line["key"])
+    return {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}
