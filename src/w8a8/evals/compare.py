@@ -59,6 +59,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """One sentence that says no more than the data do."""
+        if not (self.both_right or self.only_base or self.only_quant):
+            return f"Nothing to compare: neither model answers any of the {self.questions:,} questions right."
         before, after = (f"{accuracy:.1%}" for accuracy in self.accuracies)
         low, high = (100 * bound for bound in self.interval)
         figures = f"{after} against {before} of {self.questions:,} questions, {100 * self.difference:+.1f} points"

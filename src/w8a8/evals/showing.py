@@ -103,10 +103,7 @@ def show_comparison(found: Comparison, say: Callable[[Any], None], *, flips: int
     )
     for name, errors in zip(("base", "quantized"), found.errors, strict=True):
         if errors:
-            say(
-                f"[yellow]{name}: {errors:,} requests failed and count as not right; "
-                "its `eval gsm8k`, given again, asks them again[/yellow]"
-            )
+            say(f"[yellow]{name}: failed requests, which count as not right: {errors:,}; run it again[/yellow]")
     if len(found.flips) > flips:
         say(f"[dim]{len(found.flips)} questions flipped; --flips {len(found.flips)} shows them all[/dim]")
     say(f"[bold]{clean(found.verdict)}[/bold]")
