@@ -1,0 +1,189 @@
+"""The two models of `w8a8 eval kld`, and how far their next-token distributions lie apart.
+
+Logits are the model's own: its body reads a window once, then its own `forward` runs for a few positions at a time on
+what the body gave, so that the head, and whatever an architecture does to its logits (Gemma's soft cap, Cohere's
+scale), are as they are when it serves, and no more than `CHUNK_VALUES` logits exist at once.
+
+With logits p and q, KL is the mean of p - q weighted by exp(p - max p), less the difference of their log-sum-exps.
+Element by element that is float32, which is exact for what BF16 logits differ by; sums are carried on in float64,
+because a log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models differ.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w8a8.errors import EngineError, MissingExtraError, W8A8Error
+from w8a8.evals.kld_text import Window
+
+try:
+    import torch
+    import transformers
+
+    import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
+except ImportError as missing:
+    raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
+
+CHUNK_VALUES = 2**24
+"""Logits of one model that exist at once: 64 positions of a vocabulary of 262,144."""
+CHUNK_BYTES = CHUNK_VALUES * 24
+"""What a chunk takes: both models' logits, and up to four arrays in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per predicted token, in order `[tokens]`: its position in its window, KL(ref || cand) and both models'
+    negative log-likelihoods of the true token in nats (float64), whether both think the same token likeliest."""
+
+    position: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    reference_nll: NDArray[np.float64]
+    candidate_nll: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+
+
+class Predictor:
+    """A checkpoint as a model of the next token."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        """Load it onto the device there is. Raises EngineError, or what is wrong with the checkpoint."""
+        transformers.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        self.name = name
+        try:
+            architecture = (transformers.AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+            kind = getattr(transformers, architecture, None)
+            if kind is None:
+                raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
+            self.model = kind.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+        except (W8A8Error, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise EngineError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+        if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
+            raise EngineError(f"{name}: {architecture} predicts no tokens; a model that generates text is needed")
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
+        """The logits `[at most rows, vocabulary]` that follow each of `ids`, in order, in the model's dtype.
+
+        Raises EngineError, out of memory included.
+        """
+        body = self.model.base_model
+        read = body.forward
+        whole: Any = None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal whole
+            whole = read(*args, **kwargs) if whole is None else whole
+            return type(whole)(**{**whole, "last_hidden_state": whole.last_hidden_state[:, now]})
+
+        body.forward = forward
+        try:
+            inputs = torch.tensor([ids], device=self.model.device)
+            for at in range(0, len(ids), rows):
+                now = slice(at, at + rows)
+                yield self.model(input_ids=inputs, use_cache=False).logits[0]
+        except (RuntimeError, IndexError, MemoryError) as error:
+            raise EngineError(f"{self.name}: {_first_line(error)}") from error
+        finally:
+            body.forward = read
+
+
+def tokenizer(name: str, folder: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises EngineError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise EngineError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
+
+
+def limits(name: str, folder: Path) -> tuple[int, int | None]:
+    """How many tokens a checkpoint's model tells apart, and reads at most, if it says so. Raises EngineError."""
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+    except Exception as error:
+        raise EngineError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+
+
+def has_gpu() -> bool:
+    """Whether models will be put on a GPU."""
+    return bool(torch.cuda.is_available())
+
+
+def score(
+    reference: Predictor,
+    candidate: Predictor,
+    windows: Sequence[Window],
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    chunk_values: int = CHUNK_VALUES,
+) -> Scores:
+    """Let both models predict the windows; `advance(tokens)` is called as it goes.
+
+    Raises EngineError, naming model and place, where logits are no numbers or rule out what the other holds possible.
+    """
+    rows = max(1, chunk_values // reference.model.config.get_text_config(decoder=True).vocab_size)
+    parts = []
+    for number, window in enumerate(windows):
+        ids = window.ids[:-1]
+        for i, pair in enumerate(zip(reference.logits(ids, rows), candidate.logits(ids, rows), strict=True)):
+            place = _Place(number, window.document, at := i * rows)
+            names = (reference.name, candidate.name)
+            parts.append((np.arange(at, at + len(pair[0])), *_compare(names, pair, window.ids[at + 1 :], place)))
+            advance(len(pair[0]))
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a chunk begins."""
+
+    window: int
+    document: int
+    position: int
+
+    def check(self, values: Any, problem: str) -> None:
+        """Raises EngineError at the first of `values` `[rows]` that is not finite."""
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = self.position + int(bad[0, 0])
+            raise EngineError(f"{problem} at position {at} of window {self.window} (document {self.document})")
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _compare(names: tuple[str, str], pair: tuple[Any, Any], labels: Sequence[int], place: _Place) -> Iterator[Any]:
+    """KL, both negative log-likelihoods, agreement `[rows]`, of logits `[rows, vocabulary]` and as many true tokens."""
+    device, rows = pair[0].device, len(pair[0])
+    true = torch.tensor(labels[:rows], device=device)[:, None]
+    p, q = (logits.to(device).float() for logits in pair)
+    agree = p.argmax(-1) == q.argmax(-1)
+    weight, total, p_norm = _exponentials(names[0], p, place)
+    _, _, q_norm = _exponentials(names[1], q, place)
+    nll = [norm - logits.gather(-1, true)[:, 0].double() for norm, logits in ((p_norm, p), (q_norm, q))]
+    difference = p.sub_(q).mul_(weight).masked_fill_(weight == 0, 0).sum(-1).double() / total
+    kl = (difference - (p_norm - q_norm)).clamp_(min=0)
+    for values in (kl, *nll):
+        place.check(values, f"{' and '.join(names)}: one rules out a token that the other, or the text, has")
+    return (values.cpu().numpy() for values in (kl, *nll, agree))
+
+
+def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]:
+    """exp(logits - largest) `[rows, vocabulary]`, its sum `[rows]`, and the log-sum-exp of the logits `[rows]`."""
+    largest = logits.amax(-1, keepdim=True)
+    weight = (logits - largest).exp_()
+    total = weight.sum(-1).double()
+    norm = total.log() + largest[:, 0].double()
+    place.check(norm, f"{name}: the logits are not numbers (NaN or infinity)")
+    return weight, total, norm
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

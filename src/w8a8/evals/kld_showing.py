@@ -1,0 +1,71 @@
+"""What `w8a8 eval kld` shows a person: a live line of progress, and the result."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import dropwhile
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from w8a8.evals.kld import KldResult
+from w8a8.terminal import PLAIN_INTERVAL_SECONDS, clean, plain_table
+
+BAR = 40
+
+
+@contextmanager
+def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A live line on standard error, plain ones where that is no terminal; yields `advance(tokens)`."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True) as live:
+            task = live.add_task("tokens", total=total)
+            yield lambda count: live.advance(task, count)
+    else:
+        yield _Lines(total, console)
+
+
+def show(result: KldResult, say: Callable[[Any], None]) -> None:
+    """The result for a person; `say` prints what Rich can."""
+    say(f"[bold]{clean(result.candidate)}[/bold] against {clean(result.reference)}")
+    say(f"{result.tokens:,} tokens of {clean(result.text)}, in windows of up to {result.context}, on {result.device}")
+    table = plain_table("", "", "95% interval", left=1)
+    low, high = result.mean_interval
+    table.add_row("mean KL divergence, nats", f"{result.mean:.5f}", f"{low:.5f} to {high:.5f}")
+    table.add_row("median", f"{result.median:.5f}")
+    table.add_row("99th percentile", f"{result.p99:.5f}")
+    table.add_row("largest", f"{result.max:.5f}")
+    low, high = result.agreement_interval
+    table.add_row("same likeliest token", f"{result.agreement:.2%}", f"{low:.2%} to {high:.2%}")
+    table.add_row("perplexity, reference", f"{result.reference_perplexity:.3f}")
+    table.add_row("perplexity, candidate", f"{result.candidate_perplexity:.3f}")
+    say(table)
+    say("")
+    table = plain_table("position", "tokens", "mean KL", left=1)
+    for band in result.positions:
+        table.add_row(f"{band.first}-{band.last}", f"{band.tokens:,}", f"{band.mean_kl:.5f}")
+    say(table)
+    say("")
+    table = plain_table("KL from", "tokens", "share", "", left=0)
+    most = max(count for _, _, count in result.histogram)
+    for low, _, count in dropwhile(lambda bin_: not bin_[2], result.histogram):
+        table.add_row(f"{low:.2g}", f"{count:,}", f"{count / result.tokens:.1%}", "▇" * round(BAR * count / most))
+    say(table)
+
+
+class _Lines:
+    """A line now and then, for logs."""
+
+    def __init__(self, total: int, console: Console) -> None:
+        self._total, self._console, self._done, self._last = total, console, 0, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if time.monotonic() - self._last >= PLAIN_INTERVAL_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(f"{self._done:,} of {self._total:,} tokens", soft_wrap=True)

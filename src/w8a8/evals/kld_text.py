@@ -1,0 +1,145 @@
+"""What `w8a8 eval kld` reads: a text as documents, and documents as windows of tokens.
+
+A plain file is one document; of a JSONL file or of GSM8K every line is one. No window holds more than one document, as
+no request to a server does. A window is the tokenizer's beginning-of-sequence token and up to `context - 1` tokens of
+the document behind it; where a tokenizer has no such token, the document's token before them stands in its place. So
+every token is predicted once (but, without such a token, the first of a document), from what lies before it in its
+window.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.errors import MissingExtraError, SourceNotFoundError, UnreadableError, UsageError
+
+GSM8K = "openai/gsm8k"
+MIN_CONTEXT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Documents, and the name they go by."""
+
+    name: str
+    documents: tuple[str, ...]
+
+    @property
+    def sha256(self) -> str:
+        """Of the documents in UTF-8 with a NUL between them; of a plain file, that of its bytes."""
+        return hashlib.sha256("\0".join(self.documents).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Token ids: all but the last are read, all but the first predicted."""
+
+    ids: tuple[int, ...]
+    document: int
+
+    @property
+    def scored(self) -> int:
+        """How many tokens of it are predicted."""
+        return len(self.ids) - 1
+
+
+def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | None = None) -> Text:
+    """The text of a plain file, a JSONL file, a folder with GSM8K's `test.jsonl`, or GSM8K's test split itself.
+
+    Raises UsageError where more than one is given or a file does not hold what it should, UnreadableError,
+    SourceNotFoundError, and MissingExtraError where `datasets` is needed and not installed.
+    """
+    given = [path for path in (text, jsonl, data) if path is not None]
+    if len(given) > 1:
+        raise UsageError("give one of --text, --jsonl and --data")
+    if text is not None:
+        return Text(text.name, (_read(text),))
+    if jsonl is not None:
+        return Text(jsonl.name, _documents(jsonl))
+    if data is not None:
+        return Text("GSM8K test", _documents(data / "test.jsonl"))
+    return Text("GSM8K test", tuple(_document(row, GSM8K) for row in _download()))
+
+
+def windows(documents: Sequence[Sequence[int]], bos: int | None, context: int, tokens: int) -> list[Window]:
+    """Windows of at most `context` ids that predict `tokens` tokens, or as many as there are, of tokenized documents.
+
+    Raises UsageError where not one token could be predicted.
+    """
+    found: list[Window] = []
+    for number, ids in enumerate(documents):
+        whole = (*([] if bos is None else [bos]), *ids)
+        for at in range(0, len(whole) - 1, context - 1):
+            body = whole[at + 1 : at + min(context, tokens + 1)]
+            found.append(Window((whole[at] if bos is None else bos, *body), number))
+            tokens -= len(body)
+            if not tokens:
+                return found
+    if not found:
+        raise UsageError("the text has no token to predict; give a longer one")
+    return found
+
+
+def tokenize(text: Text, tokenizer: Callable[..., Any]) -> list[list[int]]:
+    """The ids of every document, without special tokens that the tokenizer would add around it."""
+    return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in text.documents]
+
+
+def first_token(tokenizer: Any) -> int | None:
+    """The beginning-of-sequence token, where the tokenizer puts one before a text."""
+    ids: list[int] = tokenizer("")["input_ids"]
+    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise SourceNotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _documents(path: Path) -> tuple[str, ...]:
+    return tuple(_document(row, where) for where, row in _rows(path))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_read(path).split("\n"), start=1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                yield where, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UsageError(f"{where}: not JSON: {error}") from error
+
+
+def _document(row: Any, where: str) -> str:
+    """The text of a record: its `text`, or its `question` and `answer` on lines of their own."""
+    for names in (("text",), ("question", "answer")):
+        values = [value for name in names if isinstance(row, dict) and isinstance(value := row.get(name), str)]
+        if len(values) == len(names):
+            return "\n".join(values)
+    raise UsageError(f"{where}: neither a text, nor a question and an answer")
+
+
+def _download() -> Any:
+    """GSM8K's test split, by the `datasets` library."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise MissingExtraError(
+            "GSM8K is fetched with the package datasets: pip install 'w8a8[eval]'; or give --text, --jsonl or --data"
+        ) from error
+    try:
+        return load_dataset(GSM8K, "main", split="test")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SourceNotFoundError(
+            f"{GSM8K} could not be fetched ({reason}); give a folder with its test.jsonl by --data"
+        ) from error

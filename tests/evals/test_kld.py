@@ -1,0 +1,434 @@
+"""`w8a8 eval kld`: against a plain computation, on real models, and what it refuses."""
+
+import hashlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from tests.checkpoint.command import python
+from w8a8.errors import (
+    DoesNotFitError,
+    EngineError,
+    SourceNotFoundError,
+    UnreadableError,
+    UnwritableError,
+    UsageError,
+)
+from w8a8.evals import kld
+from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run, write
+from w8a8.evals.kld_models import Predictor, score
+from w8a8.evals.kld_text import Text, Window, choose, windows
+
+PROSE = """\
+In the valley the harvest had been gathered early that year, and the carts stood empty behind the mill. The miller, \
+who was seldom seen without his pipe, had gone down to the river to look at the wheel, which had begun to groan in the \
+night. He found nothing wrong with it but its age, and he said so to his daughter when he came home for supper."""
+WORDS = ["<s>", *"\n abcdefghijklmnopqrstuvwxyz.,"]
+LETTERS = Text("letters", ("the wheel had begun to groan, and nothing was wrong with it but its age.", "so he said."))
+
+
+def make_llama(folder: Path, *, seed: int = 0, bos: bool = True, words: list[str] = WORDS, **config: Any) -> Path:
+    """A small random Llama in float32 that reads characters."""
+    set_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 512, "initializer_range": 0.5}
+    model = LlamaForCausalLM(LlamaConfig(**{**shape, **sizes, **config}))
+    model.save_pretrained(folder)
+    characters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=" "))
+    if bos:
+        characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two Llamas that think differently."""
+    folder = tmp_path_factory.mktemp("llamas")
+    return make_llama(folder / "one", seed=1), make_llama(folder / "two", seed=2)
+
+
+@pytest.fixture(scope="module")
+def predictors(pair: tuple[Path, Path]) -> tuple[Predictor, Predictor]:
+    return Predictor("one", pair[0]), Predictor("two", pair[1])
+
+
+def plain_log_probabilities(model: Any, ids: tuple[int, ...]) -> Any:
+    """`[tokens, vocabulary]` after each of `ids`, in NumPy, all at once."""
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].double().numpy()
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def measure(reference: Path, candidate: Path, text: Text = LETTERS, **options: Any) -> KldResult:
+    return run(prepare(reference, candidate, text, **options))
+
+
+# --- what is computed ---------------------------------------------------------------------------------------------
+
+
+def test_every_figure_is_what_a_plain_computation_gives(
+    pair: tuple[Path, Path], predictors: tuple[Predictor, Predictor]
+) -> None:
+    job = prepare(*pair, LETTERS, context=20)
+    result = run(job)
+    kl, agree, nll = [], [], []
+    for window in job.windows:
+        p, q = (plain_log_probabilities(each.model, window.ids[:-1]) for each in predictors)
+        kl.append((np.exp(p) * (p - q)).sum(-1))
+        agree.append(p.argmax(-1) == q.argmax(-1))
+        nll.append([-each[range(window.scored), window.ids[1:]] for each in (p, q)])
+    every = np.concatenate(kl)
+    assert result.tokens == len(every) == sum(map(len, LETTERS.documents))
+    assert result.mean == pytest.approx(every.mean(), rel=1e-5)
+    assert result.median == pytest.approx(np.median(every), rel=1e-5)
+    assert result.p99 == pytest.approx(np.quantile(every, 0.99), rel=1e-5)
+    assert result.max == pytest.approx(every.max(), rel=1e-5)
+    assert result.agreement == np.concatenate(agree).mean()
+    perplexities = np.exp(np.concatenate(nll, axis=1).mean(axis=1))
+    assert (result.reference_perplexity, result.candidate_perplexity) == pytest.approx(perplexities, rel=1e-5)
+    assert result.positions[0].mean_kl == pytest.approx(np.concatenate([each[:16] for each in kl]).mean(), rel=1e-5)
+    assert [(band.first, band.last) for band in result.positions] == [(0, 15), (16, 18)]
+    assert sum(band.tokens for band in result.positions) == len(every)
+    assert sum(count for _, _, count in result.histogram) == len(every)
+    assert result.mean_interval[0] < result.mean < result.mean_interval[1]
+
+
+def test_the_order_of_the_models_matters(pair: tuple[Path, Path]) -> None:
+    there, back = measure(pair[0], pair[1]), measure(pair[1], pair[0])
+    assert there.mean != pytest.approx(back.mean, rel=1e-3)
+    assert there.reference_perplexity == back.candidate_perplexity
+
+
+@settings(max_examples=25)
+@given(rows=st.integers(1, 80))
+def test_how_many_positions_are_computed_at_once_changes_nothing(
+    predictors: tuple[Predictor, Predictor], rows: int
+) -> None:
+    some = [Window(tuple(i * 7 % len(WORDS) for i in range(60)), 0), Window((0, 5, 6), 1)]
+    whole, cut = (score(*predictors, some, chunk_values=n * len(WORDS)) for n in (100, rows))
+    assert cut.position.tolist() == [*range(59), 0, 1]
+    assert cut.agree.tolist() == whole.agree.tolist()
+    for name in ("kl", "reference_nll", "candidate_nll"):
+        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-4, atol=1e-9)
+
+
+def test_a_model_is_at_no_distance_from_itself(pair: tuple[Path, Path]) -> None:
+    result = measure(pair[0], pair[0])
+    assert (result.mean, result.max, result.mean_interval) == (0, 0, (0, 0))
+    assert (result.agreement, result.agreement_interval) == (1, (1, 1))
+    assert result.reference_perplexity == result.candidate_perplexity
+    assert result.histogram == ((0.0, 1e-6, result.tokens),)
+
+
+def test_the_same_command_gives_the_same_result(pair: tuple[Path, Path]) -> None:
+    once, again = (measure(*pair).to_dict() for _ in range(2))
+    del once["seconds"], again["seconds"]
+    assert once == again
+
+
+def test_logits_in_pieces_are_the_models_own_soft_cap_included(gemma4: Path) -> None:
+    predictor = Predictor("gemma4", gemma4)
+    predictor.model.config.get_text_config().final_logit_softcapping = 3.0
+    ids = list(range(3, 80))
+    with torch.inference_mode():
+        whole = predictor.model(input_ids=torch.tensor([ids])).logits[0]
+    assert 1 < whole.abs().max() <= 3
+    pieces = list(predictor.logits(ids, 10))
+    assert [len(piece) for piece in pieces] == [10] * 7 + [7]
+    torch.testing.assert_close(torch.cat(pieces), whole, rtol=0.02, atol=0.02)
+    with torch.inference_mode():
+        after = predictor.model(input_ids=torch.tensor([ids])).logits[0]
+    assert torch.equal(whole, after), "the model is left as it was"
+
+
+def test_gemma_3_270m_in_w8a8_is_near_the_original(gemma3: Path, gemma3_formats: Mapping[str, Path]) -> None:
+    result = measure(gemma3, gemma3_formats["quark"], Text("prose", (PROSE,)))
+    assert 0.002 < result.mean < 0.1
+    assert result.agreement > 0.8
+    assert result.candidate_perplexity == pytest.approx(result.reference_perplexity, rel=0.15)
+    assert 5 < result.reference_perplexity < 50
+    assert result.versions["torch"]
+
+
+def test_a_gemma_that_sees_reads_plain_text(gemma4: Path, gemma4_w8a8: Path) -> None:
+    result = measure(gemma4, gemma4_w8a8, Text("prose", (PROSE,)), context=64)
+    assert 0 < result.mean < 1
+
+
+# --- statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_blocks_end_where_windows_do_and_are_at_most_an_eighth_of_the_text() -> None:
+    text = (Window(tuple(range(301)), 0), Window(tuple(range(1001)), 1))
+    assert block_starts(text).tolist() == [0, 128, 256, *range(300, 1300, 128)]
+    assert block_starts((Window(tuple(range(65)), 0),)).tolist() == list(range(0, 64, 8))
+
+
+def test_the_interval_is_wider_where_neighbours_are_alike() -> None:
+    rng = np.random.default_rng(1)
+    alike = np.repeat(rng.exponential(size=64), 128)
+    single = rng.permutation(alike)
+    starts = np.arange(0, len(alike), 128)
+    (a, b), (c, d) = bootstrap(np.stack([alike, single]), starts)
+    assert (b - a) > 5 * (d - c)
+    assert b - a == pytest.approx(2 * 1.96 * alike[::128].std() / 8, rel=0.2)
+
+
+@given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
+def test_every_value_has_its_bin(values: list[float]) -> None:
+    kl = np.array(values)
+    bins = histogram(kl)
+    assert all(low < high for low, high, _ in bins)
+    assert [low for low, _, _ in bins[1:]] == [high for _, high, _ in bins[:-1]]
+    assert [count for *_, count in bins] == [int(((kl >= low) & (kl < high)).sum()) for low, high, _ in bins]
+    assert sum(count for *_, count in bins) == len(values)
+    assert len(bins) == 1 or bins[-1][2]
+
+
+@given(st.integers(1, 5000))
+def test_bands_cover_every_position_once(length: int) -> None:
+    found = bands(np.arange(length), np.arange(length, dtype=float))
+    assert found[0].first == 0
+    assert found[-1].last == length - 1
+    assert [band.first for band in found[1:]] == [band.last + 1 for band in found[:-1]]
+    assert all(band.mean_kl == (band.first + band.last) / 2 for band in found)
+
+
+# --- the text -----------------------------------------------------------------------------------------------------
+
+
+@given(
+    documents=st.lists(st.lists(st.integers(1, 9), max_size=30), min_size=1, max_size=5),
+    bos=st.sampled_from([None, 0]),
+    context=st.integers(2, 12),
+    tokens=st.integers(1, 100),
+)
+def test_windows_predict_every_token_once_from_what_lies_before_it(
+    documents: list[list[int]], bos: int | None, context: int, tokens: int
+) -> None:
+    wanted = [(n, token) for n, ids in enumerate(documents) for token in (ids if bos == 0 else ids[1:])][:tokens]
+    if not wanted:
+        with pytest.raises(UsageError, match="no token"):
+            windows(documents, bos, context, tokens)
+        return
+    found = windows(documents, bos, context, tokens)
+    assert [(window.document, token) for window in found for token in window.ids[1:]] == wanted
+    assert all(2 <= len(window.ids) <= context for window in found)
+    if bos is None:
+        assert all(contains(documents[window.document], window.ids) for window in found)
+    else:
+        assert all(window.ids[0] == bos for window in found)
+
+
+def contains(whole: list[int], part: tuple[int, ...]) -> bool:
+    return any(tuple(whole[i : i + len(part)]) == part for i in range(len(whole)))
+
+
+def test_a_tokenizer_without_a_beginning_of_sequence_loses_the_first_token_alone(tmp_path: Path) -> None:
+    plain = make_llama(tmp_path / "plain", bos=False)
+    job = prepare(plain, plain, Text("t", ("abcabc",)), context=4)
+    assert [len(window.ids) for window in job.windows] == [4, 3]
+    assert job.windows[0].ids[-1] == job.windows[1].ids[0]
+    assert job.tokens == 5
+
+
+def test_a_plain_file_is_one_document_with_its_own_checksum(tmp_path: Path) -> None:
+    data = "one\r\ntwo ñ\n".encode()
+    (tmp_path / "t.txt").write_bytes(data)
+    text = choose(text=tmp_path / "t.txt")
+    assert text.documents == ("one\r\ntwo ñ\n",)
+    assert text.sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_jsonl_has_a_document_per_line(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b"}, {"question": "1 + 1?", "answer": "#### 2"}]
+    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "test.jsonl").write_text(lines)
+    assert choose(jsonl=tmp_path / "test.jsonl").documents == ("a\u2028b", "1 + 1?\n#### 2")
+    assert choose(data=tmp_path) == Text("GSM8K test", ("a\u2028b", "1 + 1?\n#### 2"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": 3}', "line 2: neither"),
+        ('["text"]', "line 2: neither"),
+        ('{"question": "?"}', "line 2: neither"),
+        ("{", "line 2: not JSON"),
+        ("[" * 100_000, "line 2: not JSON"),
+    ],
+)
+def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + line)
+    with pytest.raises(UsageError, match=message):
+        choose(jsonl=tmp_path / "t.jsonl")
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        choose(text=tmp_path / "latin")
+    with pytest.raises(SourceNotFoundError, match="nothing"):
+        choose(text=tmp_path / "nothing")
+    with pytest.raises(UnreadableError, match="directory"):
+        choose(text=tmp_path)
+    with pytest.raises(UsageError, match="one of"):
+        choose(text=tmp_path / "latin", jsonl=tmp_path / "latin")
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_models_of_different_vocabularies_are_not_compared(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    larger = make_llama(tmp_path / "larger", vocab_size=len(WORDS) + 1)
+    with pytest.raises(UsageError, match="knows 31 tokens"):
+        prepare(pair[0], larger, LETTERS)
+    shuffled = make_llama(tmp_path / "shuffled", words=["<s>", *WORDS[:0:-1]])
+    with pytest.raises(UsageError, match="different tokens"):
+        prepare(pair[0], shuffled, LETTERS)
+    without_bos = make_llama(tmp_path / "plain", bos=False)
+    with pytest.raises(UsageError, match="different tokens"):
+        prepare(pair[0], without_bos, LETTERS)
+
+
+def test_a_window_longer_than_the_model_reads_is_refused(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="512 tokens at most"):
+        prepare(*pair, LETTERS, context=513)
+
+
+def test_an_empty_text_is_refused(pair: tuple[Path, Path]) -> None:
+    with pytest.raises(UsageError, match="no token"):
+        prepare(*pair, Text("empty", ("",)))
+
+
+def test_models_that_do_not_fit_together_are_refused_before_they_are_loaded(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kld, "available_memory", lambda: 2 * 10**9)
+    with pytest.raises(DoesNotFitError, match=r"need about .* 2\.0 GB are available"):
+        prepare(*pair, LETTERS)
+
+
+def test_what_is_no_checkpoint_or_no_language_model_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(SourceNotFoundError):
+        prepare(pair[0], tmp_path / "nothing", LETTERS)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EngineError, match="config"):
+        prepare(pair[0], tmp_path, LETTERS)
+    body = json.loads((pair[0] / "config.json").read_text()) | {"architectures": ["LlamaModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(body))
+    with pytest.raises(EngineError, match="tokenizer"):
+        prepare(pair[0], tmp_path, LETTERS)
+    (tmp_path / "model.safetensors").symlink_to(pair[0] / "model.safetensors")
+    with pytest.raises(EngineError, match="predicts no tokens"):
+        Predictor("body", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(body | {"architectures": ["Invented"]}))
+    with pytest.raises(EngineError, match="no architecture Invented"):
+        Predictor("invented", tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_named_with_their_place(
+    predictors: tuple[Predictor, Predictor], pair: tuple[Path, Path], value: float
+) -> None:
+    broken = Predictor("broken", pair[1])
+    spoil = torch.tensor([3])
+    broken.model.model.norm.register_forward_hook(
+        lambda _m, _i, states: states.index_fill(1, spoil, value) if states.shape[1] > 3 else states
+    )
+    with pytest.raises(EngineError, match=r"broken: the logits .* at position 3 of window 1 \(document 7\)"):
+        score(predictors[0], broken, [Window((0, 1, 2), 6), Window((0, 1, 2, 5, 4), 7)], chunk_values=2 * len(WORDS))
+
+
+def test_a_token_that_one_model_rules_out_has_no_divergence(
+    predictors: tuple[Predictor, Predictor], pair: tuple[Path, Path]
+) -> None:
+    never = Predictor("never", pair[1])
+    never.model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor(5), -torch.inf))
+    with pytest.raises(EngineError, match=r"rules out a token .* at position 0"):
+        score(predictors[0], never, [Window((0, 1, 2), 0)])
+    same = score(never, never, [Window((0, 1, 2), 0)])
+    assert same.kl.tolist() == [0, 0]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(LETTERS.documents[0])
+    return path
+
+
+def test_the_file_and_the_json_are_the_result(pair: tuple[Path, Path], book: Path, tmp_path: Path) -> None:
+    out = tmp_path / "kld.json"
+    out.write_text("an older result")
+    options = ("--text", book, "--tokens", "50", "--context", "16", "--out", out, "--json", "--quiet")
+    done = python("-m", "w8a8", "eval", "kld", *pair, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    found = json.loads(done.stdout)
+    assert json.loads(out.read_text()) == found
+    assert (found["kind"], found["schema"], found["tokens"]) == ("w8a8.kld", 1, 50)
+    assert found["text"] == {
+        "name": "book.txt",
+        "sha256": hashlib.sha256(book.read_bytes()).hexdigest(),
+        "tokens": len(book.read_text()),
+    }
+    assert found["kl"].keys() == {"mean", "median", "p99", "max", "interval"}
+    assert [band["first"] for band in found["positions"]] == [0]
+    assert sum(bin_["count"] for bin_ in found["histogram"]) == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "kld.json"]
+
+
+def test_a_person_reads_a_table(pair: tuple[Path, Path], book: Path) -> None:
+    done = python("-m", "w8a8", "eval", "kld", *pair, "--text", book)
+    assert done.returncode == 0, done.stderr
+    for words in ("mean KL divergence", "same likeliest token", "perplexity, candidate", "16-31", "▇"):
+        assert words in done.stdout
+    assert "loading" in done.stderr
+
+
+def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnwritableError, match="no folder"):
+        prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
+    with pytest.raises(UnwritableError, match="cannot be written"):
+        write(measure(*pair), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupt_ends_it_in_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    long = tmp_path / "long.txt"
+    long.write_text("the miller had gone down to the river. " * 40_000)
+    options = ("--text", long, "--tokens", "1000000", "--out", tmp_path / "kld.json")
+    command: list[str | Path] = [sys.executable, "-m", "w8a8", "eval", "kld", *pair, *options]
+    work = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert work.stderr is not None
+    wait_for(work.stderr.readline, f"loading {pair[1]}")
+    time.sleep(0.5)
+    work.send_signal(signal.SIGINT)
+    _, said = work.communicate(timeout=60)
+    assert work.returncode == 130, said
+    assert "interrupted; nothing was written" in said
+    assert "Traceback" not in said
+    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
+
+
+def wait_for(read: Callable[[], str], line: str) -> None:
+    while (found := read().strip()) != line:
+        assert found, "ended too early"
