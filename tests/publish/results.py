@@ -77,9 +77,7 @@ def kld() -> dict[str, Any]:
         "positions": [
             {"first": 64 * i, "last": 64 * i + 63, "tokens": 64, "mean_kl": 0.05 / (i + 1) + 0.02} for i in range(8)
         ],
-        "histogram": [
-            {"from": a, "to": b, "count": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)
-        ],
+        "histogram": [{"from": a, "to": b, "count": n} for a, b, n in zip(edges, edges[1:], counts, strict=False)],
         "seconds": 10.0,
         "versions": {},
     }

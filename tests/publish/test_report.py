@@ -307,6 +307,16 @@ def test_results_of_different_questions_do_not_compare(golden: Path, tmp_path: P
         reports.prepare(golden / "quark-0.13", baseline=first, quant=second)
 
 
+@pytest.mark.parametrize(("lost", "won", "shown"), [(3, 0, "no difference"), (20, 2, "a loss"), (0, 10, "a gain")])
+def test_the_headline_claims_what_the_pairs_show(golden: Path, tmp_path: Path, lost: int, won: int, shown: str) -> None:
+    base = [True] * 50 + [False] * 50
+    quant = [False] * lost + [True] * (50 - lost + won) + [False] * (50 - won)
+    first = results.write(tmp_path / "a.json", results.gsm8k("a", base))
+    second = results.write(tmp_path / "b.json", results.gsm8k("b", quant))
+    report = reports.run(reports.prepare(golden / "quark-0.13", baseline=first, quant=second))
+    assert report.headline.endswith(f"GSM8K {50 - lost + won:.1f}% against 50.0%: {shown} shown")
+
+
 def test_a_missing_package_is_named_with_its_extra(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
     with pytest.raises(MissingExtraError, match=r"w8a8\[publish\]"):

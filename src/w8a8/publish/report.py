@@ -67,14 +67,7 @@ class Report:
             parts.append(f"{self.sqnr_db:.1f} dB SQNR")
         if self.quant and self.baseline and self.paired:
             scores = f"{self.quant.strict.value:.1%} against {self.baseline.strict.value:.1%}"
-            shown = (
-                "no difference"
-                if self.paired.p_value >= SIGNIFICANCE
-                else "a loss"
-                if self.paired.difference < 0
-                else "a gain"
-            )
-            parts.append(f"GSM8K {scores}: {shown} shown")
+            parts.append(f"GSM8K {scores}: {_shown(self.paired)}")
         elif self.quant:
             parts.append(f"GSM8K {self.quant.strict.value:.1%}")
         return ", ".join(parts)
@@ -187,6 +180,13 @@ def show(written: Written, say: Callable[[Any], None]) -> None:
 
     say(Text(written.headline, style="bold"))
     say(Text(f"{written.page}\n{len(written.figures)} figures in {written.figures[0].parent}"))
+
+
+def _shown(paired: Comparison) -> str:
+    """What the paired answers show, in few words; `Comparison.verdict` has the figures."""
+    if paired.p_value >= SIGNIFICANCE:
+        return "no difference shown"
+    return "a loss shown" if paired.difference < 0 else "a gain shown"
 
 
 def _beside(out: Checkpoint) -> verification.Job | None:

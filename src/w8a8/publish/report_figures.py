@@ -30,6 +30,8 @@ STYLE: Mapping[str, Any] = {
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "ytick.left": False,
+    "figure.constrained_layout.w_pad": 0.15,
+    "figure.constrained_layout.h_pad": 0.12,
     "savefig.dpi": 160,
 }
 
@@ -57,6 +59,11 @@ def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
         yield "gsm8k", _gsm8k(results, score_range(report))
     if report.kld:
         yield "kld", _kld(report.kld)
+
+
+def _label(name: str) -> str:
+    """A name from a checkpoint, on one line and no longer than a figure is wide."""
+    return printable(name)[-60:]
 
 
 def _size(report: Report) -> Figure:
@@ -102,10 +109,14 @@ def _sqnr(report: Report) -> Figure:
                 )
         image = axes.pcolormesh(grid, cmap=COLOURS, vmin=low, vmax=high, edgecolor="white", linewidth=1)
         axes.invert_yaxis()
-        axes.set_yticks([i + 0.5 for i in range(len(grid))], [short(p, stack.projections) for p in stack.projections])
+        axes.set_yticks(
+            [i + 0.5 for i in range(len(grid))], [_label(short(p, stack.projections)) for p in stack.projections]
+        )
         step = 1 + len(stack.layers) // 25
-        axes.set_xticks([i + 0.5 for i in range(len(stack.layers))][::step], stack.layers[::step])
-        axes.set_title(f"SQNR of each matrix: {printable(stack.name) or 'outside the layers'}")
+        axes.set_xticks(
+            [i + 0.5 for i in range(len(stack.layers))][::step], stack.layers[::step] if stack.name else [""]
+        )
+        axes.set_title(f"SQNR of each matrix: {_label(stack.name) or 'outside the layers'}")
         axes.set_xlabel("layer")
     figure.colorbar(image, ax=figure.axes, label="SQNR (dB)", aspect=30, pad=0.01)
     return figure
@@ -116,7 +127,7 @@ def _worst(report: Report) -> Figure:
     axes = figure.subplots()
     values = [max(t.sqnr_db, 0.0) for t in report.worst]
     low, high = db_range(cell for stack in report.stacks for cell in stack.cells)
-    names = [printable(module_name(t.name)) for t in report.worst]
+    names = [_label(module_name(t.name)) for t in report.worst]
     axes.scatter(
         values, range(len(values)), c=values, cmap=COLOURS, vmin=low, vmax=high, s=80, edgecolor=GREY, zorder=2
     )
@@ -140,7 +151,7 @@ def _scales(report: Report) -> Figure:
         axes.plot([ridge.median] * 2, [i - 0.15, i + 0.08], color="black", linewidth=2, zorder=i)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: number(value))
-    axes.set_yticks(range(len(names)), [short(name, names) for name in names])
+    axes.set_yticks(range(len(names)), [_label(short(name, names)) for name in names])
     axes.invert_yaxis()
     axes.set_title("Weight scales by projection, all layers; mark: median")
     axes.set_xlabel("scale")

@@ -87,6 +87,8 @@ def captions(report: Report) -> dict[str, str]:
             f"The darker, the more was lost; 6 dB are one bit. Least is left of {_where(cells[0])}, "
             f"{db(cells[0].sqnr_db)}; eight in ten lie between {first.sqnr_db:.1f} and {db(last.sqnr_db)}."
         )
+        if any(len(stack.cells) < len(stack.layers) * len(stack.projections) for stack in report.stacks):
+            found["sqnr"] += " A gap is a matrix that the layer does not have, or that was not quantized."
     if report.ridges:
         widest = max(report.ridges, key=lambda ridge: ridge.high / ridge.low)
         found["scales"] = (

@@ -4,7 +4,7 @@ They are a user's files, perhaps from elsewhere: every number is checked before 
 in them (questions, answers, names) stays text, and is only ever shown escaped.
 """
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -167,8 +167,8 @@ class _Fields:
         return found
 
     def _finite(self, value: float, name: str) -> float:
-        if not math.isfinite(value) or abs(value) > 1e100:
-            raise ValueError(f"{self._where}{name} is {value}")
+        if not abs(value) <= sys.float_info.max:  # NaN is not, either
+            raise ValueError(f"{self._where}{name} is not a finite number")
         return float(value)
 
     def _get(self, name: str, kind: type | tuple[type, ...]) -> Any:
