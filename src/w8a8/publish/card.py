@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from w8a8 import machine
 from w8a8.checkpoint import TensorSpec, reading
-from w8a8.checkpoint.reader import INDEX, read_json
+from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import DoesNotFitError, MissingExtraError, TargetExistsError, UsageError, W8A8Error
+from w8a8.evals.compare import compare
 from w8a8.execute.run import PROVENANCE
 from w8a8.execute.writer import disk_errors
 from w8a8.formats import COMPATS, FORMATS, section
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
 README = "README.md"
 STAMP = "<!-- Written by `w8a8 card`, and written anew by it: only what stands between `yours` lines is kept. -->"
 ASIDE = "README.before.md"
-REFERENCE_GPUS = "4x24GiB:gfx1100"
+ONE_GPU, REFERENCE_GPUS = "24GiB", "4x24GiB:gfx1100"
+"""What an example is for: one card people have, or the reference case's four."""
+
 SETUPS = ("16GiB", "24GiB", "48GiB", "2x24GiB", "80GiB", "4x24GiB", "2x80GiB", "4x80GiB", "8x80GiB", "8x192GiB")
 """Setups people have, by their memory."""
 
@@ -96,7 +99,7 @@ def make(
         raise W8A8Error(f"{out}: {problem}")
     old = _read(made.path / README)
     base, license_, notices = _origin(made, base_model)
-    name = printable(repo or made.path.resolve().name)
+    name = _valid_id(repo, "--repo") if repo else printable(made.path.resolve().name)
     gpus, launch = _launch(made, describe)
     launch = _named(launch, name)
     measured = _Measured.read(results or Results())
@@ -109,7 +112,7 @@ def make(
         "name": name,
         "stamp": _Verbatim(STAMP),
         "base": base,
-        "source": printable(made.source),
+        "source": made.source,
         "made": made,
         "inspection": inspection,
         "compression": f"{made.source_bytes / inspection.nbytes:.1f}x",
@@ -182,7 +185,7 @@ def _kept(text: str) -> dict[str, str]:
     place, lines = "", list[str]()
     for number, line in enumerate(text.splitlines(keepends=True), 1):
         marker = _MARKER.fullmatch(line.strip())
-        if marker is None and "<!-- yours:" not in line:
+        if marker is None and not line.strip().startswith("<!-- yours:"):
             lines.append(line)
             continue
         beginning = marker is not None and marker["what"] == "begin" and not place and marker["place"] not in kept
@@ -322,25 +325,36 @@ class _Measured:
     baseline: Gsm8k | None
     quant: Gsm8k | None
     kld: Kld | None
-    protocol: str
-    verdict: str
 
     @classmethod
     def read(cls, results: Results) -> "_Measured":
-        baseline, quant = (read_gsm8k(p) if p else None for p in (results.baseline, results.quant))
-        path = results.quant or results.baseline
-        return cls(
-            baseline,
-            quant,
-            read_kld(results.kld) if results.kld else None,
-            _protocol(read_json(path)) if path else "",
-            "",
-        )
+        baseline, quant = (read_gsm8k(path) if path else None for path in (results.baseline, results.quant))
+        return cls(baseline, quant, read_kld(results.kld) if results.kld else None)
 
     @property
     def rows(self) -> list[tuple[str, str, str]]:
         """Accuracy, its interval and the count, of the original and of the checkpoint."""
         return [_score(result) for result in (self.baseline, self.quant)]
+
+    @property
+    def verdict(self) -> str:
+        """What the two say together. Raises `UsageError` where they were not asked the same."""
+        return compare(self.baseline.raw, self.quant.raw).verdict if self.baseline and self.quant else ""
+
+    @property
+    def protocol(self) -> str:
+        """How the answers were asked for, in words; the numbers are those of the file."""
+        result = self.quant or self.baseline
+        if result is None:
+            return ""
+        asked = result.raw["protocol"]
+        said = [plural(result.questions, "question"), f"{result.shots}-shot", f"{asked.get('endpoint')} API"]
+        said += [f"{key} {asked[key]:g}" for key in ("temperature", "max_tokens") if _is_number(asked.get(key))]
+        return ", ".join(said)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _eval_result(result: Gsm8k) -> "EvalResult":
@@ -362,20 +376,8 @@ def _eval_result(result: Gsm8k) -> "EvalResult":
 def _score(result: Gsm8k | None) -> tuple[str, str, str]:
     if result is None:
         return "not measured", "", ""
-    strict = result.strict
-    right = round(strict.value * result.questions)
+    strict, right = result.strict, result.raw["strict"]["correct"]
     return f"{strict.value:.2%}", f"{strict.low:.2%} to {strict.high:.2%}", f"{right:,} / {result.questions:,}"
-
-
-def _protocol(values: Mapping[str, Any]) -> str:
-    """How the answers were asked for, in words; the numbers are those of the file."""
-    asked, found = section(values, "protocol"), []
-    for key, words in (("shots", "{}-shot"), ("endpoint", "{} API"), ("temperature", "temperature {:g}")):
-        if isinstance(asked.get(key), (int, float, str)):
-            found.append(words.format(asked[key]))
-    if isinstance(asked.get("max_tokens"), int):
-        found.append(f"at most {asked['max_tokens']} tokens an answer")
-    return ", ".join(found)
 
 
 # --- how to run it ------------------------------------------------------------------------------------------------
@@ -383,7 +385,7 @@ def _protocol(values: Mapping[str, Any]) -> str:
 
 def _launch(made: Made, describe: str | None) -> tuple[str, Launch]:
     """What `serve --dry-run` says for the GPUs described, else for the first of the usual ones that hold it."""
-    choices = [describe] if describe else ["24GiB", REFERENCE_GPUS, *SETUPS]
+    choices = [describe] if describe else [ONE_GPU, REFERENCE_GPUS, *SETUPS]
     for i, choice in enumerate(choices, 1):
         try:
             return choice, prepare_serve(str(made.path), gpus=machine.describe(choice), dry_run=True)
@@ -429,7 +431,7 @@ def _sees(made: Made) -> bool:
 def _commands(made: Made, name: str) -> str:
     """The commands that make this checkpoint again and check it, for a shell."""
     source = made.source + (f"@{made.revision}" if made.revision and made.from_hub else "")
-    source, target = shlex.quote(printable(source)), shlex.quote(printable(name.rpartition("/")[2]))
+    source, target = shlex.quote(source), shlex.quote(name.rpartition("/")[2])
     options = [*_format_options(made.format), *_selection_options(made)]
     quantize = " \\\n  ".join([f"w8a8 quantize {source} {target}", *options])
     return f"{quantize}\nw8a8 verify {target} --source {source}"
@@ -437,7 +439,7 @@ def _commands(made: Made, name: str) -> str:
 
 def _citation(made: Made, base: str | None, name: str) -> str:
     """This checkpoint for BibTeX."""
-    title, source = (re.sub(r"[{}\\]", "", text) for text in (name, base or printable(made.source)))
+    title, source = (re.sub(r"[{}\\]", "", text) for text in (name, base or made.source))
     return (
         f"@misc{{{re.sub('[^A-Za-z0-9]+', '-', title).strip('-') or 'w8a8'},\n"
         f"  title = {{{title}: {source} quantized to INT8 W8A8}},\n"

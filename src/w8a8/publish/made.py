@@ -17,6 +17,7 @@ from w8a8.errors import UnsupportedSchemeError, W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
 from w8a8.execute.stream import file_sha256
 from w8a8.formats import Scheme, detect, section
+from w8a8.terminal import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 """Weights by their names: beside a checkpoint's own they have no business."""
@@ -24,7 +25,10 @@ UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 
 @dataclass(frozen=True)
 class Made:
-    """An opened W8A8 checkpoint and its provenance. `source_bytes` are of the tensors it was made from."""
+    """An opened W8A8 checkpoint and its provenance.
+
+    `source_bytes` are of the tensors it was made from, `shards` map names to file sizes and SHA-256. Text is printable.
+    """
 
     checkpoint: Checkpoint
     scheme: Scheme
@@ -116,7 +120,7 @@ def _text(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if not isinstance(value, str) or not value:
         raise ValueError(f"{key} is not text")
-    return value
+    return printable(value)
 
 
 def _number(values: Mapping[str, Any], key: str) -> int:
