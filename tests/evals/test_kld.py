@@ -113,7 +113,7 @@ def test_the_order_of_the_models_matters(pair: tuple[Path, Path]) -> None:
     assert there.reference_perplexity == back.candidate_perplexity
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(rows=st.integers(1, 80))
 def test_how_many_positions_are_computed_at_once_changes_nothing(
     predictors: tuple[Predictor, Predictor], rows: int
@@ -259,7 +259,12 @@ def test_jsonl_has_a_document_per_line(tmp_path: Path) -> None:
     lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (tmp_path / "test.jsonl").write_text(lines)
     assert choose(jsonl=tmp_path / "test.jsonl").documents == ("a\u2028b", "1 + 1?\n#### 2")
-    assert choose(data=tmp_path) == Text("GSM8K test", ("a\u2028b", "1 + 1?\n#### 2"))
+
+
+def test_gsm8k_has_a_document_per_question_of_its_test_split(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "How many legs have two hens? ", "answer": "#### 4"}))
+    assert choose(data=tmp_path) == Text("GSM8K test", ("How many legs have two hens?\n#### 4",))
 
 
 @pytest.mark.parametrize(
@@ -407,14 +412,15 @@ def test_a_person_reads_a_table(pair: tuple[Path, Path], book: Path) -> None:
 def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(UnwritableError, match="no folder"):
         prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
+    (tmp_path / "taken").mkdir()
     with pytest.raises(UnwritableError, match="cannot be written"):
-        write(measure(*pair), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+        write(measure(*pair), tmp_path / "taken")
+    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
 def test_an_interrupt_ends_it_in_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
     long = tmp_path / "long.txt"
-    long.write_text("the miller had gone down to the river. " * 40_000)
+    long.write_text("the miller had gone down to the river. " * 10_000)
     options = ("--text", long, "--tokens", "1000000", "--out", tmp_path / "kld.json")
     command: list[str | Path] = [sys.executable, "-m", "w8a8", "eval", "kld", *pair, *options]
     work = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

@@ -13,10 +13,8 @@ import json
 import math
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -216,20 +214,14 @@ def run(
 
 def write(result: KldResult, out: Path) -> None:
     """Write the result file; what stood there before stays until the new one is whole. Raises UnwritableError."""
+    unfinished = out.with_name(f".{out.name}.tmp")
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(result.to_dict(), file, indent=2, ensure_ascii=False)
-                file.write("\n")
-            Path(name).chmod(0o644)
-            Path(name).replace(out)
-        except BaseException:
-            with suppress(FileNotFoundError):
-                Path(name).unlink()
-            raise
+        unfinished.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        unfinished.replace(out)
     except OSError as error:
         raise UnwritableError(f"{out}: cannot be written: {error.strerror}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def block_starts(windows: tuple[Window, ...]) -> NDArray[np.int64]:

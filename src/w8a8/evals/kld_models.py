@@ -57,12 +57,12 @@ class Predictor:
             transformers.logging.disable_progress_bar()
         self.name = name
         try:
-            architecture = (transformers.AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
+            architecture = (_config(folder).architectures or ["none"])[0]
             kind = getattr(transformers, architecture, None)
             if kind is None:
                 raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
             self.model = kind.from_pretrained(folder, dtype="auto", device_map="auto").eval()
-        except (W8A8Error, KeyboardInterrupt):
+        except W8A8Error:
             raise
         except Exception as error:
             raise EngineError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
@@ -99,7 +99,7 @@ class Predictor:
 def tokenizer(name: str, folder: Path) -> Any:
     """The tokenizer of a checkpoint. Raises EngineError."""
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise EngineError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
 
@@ -107,7 +107,7 @@ def tokenizer(name: str, folder: Path) -> Any:
 def limits(name: str, folder: Path) -> tuple[int, int | None]:
     """How many tokens a checkpoint's model tells apart, and reads at most, if it says so. Raises EngineError."""
     try:
-        config = transformers.AutoConfig.from_pretrained(folder).get_text_config(decoder=True)
+        config = _config(folder).get_text_config(decoder=True)
         return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
     except Exception as error:
         raise EngineError(f"{name}: its config cannot be read: {_first_line(error)}") from error
@@ -183,6 +183,10 @@ def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]
     norm = total.log() + largest[:, 0].double()
     place.check(norm, f"{name}: the logits are not numbers (NaN or infinity)")
     return weight, total, norm
+
+
+def _config(folder: Path) -> Any:
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
 def _first_line(error: BaseException) -> str:

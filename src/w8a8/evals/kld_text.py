@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import MissingExtraError, SourceNotFoundError, UnreadableError, UsageError
+from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
+from w8a8.evals.questions import load
 
-GSM8K = "openai/gsm8k"
 MIN_CONTEXT = 2
 
 
@@ -47,10 +47,10 @@ class Window:
 
 
 def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | None = None) -> Text:
-    """The text of a plain file, a JSONL file, a folder with GSM8K's `test.jsonl`, or GSM8K's test split itself.
+    """The text of a plain file, of a JSONL file, or of GSM8K's test split in the folder `data`, else from the Hub.
 
     Raises UsageError where more than one is given or a file does not hold what it should, UnreadableError,
-    SourceNotFoundError, and MissingExtraError where `datasets` is needed and not installed.
+    SourceNotFoundError, HubError, and MissingExtraError where `datasets` is needed and not installed.
     """
     given = [path for path in (text, jsonl, data) if path is not None]
     if len(given) > 1:
@@ -58,10 +58,8 @@ def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | 
     if text is not None:
         return Text(text.name, (_read(text),))
     if jsonl is not None:
-        return Text(jsonl.name, _documents(jsonl))
-    if data is not None:
-        return Text("GSM8K test", _documents(data / "test.jsonl"))
-    return Text("GSM8K test", tuple(_document(row, GSM8K) for row in _download()))
+        return Text(jsonl.name, tuple(_document(row, where) for where, row in _rows(jsonl)))
+    return Text("GSM8K test", tuple(f"{each.text}\n{each.solution}" for each in load(data, shots=0).questions))
 
 
 def windows(documents: Sequence[Sequence[int]], bos: int | None, context: int, tokens: int) -> list[Window]:
@@ -105,10 +103,6 @@ def _read(path: Path) -> str:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
-def _documents(path: Path) -> tuple[str, ...]:
-    return tuple(_document(row, where) for where, row in _rows(path))
-
-
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(_read(path).split("\n"), start=1):
         if line.strip():
@@ -126,20 +120,3 @@ def _document(row: Any, where: str) -> str:
         if len(values) == len(names):
             return "\n".join(values)
     raise UsageError(f"{where}: neither a text, nor a question and an answer")
-
-
-def _download() -> Any:
-    """GSM8K's test split, by the `datasets` library."""
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise MissingExtraError(
-            "GSM8K is fetched with the package datasets: pip install 'w8a8[eval]'; or give --text, --jsonl or --data"
-        ) from error
-    try:
-        return load_dataset(GSM8K, "main", split="test")
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SourceNotFoundError(
-            f"{GSM8K} could not be fetched ({reason}); give a folder with its test.jsonl by --data"
-        ) from error
