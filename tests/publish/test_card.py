@@ -124,7 +124,7 @@ def test_the_card_of_a_real_gemma_3(gemma3: Path, gemma3_w8a8: Path) -> None:
     assert {"int8", "w8a8", "vllm", Checkpoint.open(gemma3_w8a8).config["quantization_config"]["quant_method"]} <= set(
         data["tags"]
     )
-    assert ["lm_head (the embeddings again)", "as these", "", "unquantized"] in rows(text, "Quantization Scheme")
+    assert ["lm_head (the embeddings again)", "BF16", "", "unquantized"] in rows(text, "Quantization Scheme")
     assert re.findall(r"^## (.*)$", text, re.M) == SECTIONS
 
 

@@ -107,6 +107,8 @@ def make(
     data = _metadata(made, inspection, base, license_, measured, name)
     kept_metadata = _metadata_of(old) if _is_ours(old) else {}
     merged = {k: v for k, v in kept_metadata.items() if k not in _OURS} | data
+    if "license" not in merged:
+        notices.append("no license in the card: the source's metadata do not say one, or were not found")
     yours = _Places(_kept(old) if _is_ours(old) else {})
     context = {
         "name": name,
@@ -118,7 +120,7 @@ def make(
         "compression": f"{made.source_bytes / inspection.nbytes:.1f}x",
         "unquantized": [row for row in inspection.components if row.dtype != "I8" and row.component != "scales"],
         "quantized": [row for row in inspection.components if row.dtype == "I8"],
-        "tied_head": _tied_head(made),
+        "tied_head": _tied_head(made, inspection),
         "quantized_tensors": sum(_is_quantized(t, made) for t in inspection.specs),
         "excludes": _summary(inspection.excludes),
         "measured": measured,
@@ -247,10 +249,7 @@ def _origin(made: Made, base_model: str | None) -> tuple[str | None, dict[str, A
     else:
         notices.append(f"made from the folder {asked}: no base_model in the card (--base-model ORG/NAME)")
     revision = made.revision if asked == made.source else None
-    license_ = _license(_source_metadata(folder, base, revision), made, base)
-    if not license_:
-        notices.append("no license in the card: the source's metadata do not say one, or were not found")
-    return base, license_, notices
+    return base, _license(_source_metadata(folder, base, revision), made, base), notices
 
 
 def _valid_id(text: str, where: str) -> str:
@@ -471,9 +470,11 @@ def _is_quantized(tensor: TensorSpec, made: Made) -> bool:
     return tensor.dtype == "I8" and scale_name(tensor.name) in made.checkpoint.tensors
 
 
-def _tied_head(made: Made) -> bool:
-    """Whether the output layer is the embedding table, so that no tensor of its own is there."""
-    return not any(module_name(name).endswith("lm_head") for name in made.checkpoint.tensors)
+def _tied_head(made: Made, inspection: Inspection) -> str:
+    """The dtype of the output layer where it is the embedding table, so that no tensor of its own is there."""
+    if any(module_name(name).endswith("lm_head") for name in made.checkpoint.tensors):
+        return ""
+    return next((row.dtype for row in inspection.components if row.component == "embeddings"), "")
 
 
 def _summary(excludes: Sequence[str]) -> list[tuple[str, int]]:
