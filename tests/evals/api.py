@@ -25,8 +25,11 @@ class Api:
     down: bool = False
     """Whether every request fails, so that no retry helps."""
     delay: float = 0
+    refusal: str = "no luck"
     replies: dict[int, Any] = field(default_factory=dict)
     """By question: the whole answer, where it is not the usual one."""
+    models: Any = None
+    """The whole list of models, where it is not the usual one."""
     requests: list[dict[str, Any]] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
@@ -75,7 +78,7 @@ def running_api(**how: Any) -> Iterator[Api]:
 
         def do_GET(self) -> None:
             if self._allowed():
-                self._send(200, {"object": "list", "data": [{"id": MODEL, "object": "model", "owned_by": "tests"}]})
+                self._send(200, api.models or {"data": [{"id": MODEL, "object": "model", "owned_by": "tests"}]})
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -93,7 +96,7 @@ def running_api(**how: Any) -> Iterator[Api]:
                 if status == 200:
                     self._send(200, api.replies.get(i, _reply(request, i)))
                 else:
-                    self._send(status or 200, {"error": {"message": f"no luck with {i}"}})
+                    self._send(status or 200, {"error": {"message": f"{api.refusal} with {i}"}})
             finally:
                 with api.lock:
                     api.under_way -= 1

@@ -197,6 +197,34 @@ def test_a_server_that_would_refuse_all_is_found_before_any_question(
     assert not out.parent.exists()
 
 
+@pytest.mark.parametrize("models", ["text", [1], {"data": 5}, {"data": [5]}, {"more": []}])
+def test_a_list_of_models_that_is_none_is_refused(models: Any, data: Path, out: Path) -> None:
+    with running_api(models=models) as api, pytest.raises(ServerError, match="OpenAI-compatible"):
+        run(api.url, data, out)
+
+
+def test_of_several_models_one_must_be_named(data: Path, out: Path) -> None:
+    with running_api(models={"data": [{"id": "a"}, {"id": "b"}]}) as api:
+        with pytest.raises(ServerError, match="--model names one of those it lists: a, b"):
+            run(api.url, data, out)
+        assert run(api.url, data, out, model="b").model == "b"
+
+
+@pytest.mark.parametrize(
+    "reply", [[], "text", {"choices": 5}, {"choices": [5]}, {"choices": [{"message": {"content": [1]}}]}]
+)
+def test_an_answer_that_is_none_is_an_error_of_that_question(reply: Any, data: Path, out: Path) -> None:
+    with running_api(replies={2: reply}) as api:
+        result = run(api.url, data, out)
+    assert [o.index for o in result.outcomes if o.reply.error] == [2]
+
+
+def test_a_server_without_a_chat_template_is_named_as_such(data: Path, out: Path) -> None:
+    refusing: dict[str, Any] = {"failures": {0: [400]}, "refusal": "the model has no chat template"}
+    with running_api(**refusing) as api, pytest.raises(ServerError, match="--completions"):
+        run(api.url, data, out)
+
+
 # --- going on -----------------------------------------------------------------------------------------------------
 
 
@@ -387,6 +415,8 @@ def test_in_a_terminal_it_shows_a_bar_with_the_accuracy(data: Path, out: Path) -
         ((), "give --base-url"),
         (("--base-url", "http://localhost:1", "--ckpt", "x"), "give --base-url"),
         (("--base-url", "localhost:1"), "not an address"),
+        (("--base-url", "http://localhost:99999"), "not an address"),
+        (("--base-url", "http://[::1"), "not an address"),
     ],
 )
 def test_it_needs_one_server(arguments: tuple[str, ...], complaint: str, data: Path) -> None:

@@ -58,7 +58,7 @@ def find_model(server: Server, name: str | None) -> Model:
         _explained(server.base_url),
         openai.OpenAI(base_url=server.base_url, api_key=server.api_key, max_retries=0, timeout=30) as client,
     ):
-        listed = _models(client.models.list())
+        listed = {str(model.id): str(getattr(model, "owned_by", "")) for model in client.models.list().data}
     known = ", ".join(list(listed)[:5]) or "none"
     if name is None and len(listed) != 1:
         raise ServerError(f"{server.base_url}: which model? --model names one of those it lists: {known}")
@@ -81,16 +81,6 @@ def ask_all(
     `ServerError` if the server refuses them all; what was said before stays said.
     """
     asyncio.run(_ask_all(server, requests, concurrency, say))
-
-
-def _models(answer: Any) -> dict[str, str]:
-    """The models a server lists, and who it says they belong to. Raises `ServerError`."""
-    try:
-        return {str(model.id): str(getattr(model, "owned_by", "")) for model in answer.data}
-    except (AttributeError, TypeError) as error:
-        raise ServerError(
-            f"its list of models is not the API's ({error}); is it an OpenAI-compatible server?"
-        ) from error
 
 
 async def _ask_all(
@@ -149,15 +139,11 @@ async def _ask(client: Any, request: Mapping[str, Any]) -> Reply:
 
 
 def _read(answer: Any, *, chat: bool) -> Reply:
-    """The first choice of an answer, which may be anything. Raises `ServerError`."""
-    try:
-        choice = answer.choices[0]
-        text = choice.message.content if chat else choice.text
-        reason = choice.finish_reason
-    except (AttributeError, TypeError, LookupError) as error:
-        raise ServerError(f"the answer is not the API's ({error})") from error
+    """The first choice of an answer, which may be anything: what is missing raises as Python does."""
+    choice = answer.choices[0]
+    text, reason = choice.message.content if chat else choice.text, choice.finish_reason
     if not (isinstance(text, str | None) and isinstance(reason, str | None)):
-        raise ServerError("the answer is not the API's (its text is none)")
+        raise TypeError("its text is none")
     text = (text or "").encode(errors="replace").decode()  # half a surrogate pair could not be written
     return Reply(text, reason, _count(answer, "prompt_tokens"), _count(answer, "completion_tokens"))
 
@@ -170,7 +156,7 @@ def _count(answer: Any, name: str) -> int:
 
 @contextmanager
 def _explained(base_url: str) -> Iterator[None]:
-    """Turn the client's errors into `ServerError`: one line, and what to do."""
+    """Turn the client's errors, and what an answer lacks, into `ServerError`: one line, and what to do."""
     openai = _openai()
     try:
         yield
@@ -182,7 +168,7 @@ def _explained(base_url: str) -> Iterator[None]:
         raise ServerError(f"{base_url}: the server wants another API key: --api-key, or OPENAI_API_KEY") from error
     except openai.OpenAIError as error:
         raise ServerError(f"{base_url}: {_message(error)}") from error
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, AttributeError, LookupError, TypeError, RecursionError) as error:
         raise ServerError(f"{base_url}: the answer is not the API's; is it an OpenAI-compatible server?") from error
 
 

@@ -63,8 +63,12 @@ def serving(
 
 def _address(url: str) -> str:
     """`url` with the usual `/v1` where it has no path. Raises `UsageError` where it is no address."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.netloc:
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
         raise UsageError(f"--base-url {url}: not an address such as http://localhost:8000/v1")
     return url if parts.path.strip("/") else parts._replace(path="/v1").geturl()
 
