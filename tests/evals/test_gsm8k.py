@@ -417,6 +417,7 @@ def test_in_a_terminal_it_shows_a_bar_with_the_accuracy(data: Path, out: Path) -
         (("--base-url", "localhost:1"), "not an address"),
         (("--base-url", "http://localhost:99999"), "not an address"),
         (("--base-url", "http://[::1"), "not an address"),
+        (("--base-url", "http://localhost:1", "--api-key", "schlüssel"), "printable ASCII"),
     ],
 )
 def test_it_needs_one_server(arguments: tuple[str, ...], complaint: str, data: Path) -> None:

@@ -34,7 +34,10 @@ def connected(
         with serving(checkpoint, engine=engine, completions=completions, timeout=timeout, notice=notice) as server:
             yield server
     else:
-        yield Server(_address(base_url or ""), api_key or "none", timeout)
+        key = api_key or "none"
+        if not (key.isascii() and key.isprintable()):
+            raise UsageError("the API key must be printable ASCII, or no request could carry it")
+        yield Server(_address(base_url or ""), key, timeout)
 
 
 @contextmanager
