@@ -1,4 +1,8 @@
-"""A Hub on this machine that takes uploads: the endpoints huggingface_hub asks for without Xet, over real HTTP."""
+"""A Hub on this machine that takes uploads, over real HTTP: the endpoints huggingface_hub asks for, and hf_xet.
+
+Large files come as LFS objects, or through Xet as chunks packed into xorbs. Of the latter it keeps the bytes as they
+come, and of a file committed so its hash.
+"""
 
 import base64
 import hashlib
@@ -18,7 +22,8 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _BATCH = re.compile(rf"/{_REPO}\.git/info/lfs/objects/batch")
-_API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit)/main)?")
+_API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit|xet-write-token)/main)?")
+_XORB = re.compile(r"/cas/v1/xorbs/default/(?P<hash>[0-9a-f]{64})")
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Hub:
     repositories: dict[str, Repository] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     received: dict[str, int] = field(default_factory=dict)
+    xorbs: dict[str, bytes] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     uploads_left: int | None = None
     then: HTTPStatus | None = None
@@ -74,7 +80,7 @@ def receiving_hub() -> Iterator[Hub]:
                         return
                     self._answer(HTTPStatus.OK, {})
                     return
-                if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                if not path.startswith("/cas/") and self.headers["Authorization"] != f"Bearer {TOKEN}":
                     raise _RefusedError(HTTPStatus.UNAUTHORIZED, "Invalid credentials in Authorization header")
                 self._answer(HTTPStatus.OK, _reply(hub, self.command, path, body))
             except _RefusedError as refused:
@@ -124,6 +130,8 @@ def _take(hub: Hub, oid: str, body: bytes) -> bool:
 def _reply(hub: Hub, method: str, path: str, body: bytes) -> Any:
     if path == "/api/whoami-v2":
         return {"type": "user", "name": "me", "auth": {}}
+    if path.startswith("/cas/"):
+        return _cas(hub, path, body)
     if path == "/api/validate-yaml":
         return {"errors": [], "warnings": []}
     if path == "/api/repos/create":
@@ -136,11 +144,23 @@ def _reply(hub: Hub, method: str, path: str, body: bytes) -> Any:
         raise _RefusedError(HTTPStatus.NOT_FOUND, "Repository not found", "RepoNotFound")
     if found["what"] == "preupload":
         return {"files": [_mode(repository, file) for file in json.loads(body)["files"]]}
+    if found["what"] == "xet-write-token":
+        return {"casUrl": f"{hub.url}/cas", "accessToken": "for Xet", "exp": 2**32}
     if found["what"] == "commit":
         if hub.readonly:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "you may read only")
         return _commit(hub, found["repo"], [json.loads(line) for line in body.splitlines()])
     return {"id": found["repo"], "private": repository.private, "sha": COMMIT, "siblings": []}
+
+
+def _cas(hub: Hub, path: str, body: bytes) -> Any:
+    """Xet's storage, version 1: takes xorbs and the shards that say what they hold, and has no chunk to share."""
+    if found := _XORB.fullmatch(path):
+        hub.xorbs[found["hash"]] = body
+        return {"was_inserted": True}
+    if path == "/cas/v1/shards":
+        return {"result": 1}
+    raise _RefusedError(HTTPStatus.NOT_FOUND, "not here")
 
 
 def _create(hub: Hub, asked: dict[str, Any]) -> Any:
@@ -183,7 +203,7 @@ def _commit(hub: Hub, name: str, lines: list[dict[str, Any]]) -> Any:
         elif line["key"] == "file":
             repository.files[value["path"]] = base64.b64decode(value["content"])
         elif line["key"] == "lfsFile":
-            repository.files[value["path"]] = hub.objects[value["oid"]]
+            repository.files[value["path"]] = hub.objects.get(value["oid"], f"sha256:{value['oid']}".encode())
         else:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, line["key"])
     return {"commitUrl": f"{hub.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "success": True}

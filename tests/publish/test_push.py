@@ -132,6 +132,28 @@ def test_an_upload_the_hub_stops_is_one_line_and_goes_on(hub: Hub, out: Path, pu
     assert set(hub.received.values()) == {1}
 
 
+def test_through_xet_the_same_files_arrive_and_none_twice(hub: Hub, out: Path, push: Push) -> None:
+    hub.repositories[REPO] = Repository(private=True)
+    hub.readonly = True
+    refused(push(REPO, HF_HUB_DISABLE_XET="0"), HubError, "you may read only")
+    sent = dict(hub.xorbs)
+    weights = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    assert sum(map(len, sent.values())) > 0.9 * weights
+    assert not hub.repositories[REPO].files
+
+    hub.readonly = False
+    hub.requests.clear()
+    run = push(REPO, HF_HUB_DISABLE_XET="0")
+    assert run.returncode == 0, run.stderr
+    assert not [request for request in hub.requests if "xorbs" in request]
+    committed = hub.repositories[REPO].files
+    assert set(committed) == set(folder_bytes(out))
+    for name, content in folder_bytes(out).items():
+        if name.endswith(".safetensors"):
+            assert committed[name] == f"sha256:{hashlib.sha256(content).hexdigest()}".encode()
+    assert not hub.objects
+
+
 def test_pushing_again_sends_nothing_that_is_there(hub: Hub, out: Path, push: Push) -> None:
     assert push().returncode == 0
     hub.requests.clear()
