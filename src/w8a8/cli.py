@@ -767,7 +767,9 @@ def eval_kld(
     jsonl: Annotated[
         Path | None, typer.Option(help="A document per line: its `text`, or its `question` and `answer`.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with GSM8K's `test.jsonl`.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder with GSM8K's `train.jsonl` and `test.jsonl`.", show_default="the Hub")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to predict at most.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window at most.")] = 512,
     out: Annotated[Path | None, typer.Option(help="File to write the result to, as JSON.")] = None,
