@@ -450,7 +450,8 @@ def card(
 
     What is not measured says so. What you add between lines marked `yours` stays when it is written again.
     """
-    from w8a8.publish.card import Results, make, show, write
+    from w8a8.publish.card import make, show, write
+    from w8a8.publish.card_facts import Results
     from w8a8.terminal import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)

@@ -30,7 +30,8 @@ from w8a8.errors import (
 from w8a8.evals.statistics import wilson
 from w8a8.machine import describe
 from w8a8.memory import fit
-from w8a8.publish.card import Results, make, write
+from w8a8.publish.card import make, write
+from w8a8.publish.card_facts import Results
 from w8a8.terminal import count, size
 
 CONFIG = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -164,7 +165,7 @@ def test_gpus_too_small_for_it_are_refused(out: Path) -> None:
 def test_a_model_for_several_gpus_gets_an_example_with_as_many(
     gemma3_w8a8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w8a8.publish.card.ONE_GPU", "0.5GiB")
+    monkeypatch.setattr("w8a8.publish.card_facts.ONE_GPU", "0.5GiB")
     assert "--tensor-parallel-size 4" in make(gemma3_w8a8).text
 
 
