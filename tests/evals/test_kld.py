@@ -362,12 +362,12 @@ def test_logits_that_are_no_numbers_are_named_with_their_place(
 def test_a_token_that_one_model_rules_out_has_no_divergence(
     predictors: tuple[Predictor, Predictor], pair: tuple[Path, Path]
 ) -> None:
-    never = Predictor("never", pair[1])
-    never.model.lm_head.register_forward_hook(lambda _m, _i, logits: logits.index_fill(-1, torch.tensor(5), -torch.inf))
+    never, too = Predictor("never", pair[1]), Predictor("too", pair[1])
+    for each in (never, too):
+        each.model.lm_head.register_forward_hook(lambda _m, _i, out: out.index_fill(-1, torch.tensor(5), -torch.inf))
     with pytest.raises(EngineError, match=r"rules out a token .* at position 0"):
         score(predictors[0], never, [Window((0, 1, 2), 0)])
-    same = score(never, never, [Window((0, 1, 2), 0)])
-    assert same.kl.tolist() == [0, 0]
+    assert score(never, too, [Window((0, 1, 2), 0)]).kl.tolist() == [0, 0]
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -73,7 +73,8 @@ class Predictor:
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
         """The logits `[at most rows, vocabulary]` that follow each of `ids`, in order, in the model's dtype.
 
-        Raises EngineError, out of memory included.
+        One reading at a time: the model is not itself before the last is taken. Raises EngineError, out of memory
+        included.
         """
         body = self.model.base_model
         read = body.forward
