@@ -173,10 +173,8 @@ def test_a_model_for_several_gpus_gets_an_example_with_as_many(
     "options",
     [
         {},
-        {"format": "compressed-tensors"},
-        {"compat": "quark-0.13"},
         {"compat": "llm-compressor-0.14"},
-        {"include": ["lm_head"], "exclude": ["*.layers.0.*", "*.down_proj"]},
+        {"format": "compressed-tensors", "include": ["lm_head"], "exclude": ["*.layers.0.*", "*.down_proj"]},
     ],
 )
 def test_the_command_in_the_card_makes_the_same_checkpoint(
@@ -248,6 +246,17 @@ def test_the_environment_names_the_results(out: Path, files: Results) -> None:
     text = (out / "README.md").read_text()
     assert [row[2] for row in rows(text, "Accuracy")[1:]] == ["66.67%", "65.00%"]
     assert "vllm serve me/it" in text
+
+
+def test_figures_of_the_report_are_shown_once_they_lie_there(source: Path, out: Path, files: Results) -> None:
+    assert "![" not in make(out).text
+    run = python(
+        *("-m", "w8a8", "report", out, "--source", source, "--png", out / "figures", "--quant", str(files.quant))
+    )
+    assert run.returncode == 0, run.stderr
+    shown = re.findall(r"!\[[^]]+\]\((.+)\)", make(out).text)
+    assert set(shown) == {str(path.relative_to(out)) for path in (out / "figures").iterdir()}
+    assert {"figures/size.png", "figures/sqnr.png", "figures/gsm8k.png"} <= set(shown)
 
 
 def test_what_is_no_result_is_refused(out: Path, files: Results) -> None:

@@ -35,6 +35,16 @@ ONE_GPU, REFERENCE_GPUS = "24GiB", "4x24GiB:gfx1100"
 SETUPS = ("16GiB", "24GiB", "48GiB", "2x24GiB", "80GiB", "4x24GiB", "2x80GiB", "4x80GiB", "8x80GiB", "8x192GiB")
 """Setups people have, by their memory."""
 
+FIGURES = {
+    "size": "Size by component, before and after",
+    "sqnr": "SQNR by layer and projection",
+    "worst": "The matrices that lost most",
+    "scales": "Weight scales by projection",
+    "gsm8k": "GSM8K accuracy",
+    "kld": "KL divergence from the original",
+}
+"""What `w8a8 report` draws, by file name."""
+
 LICENSE_FILE = re.compile(r"(?i)(licen[cs]e|notice|copying|use_policy|gemma_.*terms).*")
 
 _SHOWN = 4
@@ -246,13 +256,19 @@ def _sees(made: Made) -> bool:
 # --- how it was made ----------------------------------------------------------------------------------------------
 
 
-def commands(made: Made, name: str) -> str:
-    """The commands that make this checkpoint again and check it, for a shell."""
-    source = made.source + (f"@{made.revision}" if made.revision and made.from_hub else "")
+def commands(made: Made, base: str | None, name: str) -> str:
+    """The commands that make this checkpoint again, from `base` or what it was made from, and check it."""
+    source = base or made.source
+    source += f"@{made.revision}" if made.revision and source == made.source and made.from_hub else ""
     source, target = shlex.quote(source), shlex.quote(name.rpartition("/")[2])
     options = [*_format_options(made.format), *_selection_options(made)]
     quantize = " \\\n  ".join([f"w8a8 quantize {source} {target}", *options])
     return f"{quantize}\nw8a8 verify {target} --source {source}"
+
+
+def figures(made: Made) -> list[tuple[str, str]]:
+    """The figures that `w8a8 report --png OUT/figures` drew, by name, with what they show."""
+    return [(name, what) for name, what in FIGURES.items() if (made.path / "figures" / f"{name}.png").is_file()]
 
 
 def citation(made: Made, base: str | None, name: str) -> str:
