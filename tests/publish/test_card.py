@@ -447,6 +447,14 @@ HOSTILE = st.one_of(
             "{{ 7 * 7 }}{% raw %}",
             "---\nlicense: mit\n---",
             "$x$ ~~y~~ **z** __w__",
+            "# Owned",
+            "- item",
+            "+ item",
+            "1. one",
+            "2) two",
+            "===",
+            "---",
+            "    code",
         ]
     ),
 )
@@ -464,6 +472,7 @@ def test_names_are_shown_and_do_nothing_else(out: Path, name: str, architecture:
     made, config = json.loads((out / "w8a8.json").read_text()), json.loads((out / "config.json").read_text())
     made["source"]["name"] = name.replace("/", "_").encode(errors="replace").decode()
     config["architectures"] = [architecture.encode(errors="replace").decode()]
+    config["quantization_config"]["exclude"] = [made["source"]["name"], config["architectures"][0]]
     before = {path: path.read_bytes() for path in (out / "w8a8.json", out / "config.json")}
     try:
         (out / "w8a8.json").write_text(json.dumps(made))
@@ -483,6 +492,8 @@ def test_names_are_shown_and_do_nothing_else(out: Path, name: str, architecture:
     assert found["Architecture"].strip() == printable(config["architectures"][0]).strip()
     tokens = MarkdownIt("commonmark").enable("table").parse(ModelCard(text).text)
     assert [t.tag for t in tokens if t.type == "heading_open"].count("h1") == 1
+    assert [t.tag for t in tokens if t.type == "heading_open"].count("h2") == len(SECTIONS)
+    assert [t.level for t in tokens if t.type.endswith("_list_open")] == [0, 2]
     html = [t for t in tokens if t.type == "html_block"]
     html += [c for t in tokens for c in t.children or () if c.type == "html_inline"]
     assert all(line.startswith("<!-- ") for t in html for line in t.content.strip().splitlines())

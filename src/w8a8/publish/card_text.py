@@ -31,7 +31,8 @@ def _escaped(value: Any) -> str:
     if isinstance(value, Verbatim):
         return value
     text = printable(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text)
+    text = re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text)
+    return re.sub(r"^(\s*)(\d*)([#+=.)-])(?=\s|\3|$)", r"\1\2\\\3", text)  # or a heading or a list would begin
 
 
 def _code(text: str, language: str) -> str:
