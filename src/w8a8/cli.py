@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -801,14 +801,21 @@ def eval_kld(
 def _interruptible(consequence: str) -> Iterator[None]:
     """On Ctrl-C or SIGTERM end in order, with 130 or 143, and say what that means."""
 
-    def terminate(_signal: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(143)
+    codes = [130]
+
+    def terminate(_signal: int, frame: FrameType | None) -> None:
+        """As Ctrl-C does, which asyncio turns into cancelling; an exception would surface in any of its tasks."""
+        codes.append(143)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # Ctrl-C is ignored, as in the background of a script
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
 
     before = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
-    except (KeyboardInterrupt, SystemExit) as stopped:
+    except KeyboardInterrupt:
         print(f"\nw8a8: interrupted; {consequence}", file=sys.stderr)
-        sys.exit(stopped.code if isinstance(stopped, SystemExit) else 130)
+        sys.exit(codes[-1])
     finally:
         signal.signal(signal.SIGTERM, before)
