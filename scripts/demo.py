@@ -51,9 +51,9 @@ def main(folder: Path) -> None:
     compare(source, out, base, quantized, folder / "kld.json")
     results = ("--baseline", base, "--quant", quantized, "--kld", folder / "kld.json")
     with console.status("writing the card and the report"):
-        card = command("card", out, *results, "--overwrite")
+        command("card", out, *results, "--overwrite")
         command("report", out, "--source", source, *results, "--out", folder / "report" / "report.html")
-    console.print(f"\n[bold]w8a8 card[/bold] wrote {card['path']}")
+    console.print(f"\n[bold]w8a8 card[/bold] wrote {out / 'README.md'}")
     console.print(f"[bold]w8a8 report[/bold] wrote {folder / 'report' / 'report.html'}: open it in a browser")
     console.print(f"\nTalk to it: [bold].venv/bin/w8a8 chat {out}[/bold]")
 
