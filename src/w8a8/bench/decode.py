@@ -4,8 +4,8 @@ As many layers as memory holds twice over, and a vocabulary cut to the same shar
 what it costs in the whole model. Twins in one process share everything but their linear layers and take turns token by
 token; both are fed the same tokens.
 
-6 layers on two cores of a Zen 5: decode 10.3 tokens/s against 3.1 in BF16 (3.35 times), prefill of 512 tokens 168 against
-102 (1.64 times).
+6 layers on two cores of a Zen 5: decode 10.3 tokens/s against 3.1 in BF16 (3.35 times), prefill of 512 tokens 168
+against 102 (1.64 times).
 """
 
 import copy
