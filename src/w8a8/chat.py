@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.errors import MissingExtraError, ServerError, UsageError, W8A8Error
+from w8a8.serve.client import explained
+from w8a8.serve.client import message as error_message
 
 COMPLETION_TOKENS = 256
 """Of a text that is completed: a base model does not know when to end."""
@@ -95,7 +97,7 @@ class Chat:
                     messages=[*system, *self.messages, message], **self._options(self.settings.max_tokens)
                 )
             except openai.BadRequestError as error:
-                if "chat template" not in _message(error) or not isinstance(message["content"], str):
+                if "chat template" not in error_message(error) or not isinstance(message["content"], str):
                     raise
             self.completes = True
             self.notice(f"{self.model} has no chat template: it completes the text, one message at a time")
@@ -291,25 +293,13 @@ def _explained(url: str) -> Iterator[None]:
     """Turn the client's errors into `ServerError`: one line, and what to do."""
     import openai
 
-    try:
-        yield
-    except openai.APIConnectionError as error:
-        raise ServerError(f"{url}: not reachable; is the server running, and is that its address?") from error
-    except openai.AuthenticationError as error:
-        raise ServerError(f"{url}: the server wants another API key: --api-key, or OPENAI_API_KEY") from error
-    except openai.NotFoundError as error:
-        raise ServerError(f"{url}: not found ({_message(error)}); is it an OpenAI-compatible server?") from error
-    except openai.APIError as error:
-        raise ServerError(f"{url}: {_message(error)}") from error
-    except json.JSONDecodeError as error:
-        raise ServerError(f"{url}: the answer is not the API's; is it an OpenAI-compatible server?") from error
-
-
-def _message(error: Any) -> str:
-    """What the server said, in one line."""
-    body = error.body if isinstance(error.body, dict) else {}
-    said = body.get("message") or body.get("error") or error.message
-    return " ".join(str(said).split())[:500]
+    with explained(url):
+        try:
+            yield
+        except openai.NotFoundError as error:
+            raise ServerError(
+                f"{url}: not found ({error_message(error)}); is it an OpenAI-compatible server?"
+            ) from error
 
 
 def piped() -> str | None:

@@ -42,6 +42,10 @@ Workers = Annotated[
     typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
 ]
 
+Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")]
+Quantized = Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")]
+Divergence = Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")]
+
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
@@ -423,13 +427,9 @@ def card(
             show_default="what `quantize` noted",
         ),
     ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")
-    ] = None,
-    quant: Annotated[
-        Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of the checkpoint.")
-    ] = None,
-    kld: Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")] = None,
+    baseline: Baseline = None,
+    quant: Quantized = None,
+    kld: Divergence = None,
     describe: Annotated[
         str | None,
         typer.Option(
@@ -641,11 +641,9 @@ def report(
             show_default="what OUT says, if that lies beside OUT or in the Hub's cache",
         ),
     ] = None,
-    baseline: Annotated[
-        Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")
-    ] = None,
-    quant: Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")] = None,
-    kld: Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")] = None,
+    baseline: Baseline = None,
+    quant: Quantized = None,
+    kld: Divergence = None,
     page: Annotated[
         Path | None, typer.Option("--out", metavar="HTML", help="The page.", show_default="OUT-report/report.html")
     ] = None,

@@ -6,7 +6,6 @@ later, so many failures in a row end the run.
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w8a8.errors import MissingExtraError, ServerError
+from w8a8.serve.client import explained, not_the_api
 
 RETRIES = 7
 """Of one request, waiting 0.5 s, then 1, 2, 4, 8, 8, 8 (less a random quarter), or as long as the server says."""
@@ -158,25 +158,13 @@ def _count(answer: Any, name: str) -> int:
 def _explained(base_url: str) -> Iterator[None]:
     """Turn the client's errors, and what an answer lacks, into `ServerError`: one line, and what to do."""
     openai = _openai()
-    try:
-        yield
-    except openai.APITimeoutError as error:
-        raise ServerError(f"{base_url}: no answer in time; --timeout gives it more") from error
-    except openai.APIConnectionError as error:
-        raise ServerError(f"{base_url}: not reachable; is the server running, and is that its address?") from error
-    except openai.AuthenticationError as error:
-        raise ServerError(f"{base_url}: the server wants another API key: --api-key, or OPENAI_API_KEY") from error
-    except openai.OpenAIError as error:
-        raise ServerError(f"{base_url}: {_message(error)}") from error
-    except (json.JSONDecodeError, AttributeError, LookupError, TypeError, RecursionError) as error:
-        raise ServerError(f"{base_url}: the answer is not the API's; is it an OpenAI-compatible server?") from error
-
-
-def _message(error: Any) -> str:
-    """What the server said, in one line."""
-    body = getattr(error, "body", None)
-    said = (body.get("message") or body.get("error") if isinstance(body, dict) else None) or str(error)
-    return " ".join(str(said).split())[:300]
+    with explained(base_url):
+        try:
+            yield
+        except openai.APITimeoutError as error:
+            raise ServerError(f"{base_url}: no answer in time; --timeout gives it more") from error
+        except (AttributeError, LookupError, TypeError, RecursionError) as error:
+            raise not_the_api(base_url) from error
 
 
 def _openai() -> Any:
