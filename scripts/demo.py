@@ -6,17 +6,10 @@ to it. A dozen questions say little of a model, and the comparison says so; the 
 
 import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 from make_gemma import make_gemma
 from openai import OpenAI
@@ -24,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w8a8.bench.process import timed
+from w8a8.evals.server import serving
 from w8a8.terminal import size
 
 GSM8K = Path(__file__).parent / "gsm8k"
@@ -95,12 +89,27 @@ def quantize_and_verify(source: Path, out: Path) -> None:
 def serve_and_ask(checkpoint: Path, result: Path) -> Path:
     """Serve a checkpoint, show an answer and its speed, and what it scores on a dozen questions."""
     console.print(f"\n[bold]w8a8 serve {checkpoint} --engine transformers[/bold]")
-    with console.status("serving"), serving(checkpoint) as url:
-        answer, rate = ask(OpenAI(base_url=url, api_key="none"), str(checkpoint))
+    with (
+        console.status("serving"),
+        serving(str(checkpoint), engine="transformers", completions=True, timeout=60, notice=lambda _: None) as server,
+    ):
+        os.environ["OPENAI_API_KEY"] = server.api_key  # which `w8a8 eval` reads
+        answer, rate = ask(OpenAI(base_url=server.base_url, api_key=server.api_key), str(checkpoint))
         console.print(f"{QUESTION}[dim]...[/dim]{' '.join(answer.split())}", style="italic")
         console.print(f"{rate:.0f} tokens/s, one request, greedy")
         scored = command(
-            *("eval", "gsm8k", "--base-url", url, "--completions", "--data", GSM8K, "--out", result, "--restart"),
+            *(
+                "eval",
+                "gsm8k",
+                "--base-url",
+                server.base_url,
+                "--completions",
+                "--data",
+                GSM8K,
+                "--out",
+                result,
+                "--restart",
+            ),
             *("--max-tokens", SCORED_TOKENS),
         )
     strict, flexible = scored["strict"], scored["flexible"]
@@ -122,34 +131,6 @@ def compare(source: Path, out: Path, base: Path, quantized: Path, result: Path) 
         f"{kld['top1']['agreement']:.1%}, perplexity {kld['perplexity']['reference']:.2f} and "
         f"{kld['perplexity']['candidate']:.2f}, over {kld['tokens']} tokens"
     )
-
-
-@contextmanager
-def serving(checkpoint: Path) -> Iterator[str]:
-    """`w8a8 serve` on a free port, as a process of its own, stopped at the end; yields the API's URL."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    serve = [sys.executable, "-m", "w8a8", "serve", str(checkpoint), "--engine", "transformers", "--port", str(port)]
-    with tempfile.TemporaryFile("w+") as log, subprocess.Popen(serve, stdout=log, stderr=log) as server:
-        try:
-            while not healthy(port):
-                if server.poll() is not None:
-                    log.seek(0)
-                    sys.exit(log.read())
-                time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.terminate()
-
-
-def healthy(port: int) -> bool:
-    """Whether the server answers."""
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/health") as answer:
-            return bool(answer.status == 200)
-    except (URLError, ConnectionError):
-        return False
 
 
 def ask(client: OpenAI, model: str) -> tuple[str, float]:
