@@ -779,9 +779,10 @@ def eval_kld(
 
     Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text.
     """
-    from w8a8.evals.kld import prepare, run, write
+    from w8a8.evals.kld import prepare, run
     from w8a8.evals.kld_showing import progress, show
     from w8a8.evals.kld_text import choose
+    from w8a8.evals.storing import store
     from w8a8.terminal import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
@@ -791,7 +792,7 @@ def eval_kld(
         with progress(job.tokens, quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
-            write(result, out)
+            store(result.to_dict(), out)
     terminal.table(result, show)
 
 

@@ -172,3 +172,8 @@ def _text(path: Path) -> str:
         return path.read_text(errors="replace")
     except OSError:
         return ""
+
+
+def gigabytes(nbytes: int) -> str:
+    """An amount of memory in GB, 10^9 bytes, to a tenth."""
+    return f"{nbytes / 1e9:.1f} GB"

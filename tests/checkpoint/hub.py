@@ -7,10 +7,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from hashlib import sha1
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Thread
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.listening import listening
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -100,15 +101,9 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub = Hub(f"http://127.0.0.1:{server.server_port}", repositories)
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        hub = Hub(url, repositories)
+        yield hub
 
 
 def _answer(hub: Hub, path: str) -> tuple[bytes, Mapping[str, str]]:

@@ -1,7 +1,6 @@
 """`w8a8 serve` as a child process, and what its API says."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from urllib.error import URLError
 from urllib.request import urlopen
 
 from openai import OpenAI
+
+from tests.listening import free_port
 
 START_SECONDS = 240
 
@@ -44,13 +45,6 @@ def served(
     finally:
         process.terminate()
         assert process.wait(60) == 143, output.read_text()
-
-
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _variables(environment: Path | None) -> Mapping[str, str]:

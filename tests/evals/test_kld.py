@@ -28,9 +28,10 @@ from w8a8.errors import (
     UsageError,
 )
 from w8a8.evals import kld
-from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run, write
+from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
 from w8a8.evals.kld_models import Predictor, score
 from w8a8.evals.kld_text import Text, Window, choose, windows
+from w8a8.evals.storing import store
 
 PROSE = """\
 In the valley the harvest had been gathered early that year, and the carts stood empty behind the mill. The miller, \
@@ -414,7 +415,7 @@ def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, P
         prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
     (tmp_path / "taken").mkdir()
     with pytest.raises(UnwritableError, match="cannot be written"):
-        write(measure(*pair), tmp_path / "taken")
+        store(measure(*pair).to_dict(), tmp_path / "taken")
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from threading import Lock, Thread
+from http.server import BaseHTTPRequestHandler
+from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
+
+from tests.listening import listening
 
 TOKEN = "hf_the_right_one"
 COMMIT = "c0ffee" * 6 + "beef"
@@ -100,15 +102,9 @@ def receiving_hub() -> Iterator[Hub]:
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        hub.url = f"http://127.0.0.1:{server.server_port}"
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+    with listening(Handler) as url:
+        hub.url = url
+        yield hub
 
 
 def _take(hub: Hub, oid: str, body: bytes) -> bool:

@@ -18,6 +18,7 @@ import pytest
 
 from tests.checkpoint.command import python
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.listening import free_port
 from tests.memory.reference import gemma4_31b
 from tests.named import headers
 from tests.serve import fake_vllm
@@ -86,10 +87,7 @@ def vllm(tmp_path: Path) -> dict[str, str]:
 
 @pytest.fixture
 def port() -> int:
-    """A free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    return free_port()
 
 
 def run(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:

@@ -6,8 +6,6 @@ outcomes alone, sorted by question, so neither concurrency nor an interruption c
 answer; it is counted, and asked again when the same command is given again.
 """
 
-import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,12 +16,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import w8a8
-from w8a8.errors import UnwritableError, UsageError
+from w8a8.errors import UsageError
 from w8a8.evals.journal import Journal, open_journal
 from w8a8.evals.questions import ANSWER_FORMAT, DATASET, Data, Question, prompt_sha256, request
 from w8a8.evals.runner import Model, Reply, Server, ask_all, find_model
 from w8a8.evals.scoring import flexible, strict
 from w8a8.evals.statistics import wilson
+from w8a8.evals.storing import store
 
 KIND = "w8a8.gsm8k"
 SCORES = ("strict", "flexible")
@@ -197,7 +196,7 @@ def evaluate(
             outcomes=[Outcome(i, data.questions[i], reply) for i, reply in sorted(journal.replies.items())],
             path=out,
         )
-        _write(result)
+        store(result.to_dict(), result.path)
     return result
 
 
@@ -242,16 +241,6 @@ def _versions(model: Model) -> dict[str, str]:
         "python": platform.python_version(),
         "server": model.owner,
     }
-
-
-def _write(result: Result) -> None:
-    """Write the result whole or not at all."""
-    unfinished = result.path.with_name(f".{result.path.name}.tmp")
-    try:
-        unfinished.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        unfinished.replace(result.path)
-    except OSError as error:
-        raise UnwritableError(f"{result.path}: {os.strerror(error.errno or 0)}") from error
 
 
 def _file_name(model: str) -> str:

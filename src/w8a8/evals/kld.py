@@ -9,7 +9,6 @@ so that resampling single tokens would make the intervals too narrow. A block is
 one window, and at most an eighth of the text.
 """
 
-import json
 import math
 import os
 import platform
@@ -210,18 +209,6 @@ def run(
         device=str(reference.model.device),
         versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
     )
-
-
-def write(result: KldResult, out: Path) -> None:
-    """Write the result file; what stood there before stays until the new one is whole. Raises UnwritableError."""
-    unfinished = out.with_name(f".{out.name}.tmp")
-    try:
-        unfinished.write_text(json.dumps(result.to_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
-        unfinished.replace(out)
-    except OSError as error:
-        raise UnwritableError(f"{out}: cannot be written: {error.strerror}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def block_starts(windows: tuple[Window, ...]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from w8a8.machine import Gpu
+from w8a8.machine import Gpu, gigabytes
 from w8a8.memory.fit import Fit
 from w8a8.terminal import plural, printable
 
@@ -61,9 +61,10 @@ def _parts(found: Fit) -> tuple[_Part, ...]:
     if found.state_per_sequence:
         tokens += f", state of {_kb(found.state_per_sequence)}"
     share = f"split over {found.tensor_parallel} GPUs, " if found.tensor_parallel > 1 else ""
+    weights = f"{share}rotary tables {gigabytes(found.rotary)}"
     estimate = "estimated: batch, logits, images; context, graphs"
     return (
-        _Part("weights", found.weights + found.rotary, "█", "#", "blue", f"{share}rotary tables {_gb(found.rotary)}"),
+        _Part("weights", found.weights + found.rotary, "█", "#", "blue", weights),
         _Part("KV cache", found.kv, "▓", "=", "green", tokens),
         _Part("working", found.activations + found.engine, "▒", "+", "yellow", estimate),
         _Part("free", free, "░", ".", "", "for more, or longer, requests"),
@@ -93,7 +94,7 @@ def _bar(number: int, gpu: Gpu, found: Fit, parts: tuple[_Part, ...], width: int
     if found.needed > gpu.memory:
         end = min(cells - 1, int(gpu.memory / scale))
         bar = Text.assemble(bar[:end], ("|" if ascii_only else "┃", "bold red"), bar[end + 1 :])
-    figures = f"{found.needed / 1e9:>6.1f} of {_gb(gpu.memory):>8}"
+    figures = f"{found.needed / 1e9:>6.1f} of {gigabytes(gpu.memory):>8}"
     return Text.assemble(f"GPU {number:<{_LABEL - 4}}", bar, (figures, "" if found.fits else "red"))
 
 
@@ -104,24 +105,20 @@ def _legend(parts: tuple[_Part, ...], *, ascii_only: bool) -> Table:
     table.add_column(style="dim")
     for part in parts:
         mark = part.plain if ascii_only else part.mark
-        table.add_row(Text.assemble((mark * 2, part.style), f" {part.name}"), _gb(part.nbytes), part.note)
+        table.add_row(Text.assemble((mark * 2, part.style), f" {part.name}"), gigabytes(part.nbytes), part.note)
     return table
 
 
 def _verdict(found: Fit) -> Text:
     if not found.fits:
         over = found.needed - found.budget
-        text = Text.assemble(("does not fit", "bold red"), f": {_gb(over)} too much on each GPU")
+        text = Text.assemble(("does not fit", "bold red"), f": {gigabytes(over)} too much on each GPU")
         return text.append("; what would help:" if found.advice else "")
     whole = " (all the model can)" if found.max_context == found.model_context else ""
     each = f" for each of {found.concurrency} requests" if found.concurrency > 1 else ""
     requests = plural(found.max_concurrency, "request")
     reach = f": up to {found.max_context:,} tokens{whole}{each}, or {requests} of {found.context:,} at once"
     return Text.assemble(("fits", "bold green"), reach)
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
 
 
 def _kb(nbytes: int) -> str:

@@ -15,7 +15,7 @@ from w8a8.checkpoint.remote import open_headers
 from w8a8.errors import NoDeviceError, UsageError, W8A8Error
 from w8a8.formats import detect, get_format
 from w8a8.formats.detect import section
-from w8a8.machine import MAX_GPUS, Gpu
+from w8a8.machine import MAX_GPUS, Gpu, gigabytes
 from w8a8.memory.kv import KvCache, kv_cache
 from w8a8.memory.model import Model
 from w8a8.memory.weights import splits_towers, weights_per_gpu
@@ -113,9 +113,9 @@ def fit(
         utilization=utilization,
         text_only=text_only,
     )
-    found = case.measure(opened.path.resolve().name)
+    found = case.measure()
     notices = tuple(_notices(case, context))
-    return replace(found, notices=notices, advice=() if found.fits else tuple(_advice(case)))
+    return replace(found, notices=notices, advice=() if found.fits else tuple(_advice(case, found)))
 
 
 def _check(gpus: Sequence[Gpu], context: int, concurrency: int, kv_dtype: str, utilization: float) -> None:
@@ -150,7 +150,7 @@ class _Case:
     def cache(self) -> KvCache:
         return kv_cache(self.model.layers, self.tensor_parallel, KV_DTYPES[self.kv_dtype])
 
-    def measure(self, name: str) -> Fit:
+    def measure(self) -> Fit:
         """The sum, and by it how far the GPUs reach."""
         model, cache = self.model, self.cache
         weights = weights_per_gpu(model, self.tensor_parallel, text_only=self.text_only)
@@ -169,7 +169,7 @@ class _Case:
         tokens, activations = working(self.context)
         blocks = cache.blocks(self.context, tokens)
         return Fit(
-            name=name,
+            name=model.checkpoint.path.resolve().name,
             scheme=_scheme(model),
             gpus=self.gpus,
             tensor_parallel=self.tensor_parallel,
@@ -191,9 +191,6 @@ class _Case:
             max_concurrency=max(0, (room - activations) // cache.block_bytes - 1) // blocks if blocks else 0,
             model_context=model.max_context,
         )
-
-    def fits(self) -> bool:
-        return self.measure("").fits
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
@@ -235,21 +232,20 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
         yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
 
 
-def _advice(case: _Case) -> Iterator[str]:
-    """What would make it fit, the cheapest first. Each is tried before it is said."""
-    now = case.measure("")
+def _advice(case: _Case, now: Fit) -> Iterator[str]:
+    """What would make it fit, the cheapest first; `now` is the case as it is. Each is tried before it is said."""
     if now.max_context:
         yield f"a context of {now.max_context:,} tokens (--context {now.max_context})"
     if now.max_concurrency:
         requests = "one request" if now.max_concurrency == 1 else f"{now.max_concurrency} requests"
         yield f"{requests} of {case.context:,} tokens at once (--concurrency {now.max_concurrency})"
-    if (quantized := _quantized(case)) and quantized.fits():
-        yield f"quantizing it (`w8a8 quantize`): {_gb(quantized.measure('').weights)} of weights on each GPU"
+    if (quantized := _quantized(case)) and (smaller := quantized.measure()).fits:
+        yield f"quantizing it (`w8a8 quantize`): {gigabytes(smaller.weights)} of weights on each GPU"
     for count in (2**power for power in range(1, MAX_GPUS.bit_length())):
         if count > case.tensor_parallel and _can_split(case.model, count, text_only=case.text_only):
-            more = replace(case, tensor_parallel=count, gpus=(case.gpu,) * count)
-            if more.fits():
-                yield f"{count} such GPUs (--count {count}): {_gb(more.measure('').needed)} on each"
+            more = replace(case, tensor_parallel=count, gpus=(case.gpu,) * count).measure()
+            if more.fits:
+                yield f"{count} such GPUs (--count {count}): {gigabytes(more.needed)} on each"
                 break
     if KV_DTYPES[case.kv_dtype] > 1:
         yield from _variant(replace(case, kv_dtype="fp8"), "an 8-bit KV cache (--kv-dtype fp8)")
@@ -257,14 +253,14 @@ def _advice(case: _Case) -> Iterator[str]:
         yield from _variant(replace(case, text_only=True), "text alone (--text-only, no vision tower)")
     for card in CARDS_GIB:
         larger = replace(case, gpus=tuple(replace(case.gpu, memory=card * 2**30) for _ in case.gpus))
-        if card * 2**30 > case.gpu.memory and larger.fits():
+        if card * 2**30 > case.gpu.memory and larger.measure().fits:
             yield f"{'a card' if len(case.gpus) == 1 else f'{len(case.gpus)} cards'} of {card} GiB"
             break
 
 
 def _variant(case: _Case, what: str) -> Iterator[str]:
     """Say how far `what` reaches, if anywhere."""
-    found = case.measure("")
+    found = case.measure()
     if found.fits:
         yield what
     elif found.max_context:
@@ -290,7 +286,3 @@ def _quantized(case: _Case) -> _Case | None:
 def _scheme(model: Model) -> str:
     """The scheme in a few words: what comes before a colon in its summary."""
     return detect(model.checkpoint.config).summary.partition(":")[0]
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"

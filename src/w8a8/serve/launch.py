@@ -27,7 +27,7 @@ from w8a8.errors import (
     W8A8Error,
 )
 from w8a8.formats.detect import UNQUANTIZED, detect
-from w8a8.machine import Gpu
+from w8a8.machine import Gpu, gigabytes
 from w8a8.memory import Fit, fit, ram_needed
 from w8a8.memory.fit import DEFAULT_CONTEXT as CONTEXT
 from w8a8.memory.model import Model
@@ -323,8 +323,8 @@ def _place(headers: Checkpoint, devices: Sequence[Gpu], asked: _Asked) -> _Place
         where = "each GPU's memory" if devices else "RAM"
         advice = f". What would help, as `w8a8 fit` says: {'; '.join(found.advice)}" if devices and found.advice else ""
         raise DoesNotFitError(
-            f"{asked.checkpoint}: with {found.context:,} tokens vLLM needs {_gb(found.needed + besides)} of {where}, "
-            f"of which it may use {_gb(found.budget + besides)}{advice}"
+            f"{asked.checkpoint}: with {found.context:,} tokens vLLM needs {gigabytes(found.needed + besides)} of "
+            f"{where}, of which it may use {gigabytes(found.budget + besides)}{advice}"
         )
     context = options.max_model_len or min(CONTEXT, longest or CONTEXT, found.model_context)
     notices = list(found.notices)
@@ -347,8 +347,8 @@ def _in_ram(headers: Checkpoint, asked: _Asked) -> int:
     while not asked.gpus and (needed := ram_needed(headers, context)) > available:
         if asked.options.max_model_len or context <= MIN_CONTEXT:
             raise DoesNotFitError(
-                f"{asked.checkpoint} for {context:,} tokens needs {_gb(needed)} of RAM, and {_gb(available)} are "
-                "available; end other programs, or take a smaller model"
+                f"{asked.checkpoint} for {context:,} tokens needs {gigabytes(needed)} of RAM, and "
+                f"{gigabytes(available)} are available; end other programs, or take a smaller model"
             )
         context //= 2
     return context
@@ -376,7 +376,3 @@ def _port(text: str | None, default: int) -> int:
     if not (text.isdecimal() and 0 < int(text) < 65536):
         raise UsageError(f"--port {text}: not a port")
     return int(text)
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.1f} GB"
