@@ -13,7 +13,7 @@ import pytest
 import w8a8
 from tests.checkpoint.command import python
 from tests.checkpoints import write_checkpoint
-from w8a8.cli import _interruptible
+from w8a8.cli.common import interruptible
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -187,7 +187,7 @@ def test_an_interrupt_ends_with_its_own_code_and_says_what_it_means(
     capsys: pytest.CaptureFixture[str], number: signal.Signals, code: int
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped, _interruptible("nothing is lost"):
+    with pytest.raises(SystemExit) as stopped, interruptible("nothing is lost"):
         signal.raise_signal(number)
     assert stopped.value.code == code
     assert capsys.readouterr().err == "\nw8a8: interrupted; nothing is lost\n"

@@ -1,0 +1,52 @@
+"""The command line: parses, calls one function, prints. No logic lives here.
+
+Results go to standard output (`--json` for machines), progress and notices to standard error. An error is one line on
+standard error and an exit code of its own (see `w8a8.errors`); with `--json` it is JSON on standard output too.
+"""
+
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+import w8a8
+from w8a8.cli import benching, evaluating, making, publishing, running  # noqa: F401 - in the order of `--help`
+from w8a8.cli.common import app
+from w8a8.errors import W8A8Error
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line; every `W8A8Error` becomes one line and its exit code."""
+    if {"--json", "--quiet", "-q"} & set(sys.argv):
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        app()
+    except W8A8Error as error:
+        from w8a8.terminal import printable
+
+        if "--json" in sys.argv:
+            print(json.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}))
+        print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"w8a8 {w8a8.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

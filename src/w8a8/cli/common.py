@@ -1,0 +1,64 @@
+"""What the commands share: the apps they belong to, the options they have in common, how they are interrupted."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="w8a8",
+    help="Turn a Hugging Face checkpoint into a verified INT8 W8A8 checkpoint that vLLM loads.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+bench_app = typer.Typer(help="Measure this tool against its peers, on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+eval_app = typer.Typer(
+    help="Measure how good a model is, and how far a quantized one is from it.", no_args_is_help=True
+)
+app.add_typer(eval_app, name="eval")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only the result and errors.")]
+
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
+]
+
+
+def engines() -> list[str]:
+    """The names that `--engine` takes."""
+    from w8a8.serve.launch import ENGINES
+
+    return list(ENGINES)
+
+
+@contextmanager
+def interruptible(consequence: str) -> Iterator[None]:
+    """On Ctrl-C or SIGTERM end in order, with 130 or 143, and say what that means."""
+
+    codes = [130]
+
+    def terminate(_signal: int, frame: FrameType | None) -> None:
+        """As Ctrl-C does, which asyncio turns into cancelling; an exception would surface in any of its tasks."""
+        codes.append(143)
+        interrupt = signal.getsignal(signal.SIGINT)
+        if not callable(interrupt):  # Ctrl-C is ignored, as in the background of a script
+            raise KeyboardInterrupt
+        interrupt(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nw8a8: interrupted; {consequence}", file=sys.stderr)
+        sys.exit(codes[-1])
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,145 @@
+"""`quantize`, `verify`, `inspect`: from a checkpoint to a W8A8 checkpoint."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
+from w8a8.errors import UsageError
+
+
+def _formats() -> list[str]:
+    from w8a8.formats import FORMATS
+
+    return list(FORMATS)
+
+
+def _compats() -> list[str]:
+    from w8a8.formats import COMPATS
+
+    return list(COMPATS)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 quantize google/gemma-4-31b-it gemma-4-31b-it-W8A8`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
+- `MODEL_IN=./gemma MODEL_OUT=./gemma-W8A8 w8a8 quantize`
+"""
+)
+def quantize(
+    source: Annotated[
+        str | None, typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, or Hub id `org/name[@revision]`.")
+    ] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")] = None,
+    format: Annotated[  # noqa: A002
+        str | None,
+        typer.Option(
+            help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.",
+            autocompletion=_formats,
+        ),
+    ] = None,
+    compat: Annotated[
+        str | None,
+        typer.Option(
+            help="Reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`.",
+            autocompletion=_compats,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Glob of tensors to quantize although the rules would not. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob of tensors to leave as they are. Repeatable; wins over --include.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
+    workers: Workers = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a checkpoint to INT8 W8A8: weights per channel, activations per token and dynamic.
+
+    Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
+    opened again; a run that was killed goes on where it was when the same command is given again.
+    """
+    from w8a8.quantization import prepare, run
+    from w8a8.terminal import Terminal
+
+    if not source:
+        raise UsageError("no source: give SRC, or set MODEL_IN")
+    if out is None and not dry_run:
+        raise UsageError("no target: give OUT, or set MODEL_OUT")
+    terminal = Terminal(json=json, quiet=quiet)
+    job = prepare(source, format=format, compat=compat, include=include or (), exclude=exclude or ())
+    if dry_run or out is None:
+        terminal.plan(job.plan)
+        return
+    with (
+        interruptible("the same command goes on from here"),
+        terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance,
+    ):
+        result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
+    terminal.quantized(result)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 verify ./gemma-W8A8 --source ./gemma`
+- `w8a8 verify ./gemma-W8A8 --source google/gemma-3-270m --json`
+"""
+)
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
+    source: Annotated[str, typer.Option(help="What it was made from: folder or Hub id `org/name[@revision]`.")],
+    top: Annotated[int, typer.Option(min=0, help="How many of the worst tensors to list.")] = 10,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a W8A8 checkpoint against its source, tensor by tensor and byte by byte.
+
+    Every source tensor must be accounted for, copies identical, quantized ones near; scales finite and positive;
+    config, index, shards and checksums in agreement. Exits with 1 if anything is wrong.
+    """
+    from w8a8.terminal import Terminal
+    from w8a8.verification import prepare, run
+
+    terminal = Terminal(json=json, quiet=quiet)
+    job = prepare(out, source)
+    with (
+        interruptible("nothing was decided"),
+        terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance,
+    ):
+        result = run(job, workers=workers, advance=advance)
+    terminal.verified(result, top)
+    if not result.ok:
+        raise typer.Exit(1)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 inspect ./gemma-W8A8`
+- `w8a8 inspect google/gemma-3-270m --tensors`
+"""
+)
+def inspect(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]` (only headers are fetched).")
+    ],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a checkpoint is, quantized or not, from its headers alone."""
+    from w8a8.inspection import inspect as inspect_
+    from w8a8.terminal import Terminal
+
+    Terminal(json=json).inspected(inspect_(checkpoint), tensors=tensors)

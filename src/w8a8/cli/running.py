@@ -1,0 +1,195 @@
+"""`fit`, `serve`, `chat`: from a checkpoint to answers."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from w8a8.cli.common import Json, Quiet, app, engines, interruptible
+from w8a8.errors import UsageError
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 fit ./gemma-W8A8`
+- `w8a8 fit google/gemma-4-31b-it --gpu 24GiB:gfx1100 --count 4`
+- `w8a8 fit ./gemma-W8A8 --gpu 48GB --context 32768 --concurrency 4 --kv-dtype fp8`
+"""
+)
+def fit(
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]` (only headers are fetched).")
+    ],
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="The GPU, as in `24GiB`, `48GB:gfx1100` or `4x24GiB`.", show_default="those of this machine"),
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, max=64, help="How many of them.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and answer.")] = 8192,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests of that length at the same time.")] = 1,
+    kv_dtype: Annotated[
+        str, typer.Option(help="What the KV cache is kept in: `auto` (the model's dtype) or `fp8`.")
+    ] = "auto",
+    utilization: Annotated[float, typer.Option(help="Share of a GPU's memory that the engine takes.")] = 0.9,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Without vision and audio encoders.")] = False,
+    json: Json = False,
+) -> None:
+    """Say whether a checkpoint fits the GPUs, how far they reach, and what to change if not. Reads headers only.
+
+    Counts what vLLM allocates: weights, rotary tables, KV cache; estimates what it measures when it starts. Exits with
+    52 if it does not fit.
+    """
+    from w8a8.errors import DoesNotFitError
+    from w8a8.machine import find
+    from w8a8.memory import fit as fit_
+    from w8a8.terminal import Terminal
+
+    found = fit_(
+        checkpoint,
+        find(gpu, count),
+        context=context,
+        concurrency=concurrency,
+        kv_dtype=kv_dtype,
+        utilization=utilization,
+        text_only=text_only,
+    )
+    Terminal(json=json).fitted(found)
+    if not found.fits:
+        raise typer.Exit(DoesNotFitError.exit_code)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 serve ./gemma-W8A8`
+- `w8a8 serve ./gemma-W8A8 --engine transformers --port 9000`
+- `w8a8 serve org/gemma-4-31b-it-W8A8 --text-only -- --enforce-eager --max-num-seqs 16`
+- `w8a8 serve ./gemma-W8A8 --describe 4x24GiB:gfx1100 --dry-run`
+"""
+)
+def serve(
+    checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]`.")],
+    vllm_args: Annotated[
+        list[str] | None, typer.Argument(metavar="-- VLLM ARGS", help="Passed to vLLM as they are; they win.")
+    ] = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="`auto`, `transformers` or `vllm`. auto: vLLM where it is installed and has a device it can use.",
+            autocompletion=engines,
+        ),
+    ] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen on; `0.0.0.0` is every network.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar=["W8A8_API_KEY", "VLLM_API_KEY"],
+            help="Key that requests must carry. Better in the environment: arguments can be read by others.",
+        ),
+    ] = None,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens of the longest request.", show_default="8192, or what model and memory allow"),
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float, typer.Option(min=0.1, max=1.0, help="Share of each GPU's memory that vLLM may use.")
+    ] = 0.9,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Load no vision or audio encoder.")] = False,
+    tensor_parallel_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="GPUs to split over, on each node.", show_default="the most that can share the model"),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of a Ray cluster, with GPUs like this one's.")] = 1,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let vLLM run code that comes with the checkpoint.")
+    ] = False,
+    describe: Annotated[
+        str | None, typer.Option(metavar="GPUS", help="With --dry-run: for these GPUs, as in `4x24GiB:gfx1100`.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the exact command; start nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Serve a checkpoint over an OpenAI-compatible API, with vLLM or with transformers and this tool's INT8 layers.
+
+    What can be checked is checked before minutes of loading. Says when it is ready and how to call it; Ctrl-C or
+    SIGTERM ends all it started.
+    """
+    from w8a8.machine import describe as describe_
+    from w8a8.serve.launch import prepare, run
+    from w8a8.serve.vllm import Options
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json)
+    options = Options(
+        host=host,
+        port=port,
+        max_model_len=max_model_len,
+        gpu_memory_utilization=gpu_memory_utilization,
+        text_only=text_only,
+        tensor_parallel_size=tensor_parallel_size,
+        nodes=nodes,
+        trust_remote_code=trust_remote_code,
+        extra=tuple(vllm_args or ()),
+    )
+    gpus = describe_(describe) if describe is not None else None
+    with interruptible("all it started has ended"):
+        launch = prepare(checkpoint, engine=engine, options=options, api_key=api_key, gpus=gpus, dry_run=dry_run)
+        if dry_run:
+            terminal.command(launch)
+        else:
+            terminal.starting(launch)
+            run(launch, lambda call, seconds: terminal.ready(launch, call, seconds))
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 chat ./gemma-W8A8`
+- `w8a8 chat http://localhost:8000 --image photo.jpg`
+- `w8a8 chat ./gemma-W8A8 --prompt "The capital of France is" --max-tokens 16 --json`
+- `git diff | w8a8 chat http://localhost:8000/v1 --system "Write a commit message for this diff."`
+"""
+)
+def chat(
+    target: Annotated[
+        str, typer.Argument(metavar="CKPT|URL", help="Folder, Hub id, or address of an OpenAI-compatible server.")
+    ],
+    prompt: Annotated[
+        str | None, typer.Option(help="Print the answer to this, and end.", show_default="standard input, if piped")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image to send with the first message. Repeatable.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 always takes the likeliest token.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Chat with a model in the terminal: a checkpoint, served for as long, or a server that runs already.
+
+    Without a terminal, or with --prompt or --json, prints one answer and ends.
+    """
+    from w8a8.chat import Settings, connected, converse, data_url, once, piped
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    images = [data_url(path) for path in image or ()]
+    prompt = piped() if prompt is None else prompt
+    if prompt is None and json:
+        raise UsageError("--json needs --prompt, or text on standard input")
+    if prompt is not None and not prompt.strip():
+        raise UsageError("the prompt is empty")
+    settings = Settings(max_tokens=max_tokens, temperature=temperature)
+    with (
+        interruptible("all it started has ended"),
+        connected(target, api_key=api_key, settings=settings, system=system, notice=terminal.notice) as found,
+    ):
+        if prompt is None:
+            converse(found, images)
+        else:
+            once(found, prompt, images, as_json=json)
