@@ -12,9 +12,14 @@ from typing import Annotated
 import typer
 
 import w8a8
-from w8a8.cli import benching, evaluating, making, publishing, running  # noqa: F401 - in the order of `--help`
+
 from w8a8.cli.common import app
 from w8a8.errors import W8A8Error
+
+# Importing these adds their commands, in the order of `--help`.
+# isort: off
+from w8a8.cli import making, running, evaluating, publishing, benching  # noqa: F401
+# isort: on
 
 __all__ = ["app", "main"]
 

@@ -17,12 +17,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-bench_app = typer.Typer(help="Measure this tool against its peers, on this machine.", no_args_is_help=True)
-app.add_typer(bench_app, name="bench")
 eval_app = typer.Typer(
     help="Measure how good a model is, and how far a quantized one is from it.", no_args_is_help=True
 )
 app.add_typer(eval_app, name="eval")
+bench_app = typer.Typer(help="Measure this tool against its peers, on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only the result and errors.")]
