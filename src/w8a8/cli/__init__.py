@@ -12,7 +12,6 @@ from typing import Annotated
 import typer
 
 import w8a8
-
 from w8a8.cli.common import app
 from w8a8.errors import W8A8Error
 
