@@ -233,3 +233,9 @@ class InvalidResultError(W8A8Error):
     """A file is not the result of an evaluation that it should be."""
 
     exit_code = 57
+
+
+class UnsupportedModelError(W8A8Error):
+    """The model's layers cannot be run one at a time, so it can be neither calibrated nor streamed."""
+
+    exit_code = 61

@@ -52,10 +52,7 @@ class W8A8Quantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
-        tensors = _named_as_in(model, [t for file in checkpoint_files or () for t in read_header(Path(file)).tensors])
-        for name, weight in tensors.items():
-            if weight.dtype == "I8" and name.endswith(".weight"):
-                _replace(model, name.removesuffix(".weight"), weight, tensors.get(f"{name}_scale"))
+        fit_to(model, [t for file in checkpoint_files or () for t in read_header(Path(file)).tensors])
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         for layer in model.modules():
@@ -109,6 +106,19 @@ def _choose_quantizer(otherwise: type[HfQuantizer]) -> Any:
         return (W8A8Quantizer if isinstance(config, W8A8Config) else otherwise)(config, **kwargs)
 
     return choose
+
+
+def fit_to(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
+    """Replace the linear layers of `model` that `tensors` hold as INT8 by a `W8A8Linear` without weights.
+
+    Returns the tensors by the names they have in the model. Raises `UnsupportedSchemeError` or `MissingTensorError`
+    where one does not fit.
+    """
+    named = _named_as_in(model, tensors)
+    for name, weight in named.items():
+        if weight.dtype == "I8" and name.endswith(".weight"):
+            _replace(model, name.removesuffix(".weight"), weight, named.get(f"{name}_scale"))
+    return named
 
 
 def _named_as_in(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
