@@ -1,0 +1,82 @@
+"""The linear kernel that vLLM chooses: INT8 W8A8, weights per channel or tensor, activations per token, symmetric.
+
+Weights stay as they lie in the checkpoint and as vLLM's layers have loaded them, INT8 [out, in], whatever they are
+fused of and however they are split over GPUs. Static or asymmetric activations are declined, and go to vLLM's own.
+"""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from vllm import envs
+from vllm.config import get_current_vllm_config_or_none
+from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, Int8ScaledMMLinearLayerConfig
+from vllm.model_executor.layers.quantization.utils import replace_parameter
+from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
+from vllm.platforms import current_platform
+
+import w8a8
+from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
+
+MIN_CAPABILITY = 80
+"""The first NVIDIA GPUs that Triton compiles for."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels are run by its interpreter, on the CPU: how they are tested without a GPU."""
+    return current_platform.is_cpu() and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
+    """vLLM's interface of a linear kernel, around `w8a8.kernels`."""
+
+    @classmethod
+    def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
+        """Whether this platform can run it, and if not, why; of the present GPU, unless told its capability."""
+        if current_platform.is_rocm() or interpreted():
+            return True, None
+        if compute_capability is None and (here := current_platform.get_device_capability()):
+            compute_capability = here.to_int()
+        if current_platform.is_cuda() and (compute_capability or 0) >= MIN_CAPABILITY:
+            return True, None
+        return False, "requires ROCm, or CUDA with compute capability 8.0 or newer"
+
+    @classmethod
+    def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
+        """Whether it computes what such a layer needs, and if not, why."""
+        if c.is_static_input_scheme:
+            return False, "requires dynamic activation scales, one per token"
+        if not c.input_symmetric:
+            return False, "requires symmetric activations, without zero points"
+        return True, None
+
+    def __init__(self, c: Int8ScaledMMLinearLayerConfig, layer_param_names: Sequence[str]) -> None:
+        super().__init__(c, layer_param_names)
+        self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
+        _tell_compile_cache()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Plain parameters: `weight` int8 [out, in] as it is, `weight_scale` f32 [out, 1], one scale per channel."""
+        weight, scale, *_ = self._get_layer_params(layer)
+        if not self.config.is_channelwise:
+            scale = convert_to_channelwise(scale, layer.logical_widths)
+        weight_name, scale_name, *_ = self.layer_param_names
+        replace_parameter(layer, weight_name, nn.Parameter(weight.data, requires_grad=False))
+        replace_parameter(layer, scale_name, nn.Parameter(scale.data, requires_grad=False))
+
+    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., in] to [..., out] of the same dtype."""
+        weight, scale, *_ = self._get_layer_params(layer)
+        return torch.ops.w8a8.int8_linear(x, weight, scale, bias, self.batch_invariant)
+
+
+def _tell_compile_cache() -> None:
+    """Keep graphs compiled with this kernel apart from those without it.
+
+    vLLM finds a compiled model again by a hash of its configuration and environment, which a plugin is no part of:
+    without this, one compiled before the plugin was installed would be loaded, and read these weights as its own.
+    """
+    config = get_current_vllm_config_or_none()
+    if config is not None and isinstance(config.additional_config, dict):
+        config.additional_config["w8a8_plugin"] = w8a8.__version__
