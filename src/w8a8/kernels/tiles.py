@@ -17,10 +17,18 @@ class Tile:
     block_m: int
     block_n: int
     block_k: int
+    unroll: int = 1
     group_m: int = 8
     split_k: int = 1
+    swap: bool = False
     num_warps: int = 4
     num_stages: int = 2
+    kpack: int = 1
+
+    def compiler_options(self) -> dict[str, int]:
+        """What Triton's compiler takes; `kpack` is AMD's alone and given only where it says something."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.kpack == 1 else {**options, "kpack": self.kpack}
 
 
 def architecture(device: torch.device | str) -> str:
