@@ -30,8 +30,9 @@ from w8a8.errors import (
 from w8a8.evals import kld
 from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
 from w8a8.evals.kld_models import Predictor, score
-from w8a8.evals.kld_text import Text, Window, choose, windows
+from w8a8.evals.kld_text import Window, choose, windows
 from w8a8.evals.storing import store
+from w8a8.texts import Text
 
 PROSE = """\
 In the valley the harvest had been gathered early that year, and the carts stood empty behind the mill. The miller, \

@@ -102,7 +102,7 @@ def run_shard(
     source: Path, shard: Shard, plan: ShardPlan, target: Path, advance: Callable[[int], None] = lambda _: None
 ) -> ShardRecord:
     header = write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in plan.writes), {})
-    return quantize_shard(source, shard, plan, header, target, EXACT, threading.Event(), advance)
+    return quantize_shard(source, shard, plan, header, target, EXACT, threading.Event(), advance, {})
 
 
 @settings(max_examples=150, deadline=None)

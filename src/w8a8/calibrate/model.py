@@ -10,26 +10,20 @@ is needed to call the real layers one after another.
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch import Tensor, nn
 
 from w8a8.checkpoint import Checkpoint, TensorSpec, reading
 from w8a8.checkpoint.reader import inside
-from w8a8.errors import EngineError, MissingExtraError, UnsupportedModelError, W8A8Error
+from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error
 from w8a8.execute.stream import read_exactly
-
-try:
-    import torch
-    import transformers
-    from accelerate import init_empty_weights
-    from torch import Tensor, nn
-
-    from w8a8.runtime.quantizer import fit_to
-except ImportError as missing:
-    raise MissingExtraError(
-        f"running a model layer by layer needs torch and transformers ({missing}): pip install 'w8a8[eval]'"
-    ) from missing
+from w8a8.runtime.quantizer import fit_to
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 """Of what the tensors of such a model may be."""
@@ -48,11 +42,12 @@ class StreamedModel:
         self.model = _hollow(name, checkpoint, dtype)
         self._named = fit_to(self.model, list(checkpoint.tensors.values()))
         decoder = self.model.get_decoder()
-        self._layers = getattr(decoder, "layers", None)
-        if not isinstance(self._layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"{name}: {type(self.model).__name__} is no stack of decoder layers with a head"
             )
+        self._layers: Any = layers
         if getattr(decoder.config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
         places = {id(module): place for place, module in self.model.named_modules()}
@@ -63,6 +58,11 @@ class StreamedModel:
         self._fill_surroundings(decoder, places[id(decoder)])
 
     @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._checkpoint.path
+
+    @property
     def count(self) -> int:
         """How many decoder layers there are."""
         return len(self._layers)
@@ -71,7 +71,7 @@ class StreamedModel:
         """The tensor of the file that is `name` inside the `layer`th decoder layer."""
         return self._named[f"{self._prefix}.{layer}.{name}"]
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """The states [1, tokens, hidden] that enter the first layer, and what each layer's `forward` takes besides."""
         self._calls.clear()
@@ -82,6 +82,11 @@ class StreamedModel:
         if len(self._calls) != self.count:
             raise UnsupportedModelError(f"{self.name}: {len(self._calls)} of its {self.count} layers were run")
         return self._calls[0][0], [kwargs for _, kwargs in self._calls]
+
+    def hollow(self, number: int) -> nn.Module:
+        """The `number`th layer without weights."""
+        found: nn.Module = self._layers[number]
+        return found
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
@@ -142,7 +147,7 @@ class StreamedModel:
         data = np.empty((len(rows), width), np.uint8)
         with reading(path), path.open("rb", buffering=0) as file:
             for row, into in zip(rows, data, strict=True):
-                read_exactly(file.fileno(), memoryview(into), spec.offset + row * width, path)
+                read_exactly(file.fileno(), into.data, spec.offset + row * width, path)
         return torch.from_numpy(data).view(DTYPES[spec.dtype]).to(self.device, dtype)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
@@ -156,8 +161,17 @@ class StreamedModel:
         path = inside(self._checkpoint.path, spec.shard)
         data = np.empty(spec.nbytes, np.uint8)
         with reading(path), path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), memoryview(data), spec.offset, path)
+            read_exactly(file.fileno(), data.data, spec.offset, path)
         return torch.from_numpy(data).view(DTYPES[spec.dtype]).reshape(like.shape).to(self.device, like.dtype)
+
+
+def tokenizer(name: str, folder: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises EngineError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"{name}: its tokenizer cannot be loaded: {said}") from error
 
 
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -178,7 +192,7 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
             raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
-        return model.eval().requires_grad_(False)
+        return model.eval().requires_grad_(requires_grad=False)
     except W8A8Error:
         raise
     except Exception as error:

@@ -123,8 +123,9 @@ def eval_kld(
 
     Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text.
     """
+    from w8a8.calibrate.showing import progress
     from w8a8.evals.kld import prepare, run
-    from w8a8.evals.kld_showing import progress, show
+    from w8a8.evals.kld_showing import show
     from w8a8.evals.kld_text import choose
     from w8a8.evals.storing import store
     from w8a8.terminal import Terminal
@@ -133,7 +134,7 @@ def eval_kld(
     source = choose(text=text, jsonl=jsonl, data=data)
     with interruptible("nothing was written"):
         job = prepare(reference, candidate, source, tokens=tokens, context=context, out=out)
-        with progress(job.tokens, quiet=quiet) as advance:
+        with progress("tokens", job.tokens, quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
             store(result.to_dict(), out)

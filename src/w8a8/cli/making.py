@@ -1,10 +1,12 @@
 """`quantize`, `verify`, `inspect`: from a checkpoint to a W8A8 checkpoint."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from w8a8.calibrate.request import RECIPES, SAMPLES, TOKENS
 from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
 from w8a8.errors import UsageError
 
@@ -13,6 +15,10 @@ def _formats() -> list[str]:
     from w8a8.formats import FORMATS
 
     return list(FORMATS)
+
+
+def _recipes() -> list[str]:
+    return list(RECIPES)
 
 
 def _compats() -> list[str]:
@@ -28,6 +34,9 @@ Examples:
 - `w8a8 quantize google/gemma-4-31b-it gemma-4-31b-it-W8A8`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --recipe smooth+gptq --calibration questions.jsonl --keep-bf16 2%`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --calibration openai/gsm8k:main --samples 128`
 - `MODEL_IN=./gemma MODEL_OUT=./gemma-W8A8 w8a8 quantize`
 """
 )
@@ -56,6 +65,31 @@ def quantize(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob of tensors to leave as they are. Repeatable; wins over --include.")
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="`rtn` rounds to nearest; `smooth`, `smooth+gptq` and `auto` calibrate.",
+            show_default="rtn; auto with --calibration",
+            autocompletion=_recipes,
+        ),
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="What to calibrate on: plain text, JSONL (`text`, `question` and `answer`, or `messages`), or a data "
+            "set `org/name[:config]`.",
+            show_default="a small built-in text",
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples taken of the text at most.")] = SAMPLES,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = TOKENS,
+    keep_bf16: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE", help="Let OUT grow by so much, as in `2%`, for what loses most to stay as it is."
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
     workers: Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
@@ -66,8 +100,12 @@ def quantize(
 
     Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
     opened again; a run that was killed goes on where it was when the same command is given again.
+
+    With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
+    there is one. OUT is as large and as fast as without, and closer to SRC.
     """
-    from w8a8.quantization import prepare, run
+    from w8a8.calibrate.showing import progress
+    from w8a8.quantization import calibrated, prepare, run
     from w8a8.terminal import Terminal
 
     if not source:
@@ -75,12 +113,26 @@ def quantize(
     if out is None and not dry_run:
         raise UsageError("no target: give OUT, or set MODEL_OUT")
     terminal = Terminal(json=json, quiet=quiet)
-    job = prepare(source, format=format, compat=compat, include=include or (), exclude=exclude or ())
+    job = prepare(
+        source,
+        format=format,
+        compat=compat,
+        include=include or (),
+        exclude=exclude or (),
+        recipe=recipe,
+        calibration=calibration,
+        samples=samples,
+        tokens=tokens,
+        keep_bf16=keep_bf16,
+    )
     if dry_run or out is None:
         terminal.plan(job.plan)
         return
     with (
         interruptible("the same command goes on from here"),
+        calibrated(
+            job, out, overwrite=overwrite, progress=partial(progress, "layers", quiet=quiet), notice=terminal.notice
+        ) as job,
         terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance,
     ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)

@@ -26,9 +26,10 @@ import w8a8
 from w8a8.checkpoint import resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
 from w8a8.evals import kld_text
-from w8a8.evals.kld_text import Text, Window
+from w8a8.evals.kld_text import Window
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
+from w8a8.texts import Text, first_token
 
 BLOCK = 128
 MIN_BLOCKS = 8
@@ -141,7 +142,8 @@ def prepare(
     cannot be loaded, DoesNotFitError where both models do not fit into RAM together and there is no GPU, and
     UnwritableError where `out` could not be written.
     """
-    from w8a8.evals.kld_models import CHUNK_BYTES, has_gpu, limits, tokenizer
+    from w8a8.calibrate.model import tokenizer
+    from w8a8.evals.kld_models import CHUNK_BYTES, has_gpu, limits
 
     if tokens < 1 or context < kld_text.MIN_CONTEXT:
         raise UsageError(f"--tokens must be at least 1, and --context at least {kld_text.MIN_CONTEXT}")
@@ -155,7 +157,7 @@ def prepare(
     if context > (limit or context):
         raise UsageError(f"--context {context}: {names[0]} reads {limit} tokens at most")
     tokenizers = [tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
-    (documents, first), ours = [(kld_text.tokenize(text, each), kld_text.first_token(each)) for each in tokenizers]
+    (documents, first), ours = [(kld_text.tokenize(text, each), first_token(each)) for each in tokenizers]
     if (documents, first) != ours:
         raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")
     windows = kld_text.windows(documents, first, context, tokens)

@@ -97,14 +97,6 @@ class Predictor:
             body.forward = read
 
 
-def tokenizer(name: str, folder: Path) -> Any:
-    """The tokenizer of a checkpoint. Raises EngineError."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise EngineError(f"{name}: its tokenizer cannot be loaded: {_first_line(error)}") from error
-
-
 def limits(name: str, folder: Path) -> tuple[int, int | None]:
     """How many tokens a checkpoint's model tells apart, and reads at most, if it says so. Raises EngineError."""
     try:

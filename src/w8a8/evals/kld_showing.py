@@ -1,33 +1,13 @@
-"""What `w8a8 eval kld` shows a person: a live line of progress, and the result."""
+"""What `w8a8 eval kld` shows a person."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import dropwhile
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from w8a8.evals.kld import KldResult
-from w8a8.terminal import PLAIN_INTERVAL_SECONDS, clean, plain_table
+from w8a8.terminal import clean, plain_table
 
 BAR = 40
-
-
-@contextmanager
-def progress(total: int, *, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A live line on standard error, plain ones where that is no terminal; yields `advance(tokens)`."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield lambda _: None
-    elif console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as live:
-            task = live.add_task("tokens", total=total)
-            yield lambda count: live.advance(task, count)
-    else:
-        yield _Lines(total, console)
 
 
 def show(result: KldResult, say: Callable[[Any], None]) -> None:
@@ -56,16 +36,3 @@ def show(result: KldResult, say: Callable[[Any], None]) -> None:
     for low, _, count in dropwhile(lambda bin_: not bin_[2], result.histogram):
         table.add_row(f"{low:.2g}", f"{count:,}", f"{count / result.tokens:.1%}", "▇" * round(BAR * count / most))
     say(table)
-
-
-class _Lines:
-    """A line now and then, for logs."""
-
-    def __init__(self, total: int, console: Console) -> None:
-        self._total, self._console, self._done, self._last = total, console, 0, time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        self._done += count
-        if time.monotonic() - self._last >= PLAIN_INTERVAL_SECONDS:
-            self._last = time.monotonic()
-            self._console.print(f"{self._done:,} of {self._total:,} tokens", soft_wrap=True)

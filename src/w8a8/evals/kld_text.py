@@ -7,30 +7,16 @@ every token is predicted once (but, without such a token, the first of a documen
 window.
 """
 
-import hashlib
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
+from w8a8.errors import UsageError
 from w8a8.evals.questions import load
+from w8a8.texts import Text, read, rows, strings
 
 MIN_CONTEXT = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """Documents, and the name they go by."""
-
-    name: str
-    documents: tuple[str, ...]
-
-    @property
-    def sha256(self) -> str:
-        """Of the documents in UTF-8 with a NUL between them; of a plain file, that of its bytes."""
-        return hashlib.sha256("\0".join(self.documents).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +42,9 @@ def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | 
     if len(given) > 1:
         raise UsageError("give one of --text, --jsonl and --data")
     if text is not None:
-        return Text(text.name, (_read(text),))
+        return Text(text.name, (read(text),))
     if jsonl is not None:
-        return Text(jsonl.name, tuple(_document(row, where) for where, row in _rows(jsonl)))
+        return Text(jsonl.name, tuple(_document(row, where) for where, row in rows(jsonl)))
     return Text("GSM8K test", tuple(f"{each.text}\n{each.solution}" for each in load(data, shots=0).questions))
 
 
@@ -86,37 +72,9 @@ def tokenize(text: Text, tokenizer: Callable[..., Any]) -> list[list[int]]:
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in text.documents]
 
 
-def first_token(tokenizer: Any) -> int | None:
-    """The beginning-of-sequence token, where the tokenizer puts one before a text."""
-    ids: list[int] = tokenizer("")["input_ids"]
-    return tokenizer.bos_token_id if ids and ids[0] == tokenizer.bos_token_id else None
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise SourceNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_read(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{path}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{where}: not JSON: {error}") from error
-
-
 def _document(row: Any, where: str) -> str:
     """The text of a record: its `text`, or its `question` and `answer` on lines of their own."""
-    for names in (("text",), ("question", "answer")):
-        values = [value for name in names if isinstance(row, dict) and isinstance(value := row.get(name), str)]
-        if len(values) == len(names):
-            return "\n".join(values)
-    raise UsageError(f"{where}: neither a text, nor a question and an answer")
+    values = strings(row, "text") or strings(row, "question", "answer")
+    if values is None:
+        raise UsageError(f"{where}: neither a text, nor a question and an answer")
+    return "\n".join(values)

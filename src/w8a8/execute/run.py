@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import w8a8
 from w8a8.checkpoint import Checkpoint, Shard, reading
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
-from w8a8.execute.shard import ShardRecord, quantize_shard
+from w8a8.execute.shard import Finished, ShardRecord, quantize_shard
 from w8a8.execute.staging import Staging
 from w8a8.execute.stream import Identity, Stopped
 from w8a8.execute.writer import disk_errors
@@ -44,10 +44,11 @@ def execute(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
+    finished: Mapping[str, Finished] | None = None,
 ) -> int:
     """Carry out `plan`, made from `checkpoint`, and publish the result as the folder `out`.
 
-    Returns how many shards an earlier run had finished.
+    Returns how many shards an earlier run had finished. Tensors of the result in `finished` are taken from there.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
@@ -67,7 +68,7 @@ def execute(
         todo = [(shards[p.name], p) for p in plan.shards if p.name not in staging.finished]
         _check_room(plan, [p for _, p in todo], checkpoint, staging.home)
         try:
-            _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance)
+            _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance, finished or {})
             records = tuple(staging.finished[p.name] for p in plan.shards)
             _write_small_files(plan, checkpoint, records, staging.folder)
             _self_check(plan, staging.folder)
@@ -115,6 +116,7 @@ def _run_shards(
     arithmetic: Arithmetic,
     workers: int,
     advance: Callable[[int], None],
+    finished: Mapping[str, Finished],
 ) -> None:
     stop, journal = threading.Event(), threading.Lock()
 
@@ -123,7 +125,7 @@ def _run_shards(
             raise Stopped
         source, target = checkpoint.path / shard.name, staging.folder / shard_plan.name
         header = plan.header(shard_plan)
-        record = quantize_shard(source, shard, shard_plan, header, target, arithmetic, stop, advance)
+        record = quantize_shard(source, shard, shard_plan, header, target, arithmetic, stop, advance, finished)
         with journal:
             staging.record(record)
 
@@ -165,6 +167,7 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
         "architecture": plan.architecture,
         "format": plan.format,
         "recipe": plan.recipe,
+        **({"calibration": plan.calibration} if plan.calibration else {}),
         "scheme": {
             "weights": "int8, symmetric, per output channel, static, round half to even",
             "activations": "int8, symmetric, per token, dynamic",

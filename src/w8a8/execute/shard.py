@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Shard, TensorSpec, read_header
+from w8a8.checkpoint import Shard, TensorSpec, read_header, reading
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
-from w8a8.execute.stream import Block, Identity, row_bytes, shard_blocks, stream, tensor_blocks
+from w8a8.execute.stream import Block, Identity, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
 from w8a8.execute.writer import SequentialWriter
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -38,6 +38,19 @@ class ShardRecord:
     source_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A tensor of the result that calibration has made already: the safetensors file it lies in, and where."""
+
+    path: Path
+    spec: TensorSpec
+
+    def read(self, begin: int, into: memoryview) -> None:
+        """Fill `into` with the tensor's bytes from `begin` on. Raises `UnreadableError` or `SourceChangedError`."""
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            read_exactly(file.fileno(), into, self.spec.offset + begin, self.path)
+
+
 def quantize_shard(
     source: Path,
     shard: Shard,
@@ -47,8 +60,11 @@ def quantize_shard(
     arithmetic: Arithmetic,
     stop: threading.Event,
     advance: Callable[[int], None],
+    finished: Mapping[str, Finished],
 ) -> ShardRecord:
     """Write `plan` from the file `source` to the file `target`; `advance` is told of source bytes as they are done.
+
+    Tensors of the result that are in `finished`, by name, are taken from there.
 
     Raises `NonFiniteWeightError`, `SourceChangedError`, `UnreadableError`, `DiskFullError`, `UnwritableError`, or
     `Stopped` once `stop` is set.
@@ -60,10 +76,10 @@ def quantize_shard(
     largest = max([1, *(min(t.nbytes, max(row_bytes(t), 1)) for t in shard.tensors)])
     with SequentialWriter(target, largest) as writer:
         writer.append(header)
-        scales = _stream_through(source, shard, plan, writer, arithmetic, stop, digest, advance)
+        scales = _stream_through(source, shard, plan, writer, arithmetic, stop, digest, advance, finished)
         tensors = {tensor.name: tensor for tensor in shard.tensors}
         for write in plan.tail:
-            _write_late(write, tensors[write.source], source, scales, writer, arithmetic, stop)
+            _write_late(write, tensors[write.source], source, scales, writer, arithmetic, stop, finished)
         writer.finish()
         if Identity.of(source) != before:
             raise SourceChangedError(f"{source}: changed while it was being read; run the same command again")
@@ -79,8 +95,9 @@ def _stream_through(
     stop: threading.Event,
     digest: "hashlib._Hash",
     advance: Callable[[int], None],
+    finished: Mapping[str, Finished],
 ) -> Mapping[str, Scales]:
-    """Pass over the whole source; write what streams, and return the scales of all quantized tensors."""
+    """Pass over the whole source; write what streams, and return the scales of the tensors quantized here."""
     streamed = {write.source for write in plan.writes[: plan.streamed]}
     scales = {
         write.source: np.empty(math.prod(write.shape), np.float32) for write in plan.writes if write.kind == "scale"
@@ -88,7 +105,10 @@ def _stream_through(
     with closing(stream(source, shard_blocks(shard), stop, digest)) as blocks:
         for block, data in blocks:
             tensor = block.tensor
-            if tensor is not None and tensor.name in scales:
+            if tensor is not None and tensor.name in finished:
+                if tensor.name in streamed:
+                    _write_finished(block, finished[tensor.name], writer)
+            elif tensor is not None and tensor.name in scales:
                 bits = _rows(tensor, data)
                 rows = slice(block.row, block.row + len(bits))
                 scales[tensor.name][rows] = _scales(bits, block, arithmetic)
@@ -108,8 +128,14 @@ def _write_late(
     writer: SequentialWriter,
     arithmetic: Arithmetic,
     stop: threading.Event,
+    finished: Mapping[str, Finished],
 ) -> None:
     """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
+    if write.name in finished:
+        data = memoryview(bytearray(write.nbytes))
+        finished[write.name].read(0, data)
+        writer.append(data)
+        return
     if write.kind == "scale":
         writer.append(encode(scales[tensor.name], write.dtype))
         return
@@ -120,6 +146,16 @@ def _write_late(
             else:
                 bits = _rows(tensor, data)
                 _write_codes(bits, scales[tensor.name][block.row : block.row + len(bits)], writer, arithmetic)
+
+
+def _write_finished(block: Block, done: Finished, writer: SequentialWriter) -> None:
+    """Write the part of a finished tensor that a block of its source stands for."""
+    assert block.tensor is not None
+    begin, end = (
+        offset * done.spec.nbytes // block.tensor.nbytes
+        for offset in (block.offset - block.tensor.offset, block.offset - block.tensor.offset + block.nbytes)
+    )
+    done.read(begin, writer.reserve(end - begin))
 
 
 def _rows(tensor: TensorSpec, data: memoryview) -> Bits:

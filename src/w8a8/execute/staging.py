@@ -13,8 +13,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -181,6 +181,16 @@ def _lock(home: Path, out: Path) -> int:
             finally:
                 os.close(lock)
     raise TargetBusyError(f"{out}: another run is writing it now; wait for it, or stop it first")
+
+
+@contextmanager
+def lock_folder(home: Path, out: Path) -> Iterator[None]:
+    """Make and lock the folder `home`, on which `out` depends. Raises `TargetBusyError` or `UnwritableError`."""
+    lock = _lock(home, out)
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def sync_folder(folder: Path) -> None:

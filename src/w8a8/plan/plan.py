@@ -6,8 +6,8 @@ whole), then the output is laid out. Sizes follow from the headers alone.
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Self
 
@@ -59,6 +59,7 @@ class Plan:
     sidecars: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def bytes_in(self) -> int:
@@ -133,10 +134,14 @@ def make_plan(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
+    kept: Mapping[str, str] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor of `checkpoint` and where it will lie.
 
-    `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins.
+    `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins. `kept` are
+    modules that calibration found worth leaving as they are, and why; `calibration` is what it says of itself, and its
+    `folded` names copied tensors that it has changed.
     Raises `AlreadyQuantizedError`, `UsageError` (an `include` that matches no linear layer, an `exclude` that matches
     no tensor), `FusedGroupError`, `NothingToQuantizeError`.
     """
@@ -145,6 +150,7 @@ def make_plan(
     decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
+    decisions = [_calibrated(decision, kept or {}, (calibration or {}).get("folded", ())) for decision in decisions]
     _check_groups(decisions, rules)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
     if not quantized:
@@ -169,6 +175,7 @@ def make_plan(
         sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
         left_out=tuple((left.name, left.reason) for left in checkpoint.left_out),
         warnings=tuple(_warnings(rules, decisions)),
+        calibration=calibration or {},
     )
 
 
@@ -213,6 +220,14 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
         what = "linear layer" if quantize else "tensor"
         raise UsageError(f"{option} {unused[0]!r} matches no {what}; `w8a8 inspect SRC --tensors` lists all names")
     return result
+
+
+def _calibrated(decision: Decision, kept: Mapping[str, str], folded: Collection[str]) -> Decision:
+    """The decision after what calibration found."""
+    name = decision.tensor.name
+    if decision.quantize and module_name(name) in kept:
+        return replace(decision, quantize=False, reason=kept[module_name(name)])
+    return replace(decision, reason="folded") if name in folded else decision
 
 
 def _check_groups(decisions: list[Decision], rules: Rules) -> None:

@@ -1,0 +1,69 @@
+"""What a user asks of calibration: which recipe, on how much of what text, and what may stay in BF16."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from w8a8.errors import UsageError
+
+RecipeName = Literal["smooth", "smooth+gptq", "auto"]
+RECIPES = ("rtn", *get_args(RecipeName))
+"""The first rounds to nearest, and needs no calibration."""
+
+SAMPLES, TOKENS = 64, 512
+"""How many samples, and how many tokens each, if nothing is said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`text` is a file or a data set, None for the built-in one; `keep_bf16` the share by which OUT may grow."""
+
+    recipe: RecipeName
+    text: str | None
+    samples: int
+    tokens: int
+    keep_bf16: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """What of it decides the result, beside the text."""
+        return {"samples": self.samples, "tokens": self.tokens, "keep_bf16": self.keep_bf16}
+
+
+def request(
+    recipe: str | None, text: str | None, samples: int, tokens: int, keep_bf16: str | None, compat: str | None
+) -> Request | None:
+    """The request that the options make; None where weights are rounded to nearest, without calibration.
+
+    Without a `recipe` it is `auto` where a text is given, else `rtn`. Raises UsageError.
+    """
+    name = recipe or ("rtn" if text is None else "auto")
+    if name not in RECIPES:
+        raise UsageError(f"unknown recipe {name!r}; there are {', '.join(RECIPES)}")
+    keep = _share(keep_bf16) if keep_bf16 is not None else 0.0
+    if samples < 2 or tokens < 2:
+        raise UsageError("--samples and --tokens must be at least 2")
+    if name == "rtn":
+        if text is not None or keep_bf16 is not None:
+            given = "--calibration" if text is not None else "--keep-bf16"
+            raise UsageError(f"{given} needs a recipe that calibrates (--recipe auto); rtn rounds to nearest")
+        return None
+    if compat is not None:
+        raise UsageError(f"--compat {compat} reproduces what another tool rounds to nearest; leave out --recipe")
+    return Request(name, text, samples, tokens, keep)  # type: ignore[arg-type]
+
+
+def options(recorded: Mapping[str, Any]) -> list[str]:
+    """The options that ask for what a result's record says, but for the text."""
+    said = [("samples", SAMPLES), ("tokens", TOKENS)]
+    found = [f"--{name} {recorded[name]}" for name, default in said if recorded.get(name, default) != default]
+    return found + ([f"--keep-bf16 {recorded['keep_bf16'] * 100:g}%"] if recorded.get("keep_bf16") else [])
+
+
+def _share(text: str) -> float:
+    """`2%` or `0.02` as 0.02."""
+    match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,6})?)(%?)", text.strip())
+    share = float(match[1]) / (100 if match[2] else 1) if match else -1
+    if not 0 < share <= 1:
+        raise UsageError(f"--keep-bf16 {text!r}: give a share of the result, as in 2%, over 0% and up to 100%")
+    return share

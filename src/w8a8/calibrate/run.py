@@ -1,0 +1,306 @@
+"""A recipe, carried from layer to layer.
+
+For each decoder layer: its weights are read, the recipe chooses codes and foldings on the states that enter it, and
+two streams of states leave it, one through the layer as it will be, one through the layer as it was. What a layer
+came to lies in a file of its own beside OUT, with the states that enter the next one, and a journal says how far the
+work is: a run that was interrupted goes on with the layer it was at.
+
+Where some layers may stay in BF16, a first pass tells what each group of them costs, and a second one calibrates the
+rest around those that stay.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import w8a8
+from w8a8.calibrate import text as texts
+from w8a8.calibrate.activations import Activations
+from w8a8.calibrate.journal import Journal
+from w8a8.calibrate.model import DTYPES, StreamedModel, forward, tokenizer
+from w8a8.calibrate.request import Request
+from w8a8.calibrate.text import CalibrationText
+from w8a8.checkpoint import Checkpoint, read_header
+from w8a8.errors import DiskFullError, NonFiniteWeightError, UnsupportedModelError, UsageError
+from w8a8.execute.run import SLACK_BYTES
+from w8a8.execute.shard import Finished
+from w8a8.execute.staging import Staging, lock_folder
+from w8a8.execute.stream import Identity
+from w8a8.plan import Plan, module_name, scale_name
+from w8a8.recipes.groups import Group, groups_of
+from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """What calibration came to: the plan that includes it, and its tensors by their names in the result."""
+
+    plan: Plan
+    finished: Mapping[str, Finished]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is the same for all layers and passes."""
+
+    model: StreamedModel
+    checkpoint: Checkpoint
+    request: Request
+    text: CalibrationText
+    samples: Sequence[Sequence[int]]
+    notice: Callable[[str], None]
+
+    def states(self, path: Path) -> Activations:
+        """The states of all samples, in the file at `path`."""
+        hidden = self.model.model.config.get_text_config(decoder=True).hidden_size
+        return Activations(path, len(self.samples), len(self.samples[0]), hidden)
+
+
+@contextmanager
+def calibrated(
+    name: str,
+    checkpoint: Checkpoint,
+    request: Request,
+    make: Callable[..., Plan],
+    out: Path,
+    *,
+    overwrite: bool,
+    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+    notice: Callable[[str], None],
+) -> Iterator[Calibrated]:
+    """Calibrate the model of `checkpoint` for the folder `out`; the context is for making use of it.
+
+    `make` makes the plan, given what calibration adds to it; `progress(layers)` shows how many layers are done. What is
+    on the disk is removed when the context ends as it should, and is gone on from when the same is asked for again.
+    Raises the errors of `Staging.claim` and of `StreamedModel`, UsageError where text and model do not go together,
+    DiskFullError, NonFiniteWeightError.
+    """
+    out = Path(os.path.realpath(out))
+    with Staging.claim(out, overwrite=overwrite):
+        pass  # it raises now what it would raise after hours
+    text = texts.load(request.text)
+    if request.text is None:
+        notice("no --calibration given: using the small built-in text; one like what the model will read does better")
+    model = StreamedModel(name, checkpoint, torch.float32)
+    setup = Setup(model, checkpoint, request, text, _samples(name, model, text, request, notice), notice)
+    home = out.parent / f".{out.name}.w8a8-calibration"
+    with lock_folder(home, out):
+        plan, kept = make(), dict[str, str]()
+        _check_room(plan, setup, home)
+        with progress(model.count * (2 if request.keep_bf16 else 1)) as done:
+            folder = home / "first"
+            gains = _pass(folder, plan, setup, done)
+            if request.keep_bf16:
+                kept, folder = _choose_kept(plan, gains, setup), home / "second"
+                plan = make(kept=kept)
+                gains = _pass(folder, plan, setup, done)
+        _say_gains(gains, notice)
+        finished = _finished(folder, model.count)
+        yield Calibrated(make(kept=kept, calibration=_record(finished, setup, plan)), finished)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _samples(
+    name: str, model: StreamedModel, text: CalibrationText, request: Request, notice: Callable[[str], None]
+) -> list[tuple[int, ...]]:
+    """The samples, as token ids."""
+    limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if request.tokens > (limit or request.tokens):
+        raise UsageError(f"--tokens {request.tokens}: {name} reads {limit} tokens at most")
+    samples = texts.cut(text, tokenizer(name, model.folder), samples=request.samples, tokens=request.tokens)
+    notice(f"calibrating on {len(samples)} samples of {request.tokens} tokens, {text.name}, on {model.device.type}")
+    if len(samples) < request.samples:
+        notice(f"{text.name} is too short for {request.samples} samples; a longer text does better")
+    return samples
+
+
+def _check_room(plan: Plan, setup: Setup, home: Path) -> None:
+    """Room for what calibration writes, and then the result, must be there, or be taken by an earlier run already."""
+    codes = sum(decision.tensor.numel for decision in plan.decisions if decision.quantize)
+    needed = codes + 2 * setup.states(home).nbytes + plan.bytes_out + SLACK_BYTES
+    there = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
+    free = shutil.disk_usage(home).free
+    if needed > free + there:
+        raise DiskFullError(
+            f"{home.parent}: calibrating needs {(needed - there) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            "free some space or choose another disk"
+        )
+
+
+# --- a pass over the layers ---------------------------------------------------------------------------------------
+
+
+def _pass(folder: Path, plan: Plan, setup: Setup, done: Callable[[int], None]) -> list[tuple[Gain, ...]]:
+    """Calibrate all layers, or those that are left, and return what each one's groups gained."""
+    model = setup.model
+    chosen = {module_name(d.tensor.name) for d in plan.decisions if d.quantize}
+    journal = Journal(folder, _job(plan, setup), setup.states(folder).nbytes)
+    kwargs = model.embed(setup.samples[0])[1]
+    if not journal.begun:
+        setup.states(journal.states(0)).write(_embedded(setup, kwargs))
+        journal.begin()
+    elif journal.gains:
+        setup.notice(f"resuming: {len(journal.gains)} of {model.count} layers are calibrated already")
+        done(len(journal.gains))
+    for number in range(len(journal.gains), model.count):
+        entering, leaving = (setup.states(journal.states(n)) for n in (number, number + 1))
+        journal.record(_calibrate(number, entering, leaving, kwargs[number], chosen, journal, setup))
+        done(1)
+    return journal.gains
+
+
+def _job(plan: Plan, setup: Setup) -> dict[str, Any]:
+    """What decides what comes out: this version, the source files as they are now, the text, and the options."""
+    files = {shard.name: Identity.of(setup.checkpoint.path / shard.name) for shard in setup.checkpoint.shards}
+    values = [list(map(list, setup.samples)), [[d.tensor.name, d.quantize] for d in plan.decisions]]
+    return {
+        "version": w8a8.__version__,
+        "recipe": setup.request.recipe,
+        "samples and plan": hashlib.sha256(json.dumps(values).encode()).hexdigest(),
+        "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
+        "device": setup.model.device.type,
+    }
+
+
+def _embedded(setup: Setup, kwargs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What enters the first layer, of each sample, as quantized and as reference: the same.
+
+    Raises UnsupportedModelError where the layers are told something besides that is not the same for all samples.
+    """
+    for sample in setup.samples:
+        states, own = setup.model.embed(sample)
+        if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
+            raise UnsupportedModelError(f"{setup.model.name}: its layers read more of a token than its states")
+        yield states, states
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _calibrate(
+    number: int,
+    entering: Activations,
+    leaving: Activations,
+    kwargs: Mapping[str, Any],
+    chosen: set[str],
+    journal: Journal,
+    setup: Setup,
+) -> tuple[Gain, ...]:
+    """Calibrate a layer whose linear layers in `chosen` are quantized: write what it came to, and what leaves it."""
+    model = setup.model
+    with model.layer(number) as layer:
+        _check_finite(number, layer, model)
+        linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        ours = {path for path in linear if module_name(model.tensor(number, f"{path}.weight").name) in chosen}
+        groups = _usable(groups_of(setup.checkpoint.config, layer), ours)
+        batches = entering.batches(kwargs, model.device)
+        dtype = DTYPES[model.tensor(number, f"{min(linear)}.weight").dtype]
+        result = calibrate_layer(layer, groups, batches, Recipe(setup.request.recipe), dtype)
+        journal.store(number, save(_tensors(number, result, model)))
+        made = quantized(layer, result)
+        for path in linear - ours:
+            made.set_submodule(path, layer.get_submodule(path))
+        leaving.write(
+            (forward(made, batch.hidden, kwargs), forward(layer, batch.reference, kwargs)) for batch in batches
+        )
+        return result.gains
+
+
+def _check_finite(number: int, layer: nn.Module, model: StreamedModel) -> None:
+    for name, value in layer.named_parameters():
+        if not value.isfinite().all():
+            raise NonFiniteWeightError(f"{model.tensor(number, name).name} holds NaN or infinity; repair the source")
+
+
+def _usable(groups: Sequence[Group], ours: set[str]) -> tuple[Group, ...]:
+    """The groups whose consumers are all quantized; producers that are not quantized stay as they are."""
+    return tuple(
+        group if group.kind == "norm" or group.producer in ours else replace(group, producer=None)
+        for group in groups
+        if ours.issuperset(group.consumers)
+    )
+
+
+def _tensors(number: int, result: LayerResult, model: StreamedModel) -> dict[str, Tensor]:
+    """A layer's finished tensors by their names in the result."""
+    found = {}
+    for name, value in result.tensors.items():
+        spec = model.tensor(number, name)
+        if isinstance(value, Codes):
+            found[spec.name] = value.codes.contiguous().cpu()
+            found[scale_name(spec.name)] = value.scale.float().contiguous().cpu()
+        else:
+            found[spec.name] = value.to(DTYPES[spec.dtype]).contiguous().cpu()
+    return found
+
+
+# --- what comes of it ---------------------------------------------------------------------------------------------
+
+
+def _choose_kept(plan: Plan, gains: Sequence[Sequence[Gain]], setup: Setup) -> dict[str, str]:
+    """The modules to leave as they are within the budget, fused groups whole, and why."""
+    from w8a8.recipes.budget import Damage, choose_bf16
+
+    quantized_, model = {d.tensor.name: d.tensor for d in plan.decisions if d.quantize}, setup.model
+    damages: dict[tuple[int, str], Damage] = {}
+    members: dict[tuple[int, str], list[str]] = {}
+    for number, layer in enumerate(gains):
+        groups = {group.name: group for group in groups_of(setup.checkpoint.config, model.hollow(number))}
+        for gain in layer:
+            names = [model.tensor(number, f"{path}.weight").name for path in groups[gain.group].consumers]
+            cost = sum(
+                quantized_[name].nbytes - quantized_[name].numel - 4 * quantized_[name].shape[0] for name in names
+            )
+            damages[number, gain.group] = Damage(gain.error, cost)
+            members[number, gain.group] = [module_name(name) for name in names]
+    chosen = choose_bf16(damages, int(setup.request.keep_bf16 * plan.bytes_out))
+    return {module: f"--keep-bf16: {damages[key].error:.2%} error in INT8" for key in chosen for module in members[key]}
+
+
+def _say_gains(gains: Sequence[Sequence[Gain]], notice: Callable[[str], None]) -> None:
+    """How much smaller each kind of group's error is than rounding to nearest makes it, on the held-out samples."""
+    by_group: dict[str, list[Gain]] = defaultdict(list)
+    for gain in (gain for layer in gains for gain in layer):
+        by_group[gain.group].append(gain)
+    for group, found in by_group.items():
+        ratio = math.exp(sum(math.log(max(g.error, 1e-12) / max(g.rtn, 1e-12)) for g in found) / len(found))
+        chosen = Counter(gain.chosen for gain in found)
+        said = ", ".join(f"{name} in {count}" for name, count in chosen.most_common())
+        notice(f"{group}: {ratio:.0%} of the error of rtn on held-out samples ({said} of {len(found)} layers)")
+
+
+def _finished(folder: Path, layers: int) -> dict[str, Finished]:
+    paths = [folder / f"layer-{number:05}.safetensors" for number in range(layers)]
+    return {spec.name: Finished(path, spec) for path in paths for spec in read_header(path).tensors}
+
+
+def _record(finished: Mapping[str, Finished], setup: Setup, plan: Plan) -> dict[str, Any]:
+    """What `w8a8.json` says of it: the text, the options, and which tensors are not what rounding would make them."""
+    changed = sorted(d.tensor.name for d in plan.decisions if d.quantize and d.tensor.name in finished)
+    folded = sorted(d.tensor.name for d in plan.decisions if not d.quantize and d.tensor.name in finished)
+    return {
+        "text": {"name": setup.text.name, "sha256": setup.text.sha256},
+        "samples": len(setup.samples),
+        "tokens": setup.request.tokens,
+        "keep_bf16": setup.request.keep_bf16,
+        "changed": changed,
+        "folded": folded,
+    }
