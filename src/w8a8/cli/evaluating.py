@@ -101,6 +101,7 @@ Examples:
 - `w8a8 eval kld ./gemma ./gemma-W8A8`
 - `w8a8 eval kld google/gemma-3-270m ./gemma-3-270m-W8A8 --text book.txt --tokens 32768 --context 2048`
 - `w8a8 eval kld ./gemma ./gemma-W8A8 --data ./gsm8k --out kld.json`
+- `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream`
 """,
 )
 def eval_kld(
@@ -115,13 +116,17 @@ def eval_kld(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to predict at most.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window at most.")] = 512,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Run layer by layer, as models larger than RAM are in any case.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the result to, as JSON.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how far one model's predictions lie from another's: KL divergence per token, agreement, perplexity.
 
-    Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text.
+    Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text. Where RAM does
+    not hold both, they run one decoder layer at a time.
     """
     from w8a8.calibrate.showing import progress
     from w8a8.evals.kld import prepare, run
@@ -133,8 +138,8 @@ def eval_kld(
     terminal = Terminal(json=json, quiet=quiet)
     source = choose(text=text, jsonl=jsonl, data=data)
     with interruptible("nothing was written"):
-        job = prepare(reference, candidate, source, tokens=tokens, context=context, out=out)
-        with progress("tokens", job.tokens, quiet=quiet) as advance:
+        job = prepare(reference, candidate, source, tokens=tokens, context=context, out=out, stream=stream)
+        with progress("steps" if job.streamed else "tokens", job.steps, quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
             store(result.to_dict(), out)

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import w8a8
-from w8a8.checkpoint import resolve
+from w8a8.checkpoint import Checkpoint, resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
 from w8a8.evals import kld_text
 from w8a8.evals.kld_text import Window
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
+from w8a8.memory.ram import PROCESS_BYTES
 from w8a8.texts import Text, first_token
 
 BLOCK = 128
@@ -47,7 +48,10 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is about to be measured: names and folders of both checkpoints, the text, its windows."""
+    """What is about to be measured: names and folders of both checkpoints, the text, its windows.
+
+    `streamed` says that both are run layer by layer.
+    """
 
     reference: str
     candidate: str
@@ -56,11 +60,18 @@ class Job:
     text_tokens: int
     windows: tuple[Window, ...]
     context: int
+    layers: int
+    streamed: bool
 
     @property
     def tokens(self) -> int:
         """How many tokens will be predicted."""
         return sum(window.scored for window in self.windows)
+
+    @property
+    def steps(self) -> int:
+        """How many tokens are read, by whole models or, streamed, by layers; once more to compare."""
+        return self.tokens * (2 * self.layers + 1 if self.streamed else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,12 +146,14 @@ def prepare(
     tokens: int = 8192,
     context: int = 512,
     out: Path | None = None,
+    stream: bool = False,
 ) -> Job:
     """Check the request before weights are read; `tokens` at most are predicted, in windows of at most `context`.
 
+    They are streamed, layer by layer, if `stream` says so, or where both do not fit into RAM and there is no GPU.
+
     Raises UsageError, MissingExtraError, what opening a checkpoint raises, EngineError for a config or tokenizer that
-    cannot be loaded, DoesNotFitError where both models do not fit into RAM together and there is no GPU, and
-    UnwritableError where `out` could not be written.
+    cannot be loaded, DoesNotFitError where not even that fits, and UnwritableError where `out` could not be written.
     """
     from w8a8.calibrate.model import tokenizer
     from w8a8.evals.kld_models import CHUNK_BYTES, has_gpu, limits
@@ -151,7 +164,7 @@ def prepare(
         raise UnwritableError(f"{out}: {out.parent} is no folder that can be written")
     names = str(reference), str(candidate)
     folders = resolve(reference).path, resolve(candidate).path
-    (vocabulary, limit), (other, _) = map(limits, names, folders)
+    (vocabulary, limit, layers), (other, *_) = map(limits, names, folders)
     if vocabulary != other:
         raise UsageError(f"{names[0]} knows {vocabulary:,} tokens, {names[1]} {other:,}: not a model and its copy")
     if context > (limit or context):
@@ -162,12 +175,27 @@ def prepare(
         raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")
     windows = kld_text.windows(documents, first, context, tokens)
     needed = sum(ram_needed(folder, context) for folder in folders) + CHUNK_BYTES
-    if not has_gpu() and needed > (free := available_memory()):
-        raise DoesNotFitError(
-            f"both models together need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are available; "
-            "end other programs, or use a machine with more or a GPU"
-        )
-    return Job(*names, folders, text, sum(map(len, documents)), tuple(windows), context)
+    streamed = stream or (not has_gpu() and needed > available_memory())
+    if streamed and not has_gpu():
+        needed = CHUNK_BYTES + streamed_ram(folders, max(layers, 1), sum(window.scored for window in windows))
+        if needed > (free := available_memory()):
+            raise DoesNotFitError(
+                f"both models, layer by layer, need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are "
+                "available; end other programs, or use a machine with more or a GPU"
+            )
+    return Job(*names, folders, text, sum(map(len, documents)), tuple(windows), context, layers, streamed)
+
+
+def streamed_ram(folders: Sequence[Path], layers: int, tokens: int) -> int:
+    """Bytes of RAM to run models of `layers` layers one layer at a time over `tokens` tokens; an estimate.
+
+    Kept are both heads, and the states of all tokens; a layer is the rest of the larger model's share, twice.
+    """
+    checkpoints = [Checkpoint.open(folder) for folder in folders]
+    heads = [max(checkpoint.tensors.values(), key=lambda t: t.nbytes) for checkpoint in checkpoints]
+    layer = max(each.nbytes - head.nbytes for each, head in zip(checkpoints, heads, strict=True)) // layers
+    states = sum(tokens * head.shape[-1] * 4 for head in heads)
+    return PROCESS_BYTES + sum(head.nbytes for head in heads) + 2 * layer + states
 
 
 def run(
@@ -176,14 +204,16 @@ def run(
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> KldResult:
-    """Load both models and measure; `advance(tokens)` is called as it goes. Raises EngineError."""
-    from w8a8.evals.kld_models import Predictor, score
+    """Load both and measure; `advance(steps)` is called as it goes. Raises EngineError, UnsupportedModelError."""
+    from w8a8.evals.kld_models import Predictor, StreamedPredictor, score
 
     start = time.monotonic()
-    notice(f"loading {job.reference}")
-    reference = Predictor(job.reference, job.folders[0])
-    notice(f"loading {job.candidate}")
-    candidate = Predictor(job.candidate, job.folders[1])
+    loaded: list[Predictor] = []
+    for name, folder in zip((job.reference, job.candidate), job.folders, strict=True):
+        notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}")
+        streamed = job.streamed and StreamedPredictor(name, folder, job.windows, advance)
+        loaded.append(streamed or Predictor(name, folder))
+    reference, candidate = loaded
     scores = score(reference, candidate, job.windows, advance=advance)
     blocks = block_starts(job.windows)
     agree = scores.agree.astype(np.float64)
@@ -208,7 +238,7 @@ def run(
         positions=bands(scores.position, scores.kl),
         histogram=histogram(scores.kl),
         seconds=time.monotonic() - start,
-        device=str(reference.model.device),
+        device=str(reference.device),
         versions={"python": platform.python_version(), **{name: version(name) for name in ("torch", "transformers")}},
     )
 

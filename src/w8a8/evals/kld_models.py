@@ -10,7 +10,7 @@ because a log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, MissingExtraError, W8A8Error
 from w8a8.evals.kld_text import Window
 
@@ -26,6 +27,7 @@ try:
     import transformers
 
     import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
+    from w8a8.calibrate.model import StreamedModel, forward
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
 
@@ -68,6 +70,7 @@ class Predictor:
             raise EngineError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
         if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
             raise EngineError(f"{name}: {architecture} predicts no tokens; a model that generates text is needed")
+        self.device = self.model.device
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
@@ -87,7 +90,7 @@ class Predictor:
 
         body.forward = forward
         try:
-            inputs = torch.tensor([ids], device=self.model.device)
+            inputs = torch.tensor([ids], device=self.device)
             for at in range(0, len(ids), rows):
                 now = slice(at, at + rows)
                 yield self.model(input_ids=inputs, use_cache=False).logits[0]
@@ -97,11 +100,48 @@ class Predictor:
             body.forward = read
 
 
-def limits(name: str, folder: Path) -> tuple[int, int | None]:
-    """How many tokens a checkpoint's model tells apart, and reads at most, if it says so. Raises EngineError."""
+class StreamedPredictor(Predictor):
+    """A checkpoint too large for memory: its layers read all windows, one layer after another, before the head does."""
+
+    def __init__(
+        self, name: str, folder: Path, windows: Sequence[Window], advance: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Let each layer read, which `advance(tokens)` is told of. Raises EngineError, UnsupportedModelError."""
+        self.name = name
+        self._streamed = StreamedModel(name, Checkpoint.open(folder))
+        self.model, self.device = self._streamed.model, self._streamed.device
+        self._states = self._read({window.ids[:-1]: None for window in windows}, advance)
+        self._streamed.fill_head()
+
+    def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
+        """As a `Predictor`'s, of the windows that were read."""
+        self._streamed.last_states(self._states[tuple(ids)])
+        found: Iterator[Any] = super().logits(ids, rows)
+        return found
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _read(self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None]) -> dict[tuple[int, ...], Any]:
+        """The states [1, tokens, hidden] that leave the last layer, by the ids that were read."""
+        states: dict[tuple[int, ...], Any] = {}
+        kwargs: dict[int, Any] = {}  # depend on the length alone
+        for ids in readings:
+            states[ids], kwargs[len(ids)] = self._streamed.embed(ids)
+        for number in range(self._streamed.count):
+            with self._streamed.layer(number) as layer:
+                for ids in states:
+                    states[ids] = forward(layer, states[ids], kwargs[len(ids)][number])
+                    advance(len(ids))
+        return states
+
+
+def limits(name: str, folder: Path) -> tuple[int, int | None, int]:
+    """How many tokens a checkpoint's model tells apart, and reads at most, if it says so; and how many layers it has.
+
+    Raises EngineError.
+    """
     try:
         config = _config(folder).get_text_config(decoder=True)
-        return int(config.vocab_size), getattr(config, "max_position_embeddings", None)
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None), int(config.num_hidden_layers)
     except Exception as error:
         raise EngineError(f"{name}: its config cannot be read: {_first_line(error)}") from error
 
