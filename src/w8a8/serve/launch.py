@@ -31,6 +31,7 @@ from w8a8.machine import Gpu, gigabytes
 from w8a8.memory import Fit, fit, ram_needed
 from w8a8.memory.fit import DEFAULT_CONTEXT as CONTEXT
 from w8a8.memory.model import Model
+from w8a8.serve import int8_kernel
 from w8a8.serve.calling import Call, can_chat
 from w8a8.serve.installed import Installed, find
 from w8a8.serve.process import running
@@ -238,19 +239,21 @@ def _vllm(asked: _Asked, found: Installed | None, devices: Sequence[Gpu]) -> Lau
     headers = open_headers(asked.checkpoint)
     place = _place(headers, devices, asked)
     model, revision = _model(asked.checkpoint)
+    int8 = detect(headers.config).w8a8
+    argv = command(
+        model,
+        options,
+        gpus=place.gpus,
+        context=place.context,
+        kv_cache_bytes=None if "VLLM_CPU_KVCACHE_SPACE" in os.environ else place.kv_cache_bytes,
+        revision=revision,
+        int8=int8,
+    )
+    kernel = int8_kernel.notice(place.gpus, found, given(argv).get("--linear-backend", "auto")) if int8 else None
     return Launch(
         "vllm",
         asked.checkpoint,
-        tuple(
-            command(
-                model,
-                options,
-                gpus=place.gpus,
-                context=place.context,
-                kv_cache_bytes=None if "VLLM_CPU_KVCACHE_SPACE" in os.environ else place.kv_cache_bytes,
-                revision=revision,
-            )
-        ),
+        tuple(argv),
         Call(
             host,
             port,
@@ -258,7 +261,7 @@ def _vllm(asked: _Asked, found: Installed | None, devices: Sequence[Gpu]) -> Lau
             chat=_chats(asked.checkpoint, options.extra),
             key=asked.shown_key,
         ),
-        (*notices, *place.notices),
+        (*notices, *place.notices, *filter(None, (kernel,))),
         program=found.program if found else (),
         api_key=asked.api_key,
     )

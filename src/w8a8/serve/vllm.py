@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from w8a8.machine import Gpu
+from w8a8.vllm_plugin.rule import cutlass_fails
 
 TEXT_ONLY = '{"image":0,"audio":0,"video":0}'
 """`--limit-mm-per-prompt` of a server for text alone: no encoder is loaded. A model without encoders ignores it."""
@@ -43,22 +44,29 @@ def command(
     context: int,
     kv_cache_bytes: int | None = None,
     revision: str | None = None,
+    int8: bool = False,
 ) -> list[str]:
     """`vllm serve MODEL ...` for a model split over `gpus`, those of each node; none means a CPU.
 
     `context` is the longest request in tokens. On a CPU `kv_cache_bytes` is the KV cache's size: there vLLM takes its
-    memory utilization as a share of all RAM, and does not start if others have taken part of that.
+    memory utilization as a share of all RAM, and does not start if others have taken part of that. `int8`: whether the
+    model's layers are INT8 W8A8.
     """
     argv = ["vllm", "serve", model]
     passed_on = given(options.extra)
-    for flag, *value in _flags(options, gpus, context, kv_cache_bytes, revision):
+    for flag, *value in _flags(options, gpus, context, kv_cache_bytes, revision, int8):
         if flag not in passed_on:
             argv += [flag, *value]
     return [*argv, *options.extra]
 
 
 def _flags(
-    options: Options, gpus: Sequence[Gpu], context: int, kv_cache_bytes: int | None, revision: str | None
+    options: Options,
+    gpus: Sequence[Gpu],
+    context: int,
+    kv_cache_bytes: int | None,
+    revision: str | None,
+    int8: bool,
 ) -> Iterator[tuple[str, ...]]:
     if gpus:
         yield "--tensor-parallel-size", str(len(gpus))
@@ -74,7 +82,8 @@ def _flags(
         yield "--limit-mm-per-prompt", TEXT_ONLY
     if options.trust_remote_code:
         yield ("--trust-remote-code",)
-    if any(gpu.is_rdna for gpu in gpus):  # of vLLM's INT8 kernels on ROCm, AITER's are for the Instinct line only
+    # Of vLLM's INT8 kernels AITER's are for the Instinct line only, and CUTLASS's end with Hopper.
+    if any(gpu.is_rdna or (int8 and cutlass_fails(gpu.arch)) for gpu in gpus):
         yield "--linear-backend", "triton"
     if revision:
         yield "--revision", revision

@@ -40,10 +40,15 @@ def known(version: str) -> bool:
     return _KNOWN.fullmatch(version) is not None
 
 
-def goes_first(arch: str, *, faster: bool) -> bool:
-    """Whether our kernel stands before all of vLLM's on `arch` (`sm_90`; `gfx1100`), `faster` or not as measured."""
+def cutlass_fails(arch: str) -> bool:
+    """Whether vLLM's CUTLASS claims INT8 layers on `arch` (`sm_90`; `gfx1100`) without being able to run them."""
     match = re.fullmatch(r"sm_(\d+)a?", arch)
-    return match is not None and (faster or int(match[1]) >= CUTLASS_ENDS)
+    return match is not None and int(match[1]) >= CUTLASS_ENDS
+
+
+def goes_first(arch: str, *, faster: bool) -> bool:
+    """Whether our kernel stands before all of vLLM's on `arch`, `faster` or not as measured."""
+    return cutlass_fails(arch) or (faster and arch.startswith("sm_"))
 
 
 def aiter_asked_for(arch: str, environment: Mapping[str, str]) -> bool:

@@ -1,0 +1,69 @@
+"""Which INT8 kernel vLLM will run, said before anything is loaded, by the rules that the plugin itself goes by."""
+
+import os
+from collections.abc import Mapping, Sequence
+
+from w8a8.machine import Gpu
+from w8a8.serve.installed import Installed
+from w8a8.vllm_plugin.rule import CPU, CUTLASS, NAMES, OURS, SWITCH, aiter_asked_for, chosen, cutlass_fails, known
+
+INSTALL = "pip install 'w8a8[vllm]' in vLLM's environment"
+
+
+def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | None:
+    """A sentence on the kernel of INT8 layers on `gpus` (none: on a CPU); None if they are not all of one known kind.
+
+    `found` is the vLLM that will run, None where GPUs are only described; `backend` is its `--linear-backend`.
+    """
+    if not gpus:
+        return f"INT8 kernel: {NAMES[CPU]}"
+    arch, *others = {gpu.arch for gpu in gpus}
+    if others or not arch:
+        return None
+    hindrance = _hindrance(found, os.environ) if found else ""
+    ours, theirs = (_chosen(arch, backend, active=active and not hindrance) for active in (True, False))
+    if ours == CUTLASS and cutlass_fails(arch):
+        return f"INT8 kernel: {NAMES[CUTLASS]}, which has none for {arch}: vLLM will die; try --linear-backend triton"
+    if found is None and ours != theirs:
+        return f"INT8 kernel: {NAMES[ours]} where its plugin is ({INSTALL}), else {_with_warning(theirs, arch)}"
+    if ours == OURS:
+        return f"INT8 kernel: {NAMES[OURS]}, by the plugin in this vLLM"
+    if hindrance and _chosen(arch, backend, active=True) == OURS:
+        return f"INT8 kernel: {_with_warning(theirs, arch)}; {NAMES[OURS]} would run, but its plugin {hindrance}"
+    return f"INT8 kernel: {NAMES[ours]}"
+
+
+def _chosen(arch: str, backend: str, *, active: bool) -> str:
+    faster = active and arch.startswith("sm_") and _measured_faster(arch)
+    with_aiter = aiter_asked_for(arch, os.environ)
+    return chosen(arch, ours=active, backend=backend, with_aiter=with_aiter, faster=faster)
+
+
+def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:
+    """Why the plugin will not be active in `found`, empty if it will."""
+    if not found.plugin:
+        return f"is not installed: {INSTALL}"
+    if not known(found.version):
+        return f"knows vLLM 0.32 alone, and this is {found.version}"
+    if environment.get(SWITCH) == "0":
+        return f"is switched off by {SWITCH}=0"
+    if "w8a8" not in environment.get("VLLM_PLUGINS", "w8a8").split(","):
+        return "is not among VLLM_PLUGINS"
+    return ""
+
+
+def _with_warning(kernel: str, arch: str) -> str:
+    """vLLM's own kernel, and what would happen without the flag that this command adds for it."""
+    if not cutlass_fails(arch):
+        return NAMES[kernel]
+    return (
+        f"{NAMES[kernel]} (without --linear-backend triton vLLM takes CUTLASS, which has no INT8 for {arch}, and dies)"
+    )
+
+
+def _measured_faster(arch: str) -> bool:
+    try:
+        from w8a8.kernels.tiles import faster
+    except ImportError:  # no torch in this environment, so nothing was measured with it
+        return False
+    return faster(arch)
