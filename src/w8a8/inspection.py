@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.remote import open_headers
 from w8a8.formats import detect
 from w8a8.plan import Rules
@@ -23,7 +23,10 @@ class ComponentRow:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """A checkpoint at a glance. `parameters` leaves out the scales of a quantized one."""
+    """A checkpoint at a glance. `parameters` leaves out the scales of a quantized one.
+
+    `recipe` is how this tool quantized it, and on what text, as its first shard says; else empty.
+    """
 
     name: str
     architectures: tuple[str, ...]
@@ -35,6 +38,7 @@ class Inspection:
     components: tuple[ComponentRow, ...]
     scheme: str
     w8a8: bool
+    recipe: str
     excludes: tuple[str, ...]
     not_needed: tuple[str, ...]
     specs: tuple[TensorSpec, ...]
@@ -75,7 +79,13 @@ def inspect(source: str | Path) -> Inspection:
         components=tuple(sorted(rows, key=lambda row: -row.nbytes)),
         scheme=scheme.summary,
         w8a8=scheme.w8a8,
+        recipe=_recipe(checkpoint),
         excludes=scheme.excludes,
         not_needed=tuple(left.name for left in checkpoint.left_out),
         specs=tuple(checkpoint.tensors.values()),
     )
+
+
+def _recipe(checkpoint: Checkpoint) -> str:
+    metadata = checkpoint.shards[0].metadata
+    return ", on ".join(metadata[key] for key in ("w8a8_recipe", "w8a8_calibration") if key in metadata)

@@ -149,7 +149,8 @@ class Terminal:
             )
         table.add_row("total", "", f"{found.tensors:,}", count(found.parameters), size(found.nbytes), "", style="bold")
         self._out.print(table)
-        self._say(f"{plural(found.shards, 'shard')}; {clean(found.scheme)}")
+        recipe = f"; recipe {clean(found.recipe)}" if found.recipe else ""
+        self._say(f"{plural(found.shards, 'shard')}; {clean(found.scheme)}{recipe}")
         if found.excludes:
             self._say(f"excludes {len(found.excludes)}: {_some(found.excludes)}")
         if tensors:

@@ -4,6 +4,9 @@ The structure is compared first, from headers: every source tensor accounted for
 in agreement. Then every byte is: the source is streamed as in quantizing, and each block is compared with its
 counterpart. Copies must be identical. Codes times scale must lie where rounding to nearest leaves them: within half a
 scale for this project's own arithmetic, within one and a half for tools that clip and round their scales.
+
+Of what w8a8.json says was calibrated, weights must be their source but for factors of whole rows and columns, and those
+factors must be the ones that the norms before them ask for (`folds.py`).
 """
 
 import hashlib
@@ -14,13 +17,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from w8a8 import folds
 from w8a8.checkpoint import Checkpoint, Shard, TensorSpec, resolve
 from w8a8.checkpoint.reader import INDEX, read_json
 from w8a8.errors import W8A8Error
@@ -76,6 +80,7 @@ class VerifyResult:
     tensors: tuple[TensorError, ...]
     copied: int
     checksums: int
+    folded: int = 0
 
     @property
     def ok(self) -> bool:
@@ -109,7 +114,8 @@ class VerifyResult:
         total = sqnr(sum(t.signal for t in self.tensors), sum(t.noise for t in self.tensors))
         checked = f"{self.checksums} checksums hold" if self.checksums else "no w8a8.json, so no checksums to check"
         quantized = f"{len(self.tensors)} tensors quantized at {total:.2f} dB SQNR"
-        return f"OK: {quantized}, {self.copied} copied bit for bit; {checked}"
+        copied = f"{self.copied} copied bit for bit" + (f", {self.folded} folded" if self.folded else "")
+        return f"OK: {quantized}, {copied}; {checked}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; an infinite SQNR (no error at all) is null."""
@@ -123,6 +129,7 @@ class VerifyResult:
             "problems": list(self.problems),
             "warnings": list(self.warnings),
             "copied": self.copied,
+            "folded": self.folded,
             "checksums": self.checksums,
             "components": components,
             "tensors": rows,
@@ -139,11 +146,34 @@ class Job:
     provenance: Mapping[str, Any] | None
     rules: Rules
 
+    def calibrated(self, kind: str) -> frozenset[str]:
+        """The tensors that calibration has `changed` (codes) or `folded` (copies)."""
+        return frozenset(name for name in _list(self._calibration.get(kind)) if isinstance(name, str))
+
+    @property
+    def folds(self) -> tuple["Fold", ...]:
+        """The norms that calibration has changed, and what reads them."""
+        return tuple(fold for entry in _list(self._calibration.get("norms")) if (fold := _fold(entry, self)))
+
+    @property
+    def _calibration(self) -> Mapping[str, Any]:
+        return section(self.provenance or {}, "calibration")
+
     @property
     def error_limit(self) -> float:
         """How far a weight may have moved, in units of its scale."""
         ours = self.provenance is not None and self.provenance.get("format") in {"quark", "compressed-tensors"}
         return HALF_A_SCALE if ours else FOREIGN_LIMIT
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A norm's weight in the source and in the result, what the norm adds to it, and the weights that read it."""
+
+    before: TensorSpec
+    after: TensorSpec
+    offset: float
+    readers: tuple[str, ...]
 
 
 def prepare(out: str | Path, source: str | Path) -> Job:
@@ -176,8 +206,11 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
     (problems if job.provenance is not None else warnings).extend(_bookkeeping_problems(job))
     comparison = _compare_bytes(job, workers or worker_count(), advance)
     problems += comparison.problems
+    problems += _fold_problems(job, comparison.factors)
     tensors = sorted(comparison.errors, key=lambda t: (t.sqnr_db, t.name))
-    return VerifyResult(tuple(problems), tuple(warnings), tuple(tensors), comparison.copied, comparison.checksums)
+    return VerifyResult(
+        tuple(problems), tuple(warnings), tuple(tensors), comparison.copied, comparison.checksums, comparison.folded
+    )
 
 
 def sqnr(signal: float, noise: float) -> float:
@@ -284,12 +317,16 @@ class _Comparison:
     errors: list[TensorError]
     copied: int = 0
     checksums: int = 0
+    folded: int = 0
+    factors: dict[str, tuple[folds.Floats, folds.Floats]] = field(default_factory=dict)
 
     def add(self, other: "_Comparison") -> None:
         self.problems += other.problems
         self.errors += other.errors
         self.copied += other.copied
         self.checksums += other.checksums
+        self.folded += other.folded
+        self.factors |= other.factors
 
 
 def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> _Comparison:
@@ -349,25 +386,28 @@ def _compare_shard(job: Job, shard: Shard, stop: threading.Event, advance: Calla
     return found
 
 
-def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _CodesTally | None":
+def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _FoldedTally | _CodesTally | None":
     """What to do with a tensor's bytes; nothing where the headers already tell that it is wrong."""
     made = job.out.tensors.get(tensor.name)
     if made is None or made.shape != tensor.shape:
         return None
     if made.dtype == tensor.dtype:
-        return _CopyTally(tensor, made)
+        return (
+            _FoldedTally if tensor.name in job.calibrated("folded") and tensor.dtype in QUANTIZABLE else _CopyTally
+        )(tensor, made)
     scale = _scale_of(tensor, job.out)
     if not _is_quantized(tensor, job) or scale is None or any(_scale_shape_problems(tensor, scale)):
         return None
-    return _CodesTally(tensor, made, _read_scale(job.out, scale))
+    kind = _ChangedTally if tensor.name in job.calibrated("changed") else _CodesTally
+    return kind(tensor, made, _read(job.out, scale))
 
 
-def _read_scale(out: Checkpoint, scale: TensorSpec) -> NDArray[np.float32]:
-    raw = bytearray(scale.nbytes)
-    path = out.path / scale.shard
+def _read(checkpoint: Checkpoint, tensor: TensorSpec) -> NDArray[np.float32]:
+    raw = bytearray(tensor.nbytes)
+    path = checkpoint.path / tensor.shard
     with path.open("rb", buffering=0) as file:
-        read_exactly(file.fileno(), memoryview(raw), scale.offset, path)
-    return decode(raw, scale.dtype)
+        read_exactly(file.fileno(), memoryview(raw), tensor.offset, path)
+    return decode(raw, tensor.dtype)
 
 
 class _CopyTally:
@@ -388,6 +428,19 @@ class _CopyTally:
             found.copied += 1
         else:
             found.problems.append(f"{self.source.name}: copied, but not bit for bit")
+
+
+class _FoldedTally(_CopyTally):
+    """A copied tensor that something was folded into: finite."""
+
+    def compare(self, data: memoryview, made: memoryview, _row: int) -> None:  # noqa: ARG002 - it may differ
+        self._same = self._same and bool(np.isfinite(decode(bytes(made), self.made.dtype)).all())
+
+    def conclude(self, found: _Comparison, _job: Job) -> None:
+        if self._same:
+            found.folded += 1
+        else:
+            found.problems.append(f"{self.source.name}: folded, but holds NaN or infinity")
 
 
 class _CodesTally:
@@ -419,19 +472,92 @@ class _CodesTally:
 
     def conclude(self, found: _Comparison, job: Job) -> None:
         name = self.source.name
+        ratio = sqnr(self._signal, self._noise)
         if self._bad_scales:
             found.problems.append(
                 f"{name}: {self._bad_scales} of {len(self._scale)} scales are not finite and positive"
             )
-        elif not self._max_error <= job.error_limit:
-            found.problems.append(
-                f"{name}: a weight is {self._max_error:.3g} scales away from its source; rounding alone leaves at most "
-                f"{job.error_limit:.2g}"
-            )
+        else:
+            found.problems += self._error_problems(job, ratio)
         component = job.rules.judge(self.source).component
-        ratio = sqnr(self._signal, self._noise)
         found.errors.append(
             TensorError(
                 name, component, ratio, self._max_error, self._saturated, self._zeroed, self._signal, self._noise
             )
         )
+
+    def _error_problems(self, job: Job, _ratio: float) -> list[str]:
+        """Further from the source than rounding to nearest takes it."""
+        if self._max_error <= job.error_limit:
+            return []
+        return [
+            f"{self.source.name}: a weight is {self._max_error:.3g} scales away from its source; rounding alone leaves "
+            f"at most {job.error_limit:.2g}"
+        ]
+
+
+class _ChangedTally(_CodesTally):
+    """A calibrated tensor: compared with its source after the factors of rows and columns that fit best."""
+
+    def __init__(self, source: TensorSpec, made: TensorSpec, scale: NDArray[np.float32]) -> None:
+        super().__init__(source, made, scale)
+        self._weighted, self._energy = np.zeros((2, source.shape[1]))
+
+    def compare(self, data: memoryview, made: memoryview, row: int) -> None:
+        weights = decode(bytes(data), self.source.dtype).reshape(-1, self.source.shape[1])
+        codes = np.frombuffer(made, np.int8).reshape(weights.shape)
+        scale = self._scale[row : row + len(weights), None]
+        with np.errstate(all="ignore"):
+            found = codes * scale
+            rows, columns = folds.fit(weights, found)
+            error = np.abs(weights * (rows[:, None] * columns) - found)
+            energy = (weights.astype(np.float64) ** 2).sum(0)
+            self._weighted += energy * columns
+            self._energy += energy
+            self._signal += float((found.astype(np.float64) ** 2).sum())
+            self._noise += float((error**2).sum())
+            self._max_error = float(np.maximum(self._max_error, np.max(error / scale)))  # NaN stays
+        self._saturated += int(np.count_nonzero(np.abs(codes.astype(np.int16)) >= 127))
+        self._zeroed += int(np.count_nonzero(weights.any(1) & ~codes.any(1)))
+
+    def conclude(self, found: _Comparison, job: Job) -> None:
+        super().conclude(found, job)
+        columns = np.divide(self._weighted, self._energy, out=np.ones_like(self._energy), where=self._energy > 0)
+        found.factors[self.source.name] = columns, self._energy
+
+    def _error_problems(self, _job: Job, ratio: float) -> list[str]:
+        """Not the source, by whatever factors."""
+        if ratio >= folds.MIN_SQNR_DB:
+            return []
+        return [
+            f"{self.source.name}: {ratio:.1f} dB from its source after the best factors of its rows and columns; "
+            f"calibration leaves at least {folds.MIN_SQNR_DB:.0f}"
+        ]
+
+
+def _fold_problems(job: Job, factors: Mapping[str, tuple[folds.Floats, folds.Floats]]) -> Iterator[str]:
+    """Norms that do not undo what was folded into the weights behind them."""
+    for fold in job.folds:
+        before, after = _read(job.source, fold.before), _read(job.out, fold.after)
+        for name in fold.readers:
+            columns, energy = factors.get(name, (np.ones(len(before)), np.ones(len(before))))
+            if (
+                len(columns) != len(before)
+                or folds.misfit(columns, energy, before, after, fold.offset) > folds.MAX_MISFIT
+            ):
+                yield f"{name}: what was folded into it is not what was taken out of {fold.before.name}"
+
+
+def _fold(entry: Any, job: Job) -> Fold | None:
+    """A fold as w8a8.json records it, if it is one."""
+    name, offset, readers = (entry.get(key) if isinstance(entry, dict) else None for key in ("name", "offset", "into"))
+    before, after = job.source.tensors.get(str(name)), job.out.tensors.get(str(name))
+    if before is None or after is None or before.shape != after.shape or before.dtype not in QUANTIZABLE:
+        return None
+    if after.dtype != before.dtype or not isinstance(offset, int | float):
+        return None
+    return Fold(before, after, float(offset), tuple(map(str, _list(readers))))
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,15 +1,17 @@
 """What a user asks of calibration: which recipe, on how much of what text, and what may stay in BF16."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from w8a8.errors import UsageError
 
 RecipeName = Literal["smooth", "smooth+gptq", "auto"]
 RECIPES = ("rtn", *get_args(RecipeName))
 """The first rounds to nearest, and needs no calibration."""
+
+BUILT_IN = "built-in text"
+"""The name of the text there is if none is given."""
 
 SAMPLES, TOKENS = 64, 512
 """How many samples, and how many tokens each, if nothing is said."""
@@ -24,10 +26,6 @@ class Request:
     samples: int
     tokens: int
     keep_bf16: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """What of it decides the result, beside the text."""
-        return {"samples": self.samples, "tokens": self.tokens, "keep_bf16": self.keep_bf16}
 
 
 def request(
@@ -51,13 +49,6 @@ def request(
     if compat is not None:
         raise UsageError(f"--compat {compat} reproduces what another tool rounds to nearest; leave out --recipe")
     return Request(name, text, samples, tokens, keep)  # type: ignore[arg-type]
-
-
-def options(recorded: Mapping[str, Any]) -> list[str]:
-    """The options that ask for what a result's record says, but for the text."""
-    said = [("samples", SAMPLES), ("tokens", TOKENS)]
-    found = [f"--{name} {recorded[name]}" for name, default in said if recorded.get(name, default) != default]
-    return found + ([f"--keep-bf16 {recorded['keep_bf16'] * 100:g}%"] if recorded.get("keep_bf16") else [])
 
 
 def _share(text: str) -> float:

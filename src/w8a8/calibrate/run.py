@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +108,7 @@ def calibrated(
                 gains = _pass(folder, plan, setup, done)
         _say_gains(gains, notice)
         finished = _finished(folder, model.count)
-        yield Calibrated(make(kept=kept, calibration=_record(finished, setup, plan)), finished)
+        yield Calibrated(make(kept=kept, calibration=_record(finished, setup, plan, kept)), finished)
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -292,15 +292,24 @@ def _finished(folder: Path, layers: int) -> dict[str, Finished]:
     return {spec.name: Finished(path, spec) for path in paths for spec in read_header(path).tensors}
 
 
-def _record(finished: Mapping[str, Finished], setup: Setup, plan: Plan) -> dict[str, Any]:
+def _record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Collection[str]) -> dict[str, Any]:
     """What `w8a8.json` says of it: the text, the options, and which tensors are not what rounding would make them."""
     changed = sorted(d.tensor.name for d in plan.decisions if d.quantize and d.tensor.name in finished)
     folded = sorted(d.tensor.name for d in plan.decisions if not d.quantize and d.tensor.name in finished)
+    model, norms = setup.model, []
+    for number in range(model.count):
+        for group in groups_of(setup.checkpoint.config, model.hollow(number)):
+            norm = model.tensor(number, f"{group.producer}.weight").name if group.kind == "norm" else ""
+            if norm in folded:
+                into = [model.tensor(number, f"{path}.weight").name for path in group.consumers]
+                norms.append({"name": norm, "offset": group.offset, "into": into})
     return {
         "text": {"name": setup.text.name, "sha256": setup.text.sha256},
         "samples": len(setup.samples),
         "tokens": setup.request.tokens,
         "keep_bf16": setup.request.keep_bf16,
+        "kept": sorted(kept),
         "changed": changed,
         "folded": folded,
+        "norms": norms,
     }

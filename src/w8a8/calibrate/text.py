@@ -16,10 +16,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from w8a8.calibrate.request import BUILT_IN
 from w8a8.errors import HubError, MissingExtraError, SourceNotFoundError, UsageError
 from w8a8.texts import first_token, read, rows, strings
 
-BUILT_IN = "built-in text"
 MAX_RECORDS = 20_000
 """Of a data set."""
 MIN_SAMPLES = 2

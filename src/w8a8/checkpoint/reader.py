@@ -10,7 +10,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
@@ -38,11 +38,12 @@ MAX_JSON_DEPTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its name in the folder, size in bytes, and tensors in file order."""
+    """One safetensors file: its name in the folder, bytes, tensors in file order, and what its header says of it."""
 
     name: str
     size: int
     tensors: tuple[TensorSpec, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def _open_shard(path: Path, name: str) -> Shard:
         if not file.is_file():
             raise MissingShardError(f"{file}: the index names this shard, but it is not there; finish the download")
     header = read_header(file, name)
-    return Shard(name, header.file_size, header.tensors)
+    return Shard(name, header.file_size, header.tensors, header.metadata)
 
 
 def _check_copyable(file: Path) -> None:

@@ -169,13 +169,17 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
         "recipe": plan.recipe,
         **({"calibration": plan.calibration} if plan.calibration else {}),
         "scheme": {
-            "weights": "int8, symmetric, per output channel, static, round half to even",
+            "weights": f"int8, symmetric, per output channel, static, {_rounding(plan)}",
             "activations": "int8, symmetric, per token, dynamic",
         },
         "bytes": {"source": plan.bytes_in, "result": sum(shard.data_bytes for shard in plan.shards)},
         "quantized_tensors": sum(decision.quantize for decision in plan.decisions),
         "shards": {record.name: {"size": record.size, "sha256": record.sha256} for record in records},
     }
+
+
+def _rounding(plan: Plan) -> str:
+    return "scales and codes chosen by calibration" if plan.calibration else "round half to even"
 
 
 def _copy(source: Path, target: Path) -> None:

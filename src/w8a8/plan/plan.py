@@ -170,13 +170,22 @@ def make_plan(
         shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
         exclude=tuple(selection.left_alone),
         config={**checkpoint.config, "quantization_config": fmt.quantization_config(selection)},
-        metadata={"format": "pt", **(metadata or {})},
+        metadata={"format": "pt", **(metadata or {}), **_metadata(calibration or {})},
         indexed=checkpoint.indexed,
         sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
         left_out=tuple((left.name, left.reason) for left in checkpoint.left_out),
         warnings=tuple(_warnings(rules, decisions)),
         calibration=calibration or {},
     )
+
+
+def _metadata(calibration: Mapping[str, Any]) -> dict[str, str]:
+    """What every shard says of calibration."""
+    if not calibration:
+        return {}
+    text = calibration["text"]
+    said = f"{calibration['samples']} x {calibration['tokens']} tokens of {text['name']} (SHA-256 {text['sha256']})"
+    return {"w8a8_calibration": said}
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:

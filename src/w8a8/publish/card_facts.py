@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w8a8 import machine
+from w8a8.calibrate.request import BUILT_IN, RECIPES, SAMPLES, TOKENS
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import DoesNotFitError, UsageError, W8A8Error
 from w8a8.evals.compare import compare
@@ -261,7 +262,7 @@ def commands(made: Made, base: str | None, name: str) -> str:
     source = base or made.source
     source += f"@{made.revision}" if made.revision and source == made.source and made.from_hub else ""
     source, target = shlex.quote(source), shlex.quote(name.rpartition("/")[2])
-    options = [*_format_options(made.format), *_selection_options(made)]
+    options = [*_format_options(made.format), *_recipe_options(made), *_selection_options(made)]
     quantize = " \\\n  ".join([f"w8a8 quantize {source} {target}", *options])
     return f"{quantize}\nw8a8 verify {target} --source {source}"
 
@@ -288,6 +289,20 @@ def _format_options(label: str) -> list[str]:
     return [f"--compat {mode}"] if mode else [] if name == FORMATS[0] else [f"--format {name}"]
 
 
+def _recipe_options(made: Made) -> list[str]:
+    """The options that calibrate it so; of the text, its name is all that is known."""
+    found = made.calibration
+    if found is None:
+        return []
+    if made.recipe not in RECIPES:
+        raise W8A8Error(f"{PROVENANCE}: {made.recipe!r} is no recipe that this version knows")
+    text = [] if found.text == BUILT_IN else [f"--calibration {shlex.quote(found.text)}"]
+    sizes = [("samples", found.samples, SAMPLES), ("tokens", found.tokens, TOKENS)]
+    options = [f"--{name} {value}" for name, value, default in sizes if value != default]
+    keep = [f"--keep-bf16 {found.keep_bf16 * 100:g}%"] if found.keep_bf16 else []
+    return [f"--recipe {made.recipe}", *text, *options, *keep]
+
+
 def _selection_options(made: Made) -> list[str]:
     """Where the choice of tensors is not what the rules make it: the options that make it so."""
     rules = Rules.for_config(made.checkpoint.config)
@@ -295,7 +310,8 @@ def _selection_options(made: Made) -> list[str]:
     for tensor in made.checkpoint.tensors.values():
         quantized = is_quantized(tensor, made)
         verdict = rules.judge(replace(tensor, dtype="BF16") if quantized else tensor)
-        if quantized != verdict.quantize:
+        kept = made.calibration is not None and module_name(tensor.name) in made.calibration.kept
+        if quantized != verdict.quantize and not kept:
             module = shlex.quote(glob.escape(printable(module_name(tensor.name))))
             options.append(f"--{'include' if quantized else 'exclude'} {module}")
     return options

@@ -23,6 +23,18 @@ UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 """Weights by their names: beside a checkpoint's own they have no business."""
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """On what it was calibrated, by what share it might grow, and the modules that were left as they are for it."""
+
+    text: str
+    sha256: str
+    samples: int
+    tokens: int
+    keep_bf16: float
+    kept: frozenset[str]
+
+
 @dataclass(frozen=True)
 class Made:
     """An opened W8A8 checkpoint and its provenance.
@@ -37,6 +49,7 @@ class Made:
     revision: str | None
     format: str
     recipe: str
+    calibration: Calibration | None
     source_bytes: int
     arithmetic: Mapping[str, str]
     shards: Mapping[str, tuple[int, str]]
@@ -102,10 +115,21 @@ def _provenance(values: Mapping[str, Any]) -> dict[str, Any]:
         "revision": None if source.get("revision") is None else _text(source, "revision"),
         "format": _text(values, "format"),
         "recipe": _text(values, "recipe"),
+        "calibration": _calibration(section(values, "calibration")) if "calibration" in values else None,
         "source_bytes": _number(section(values, "bytes"), "source"),
         "arithmetic": {key: _text(section(values, "scheme"), key) for key in ("weights", "activations")},
         "shards": {name: _shard(values, name) for name in section(values, "shards")},
     }
+
+
+def _calibration(values: Mapping[str, Any]) -> Calibration:
+    text, share, kept = section(values, "text"), values.get("keep_bf16"), values.get("kept")
+    if not isinstance(share, float) or not 0 <= share <= 1:
+        raise ValueError("keep_bf16 is no share")
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise ValueError("kept are no names")
+    numbers = (_number(values, "samples"), _number(values, "tokens"))
+    return Calibration(_text(text, "name"), _text(text, "sha256"), *numbers, share, frozenset(kept))
 
 
 def _shard(values: Mapping[str, Any], name: str) -> tuple[int, str]:
