@@ -3,7 +3,7 @@
 What it computes is the second half of the W8A8 layer (`runtime/linear.py` tells the whole):
 
     acc = sum over k of x_q[m, k] * w_q[n, k]          INT32, exact
-    y   = (acc * w_scale[n]) * x_scale[m] + bias[n]    FP32, in this order, every operation rounded; then once to y's dtype
+    y   = (acc * w_scale[n]) * x_scale[m] + bias[n]    FP32, in this order, each operation rounded; then to y's dtype
 
 Weights lie K-major, as in the checkpoint, and so do activations, so that both are read 16 bytes at a time along K and
 nothing is transposed. The inner loop has no masks: rows beyond the end read the last row again, which costs nothing
@@ -49,8 +49,8 @@ def scaled_int8_mm(
 ) -> Tensor:
     """`x_q` int8 [M, K] times `w_q` int8 [N, K] transposed, scaled, plus bias: [M, N] of `out_dtype`.
 
-    `x_scale` float32 [M] or [M, 1]; `w_scale` float32 [N] or [N, 1]; `bias` [N] of any floating dtype; `out_dtype` BF16,
-    FP16 or FP32. `tile` defaults to what `tiles.choose` says. Raises ValueError for anything else.
+    `x_scale` float32 [M] or [M, 1]; `w_scale` float32 [N] or [N, 1]; `bias` [N] of any floating dtype; `out_dtype`
+    BF16, FP16 or FP32. `tile` defaults to what `tiles.choose` says. Raises ValueError for anything else.
     """
     m, n, k = _checked(x_q, w_q, x_scale, w_scale, bias, out_dtype)
     y = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
@@ -58,8 +58,8 @@ def scaled_int8_mm(
         return y
     tile = tile or choose(architecture(x_q.device), m, n, k)
     step = tile.block_k * tile.unroll
-    share = triton.cdiv(triton.cdiv(k, tile.split_k), step) * step
-    splits = triton.cdiv(k, share)
+    share = triton.cdiv(triton.cdiv(k, tile.split_k), step)
+    splits = triton.cdiv(k, share * step)
     scales = (x_scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous())
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.int32, device=x_q.device)
     _product_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)](
@@ -144,30 +144,33 @@ def _product_kernel(
 ):
     """One tile of the product: finished into `y` [M, N], or with SPLIT its share of K into INT32 `y` [splits, M, N]."""
     first_m, first_n = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
-    split = tl.program_id(1)
-    start = split * share
-    steps = tl.minimum(k - start, share)
     tokens = first_m + tl.arange(0, BLOCK_M)
     channels = first_n + tl.arange(0, BLOCK_N)
     inputs = tl.arange(0, BLOCK_K)
-    x_ptr += first_m.to(tl.int64) * x_stride + start
-    w_ptr += first_n.to(tl.int64) * w_stride + start
+    x_ptr += first_m.to(tl.int64) * x_stride
+    w_ptr += first_n.to(tl.int64) * w_stride
+    length = k
+    if SPLIT:
+        start = tl.program_id(1) * share * (BLOCK_K * UNROLL)  # as a product, or loads would not be known to be aligned
+        x_ptr += start
+        w_ptr += start
+        length = tl.minimum(k - start, share * (BLOCK_K * UNROLL))
     x_rows = (tl.minimum(tokens, m - 1) - first_m) * x_stride
     w_rows = (tl.minimum(channels, n - 1) - first_n) * w_stride
 
     if SWAP:
         a, b = w_ptr + w_rows[:, None] + inputs[None, :], x_ptr + x_rows[None, :] + inputs[:, None]
-        acc = _accumulate(a, b, steps, inputs, BLOCK_N, BLOCK_M, BLOCK_K, UNROLL, TAIL)
+        acc = _accumulate(a, b, length, inputs, BLOCK_N, BLOCK_M, BLOCK_K, UNROLL, TAIL)
         tokens, channels = tokens[None, :], channels[:, None]
     else:
         a, b = x_ptr + x_rows[:, None] + inputs[None, :], w_ptr + w_rows[None, :] + inputs[:, None]
-        acc = _accumulate(a, b, steps, inputs, BLOCK_M, BLOCK_N, BLOCK_K, UNROLL, TAIL)
+        acc = _accumulate(a, b, length, inputs, BLOCK_M, BLOCK_N, BLOCK_K, UNROLL, TAIL)
         tokens, channels = tokens[:, None], channels[None, :]
 
     offsets = tokens.to(tl.int64) * n + channels
     inside = (tokens < m) & (channels < n)
     if SPLIT:
-        tl.store(y_ptr + split.to(tl.int64) * m * n + offsets, acc, mask=inside)
+        tl.store(y_ptr + tl.program_id(1).to(tl.int64) * m * n + offsets, acc, mask=inside)
     else:
         y = _scaled(acc, x_scale_ptr, w_scale_ptr, bias_ptr, tokens, channels, m, n)
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -188,7 +191,7 @@ def _place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.const
 def _accumulate(
     a,
     b,
-    steps,
+    length,
     inputs,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -199,14 +202,15 @@ def _accumulate(
     """The INT32 product [ROWS, COLUMNS] of what the pointers `a` [ROWS, BLOCK_K], `b` [BLOCK_K, COLUMNS] lead to."""
     acc = tl.zeros((ROWS, COLUMNS), tl.int32)
     step: tl.constexpr = BLOCK_K * UNROLL
-    for _ in range(0, steps // step):
+    whole = length - length % step if TAIL else length
+    for _ in range(0, whole, step):
         for part in tl.static_range(UNROLL):
             acc = tl.dot(tl.load(a + part * BLOCK_K), tl.load(b + part * BLOCK_K), acc, out_dtype=tl.int32)
         a += step
         b += step
     if TAIL:
         for part in tl.static_range(UNROLL):
-            inside = inputs < steps % step - part * BLOCK_K
+            inside = inputs < length % step - part * BLOCK_K
             rest_a = tl.load(a + part * BLOCK_K, mask=inside[None, :], other=0)
             rest_b = tl.load(b + part * BLOCK_K, mask=inside[:, None], other=0)
             acc = tl.dot(rest_a, rest_b, acc, out_dtype=tl.int32)
@@ -224,9 +228,7 @@ def _scaled(acc, x_scale_ptr, w_scale_ptr, bias_ptr, tokens, channels, m, n):
 
 
 @triton.jit(do_not_specialize=["m", "splits"])
-def _finish_kernel(
-    partial_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, splits, BLOCK: tl.constexpr
-):
+def _finish_kernel(partial_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, splits, BLOCK: tl.constexpr):
     """Adds up `splits` INT32 products [M, N] and finishes them, BLOCK channels of one token per program."""
     token = tl.program_id(0)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
