@@ -48,6 +48,8 @@ CHOICES: list[tuple[dict[str, Any], str]] = [
     (HOPPER | {"measured_faster": True, "backend": "cutlass"}, CUTLASS),
     (AMPERE, CUTLASS),
     ({"platform": "cuda", "capability": 75, "backend": "triton"}, TRITON),
+    ({"platform": "rocm"}, OURS),  # a process that sees no GPU
+    ({"platform": "cuda"}, CUTLASS),
     ({"platform": "cpu", "variables": {"TRITON_INTERPRET": "0"}}, CPU),
     (RDNA3 | {"variables": {"VLLM_DISABLED_KERNELS": OURS}}, TRITON),
     *((RDNA3 | {"variables": {"W8A8_VLLM_PLUGIN": value}}, kernel) for value, kernel in (("0", TRITON), ("1", OURS))),
@@ -69,6 +71,9 @@ OBSTACLES = {
     "other lists": "vLLM keeps its kernels otherwise",
     "no lists": "vLLM's own INT8 kernels run",
 }
+ROUNDING = 0.02
+"""The relative error that codes may make which round the other way, where SiLU's result differs in its last bit."""
+
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PROMPT = [1, 5, 9, 33, 2, 7]
 TOKENS = 4
@@ -218,13 +223,21 @@ def test_torch_compile_sees_one_node_with_a_true_fake(answers: Answers) -> None:
     assert found["opcheck"] == ["SUCCESS"]
 
 
+@pytest.mark.parametrize("format_", FORMATS)
+def test_silu_and_quantization_are_one_operator_in_mlps_of_llama_s_kind(format_: str, answers: Answers) -> None:
+    found = answers.facts["fused"][format_]
+    assert found["nodes"] == ["w8a8.int8_linear", "w8a8.silu_and_mul_quantize", "w8a8.int8_linear"]
+    assert found["equal"]
+    assert found["error"] < ROUNDING
+
+
 def test_compiled_models_with_it_and_without_it_are_kept_apart(answers: Answers) -> None:
     without, with_it, again = answers.facts["cache_keys"]
     assert without != with_it == again
 
 
-def test_batch_invariance_is_as_vllm_s_variable_says(answers: Answers) -> None:
-    assert answers.facts["batch_invariant"] == {"asked": {"0": False, "1": True}, "equal": True}
+def test_a_token_s_result_does_not_depend_on_its_batch(answers: Answers) -> None:
+    assert answers.facts["batch_invariant"]
 
 
 def test_every_process_finds_it_and_a_model_split_over_two_says_the_same(

@@ -27,19 +27,23 @@ from vllm import _custom_ops as ops
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.model_executor.kernels import linear
-from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.fusion import fused_act_quant
+from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.schemes import CompressedTensorsW8A8Int8
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from vllm.model_executor.layers.quantization.utils import quant_utils
+from vllm.model_executor.models.llama import LlamaMLP
 from vllm.platforms import PlatformEnum, current_platform
 from vllm.platforms.interface import DeviceCapability
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 import w8a8.vllm_plugin
 from w8a8.kernels import tiles
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HIDDEN, INTERMEDIATE, HEADS = 128, 192, 2
+MLP = "model.layers.0.mlp"
 RANKS, RANK = 2, 1
 TOKENS = 5
 
@@ -51,6 +55,7 @@ def stock() -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(patch.dict(kernels, {key: [*value] for key, value in kernels.items()}))
         stack.enter_context(patch.dict(selected, {key: {*value} for key, value in selected.items()}))
+        stack.enter_context(patch.dict(fused_act_quant._FUSED_ACT_QUANT))
         yield
 
 
@@ -143,7 +148,8 @@ def registering(how: Mapping[str, Callable[[], Any]], name: str) -> dict[str, An
 
 def lists() -> Any:
     selected = linear._LINEAR_BACKEND_KERNEL_MAP.get("triton")
-    return {key.name: [*value] for key, value in linear._POSSIBLE_INT8_KERNELS.items()}, selected and {*selected}
+    kernels = {key.name: [*value] for key, value in linear._POSSIBLE_INT8_KERNELS.items()}
+    return kernels, selected and {*selected}, [*fused_act_quant._FUSED_ACT_QUANT]
 
 
 OBSTACLES: Mapping[str, Callable[[], Any]] = {
@@ -158,39 +164,59 @@ OBSTACLES: Mapping[str, Callable[[], Any]] = {
 
 
 def layers(folder: Path) -> Iterator[tuple[str, Any]]:
-    """Rank 1's share of a checkpoint's first layer, as vLLM's own classes load it, by name."""
+    """This rank's share of a checkpoint's first layer, as vLLM's own classes load it, by name."""
+    quantization, stored = opened(folder)
+    how: dict[str, Any] = {"bias": False, "quant_config": quantization, "params_dtype": torch.bfloat16}
+    attention = "model.layers.0.self_attn"
+    made = {
+        f"{attention}.qkv_proj": QKVParallelLinear(
+            HIDDEN, HIDDEN // HEADS, HEADS, prefix=f"{attention}.qkv_proj", **how
+        ),
+        f"{attention}.o_proj": RowParallelLinear(HIDDEN, HIDDEN, prefix=f"{attention}.o_proj", **how),
+    }
+    mlp = llama_mlp(quantization)
+    made |= {f"{MLP}.gate_up_proj": mlp.gate_up_proj, f"{MLP}.down_proj": mlp.down_proj}
+    for name, layer in made.items():
+        load(layer, name, stored)
+        yield name, layer
+
+
+def opened(folder: Path) -> tuple[Any, Mapping[str, Tensor]]:
+    """A checkpoint's quantization as vLLM reads it, and its tensors."""
     config = json.loads((folder / "config.json").read_text())["quantization_config"]
     quantization = get_quantization_config(config["quant_method"]).from_config(config)
     quantization.packed_modules_mapping = PACKED
-    stored = load_file(folder / "model.safetensors")
-    how: dict[str, Any] = {"bias": False, "quant_config": quantization, "params_dtype": torch.bfloat16}
-    attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
-    made: dict[str, tuple[Any, dict[str, Any]]] = {
-        f"{attention}.qkv_proj": (
-            QKVParallelLinear(HIDDEN, HIDDEN // HEADS, HEADS, prefix=f"{attention}.qkv_proj", **how),
-            dict(zip(PACKED["qkv_proj"], "qkv", strict=True)),
-        ),
-        f"{attention}.o_proj": (
-            RowParallelLinear(HIDDEN, HIDDEN, prefix=f"{attention}.o_proj", **how),
-            {"o_proj": None},
-        ),
-        f"{mlp}.gate_up_proj": (
-            MergedColumnParallelLinear(HIDDEN, [INTERMEDIATE] * 2, prefix=f"{mlp}.gate_up_proj", **how),
-            {"gate_proj": 0, "up_proj": 1},
-        ),
-        f"{mlp}.down_proj": (
-            RowParallelLinear(INTERMEDIATE, HIDDEN, prefix=f"{mlp}.down_proj", **how),
-            {"down_proj": None},
-        ),
-    }
-    for name, (layer, shards) in made.items():
-        for leaf, shard in shards.items():
-            base = f"{name.rpartition('.')[0]}.{leaf}"
-            for kind in ("weight", "weight_scale"):
-                parameter = getattr(layer, kind)
-                parameter.weight_loader(parameter, stored[f"{base}.{kind}"], *([] if shard is None else [shard]))
-        layer.quant_method.process_weights_after_loading(layer)
-        yield name, layer
+    return quantization, load_file(folder / "model.safetensors")
+
+
+def llama_mlp(quantization: Any) -> LlamaMLP:
+    with set_default_torch_dtype(torch.bfloat16):
+        return LlamaMLP(HIDDEN, INTERMEDIATE, "silu", quant_config=quantization, prefix=MLP)
+
+
+def load(layer: Any, name: str, stored: Mapping[str, Tensor]) -> None:
+    """Load a layer by its own loaders, from the tensors that are fused in it."""
+    block, _, leaf = name.rpartition(".")
+    for i, part in enumerate(PACKED.get(leaf, [leaf])):
+        shard = () if leaf not in PACKED else ("qkv"[i],) if leaf == "qkv_proj" else (i,)
+        for kind in ("weight", "weight_scale"):
+            parameter = getattr(layer, kind)
+            parameter.weight_loader(parameter, stored[f"{block}.{part}.{kind}"], *shard)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+def fused(folder: Path) -> dict[str, Any]:
+    """An MLP of Llama's kind as vLLM runs it, with quantization fused into SiLU, and without."""
+    quantization, stored = opened(folder)
+    mlp = llama_mlp(quantization)
+    for name in ("gate_up_proj", "down_proj"):
+        load(getattr(mlp, name), f"{MLP}.{name}", stored)
+    x = torch.randn(TOKENS, HIDDEN, generator=GENERATOR).to(torch.bfloat16)
+    nodes, y = traced(mlp, x)
+    with patch.dict(fused_act_quant._FUSED_ACT_QUANT, clear=True):
+        apart = mlp(x)
+    error = (y.float() - apart.float()).norm() / apart.float().norm()
+    return {"nodes": nodes, "error": float(error), "equal": torch.equal(y, mlp(x))}
 
 
 def per_tensor() -> tuple[Any, Any]:
@@ -234,27 +260,35 @@ def computed(apply: Callable[..., Tensor], layer: Any, dtype: torch.dtype, bias:
     return tensors | ({} if added is None else {"bias": added})
 
 
-def compiled(layer: Any) -> dict[str, Any]:
-    """What torch.compile makes of a layer, and what torch says of the operator and its fake."""
-    x = torch.randn(TOKENS, layer.weight.shape[1]).to(torch.bfloat16)
+def traced(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[str], Tensor]:
+    """The operators of ours that torch.compile finds in `run`, all of it one graph, and what that graph gives."""
     nodes: list[str] = []
 
     def backend(graph: Any, _: Any) -> Any:
         nodes.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    apply = layer.quant_method.apply
     torch._dynamo.reset()
-    y = torch.compile(lambda x: apply(layer, x), fullgraph=True, dynamic=True, backend=backend)(x)
+    y = torch.compile(lambda x: run(x), fullgraph=True, dynamic=True, backend=backend)(x)
+    return [name for name in nodes if name.startswith("w8a8.")], y
+
+
+def compiled(layer: Any) -> dict[str, Any]:
+    """What torch.compile makes of a layer, and what torch says of the operator and its fake."""
+    x = torch.randn(TOKENS, layer.weight.shape[1]).to(torch.bfloat16)
+    apply = layer.quant_method.apply
+    nodes, y = traced(lambda x: apply(layer, x), x)
     with_inductor = torch.compile(lambda x: apply(layer, x), fullgraph=True)(x)
-    checks = torch.library.opcheck(
-        torch.ops.w8a8.int8_linear.default, (x, layer.weight.data, layer.weight_scale.data, None, False)
-    )
     eager = apply(layer, x)
+    linear_arguments = (x, None, layer.weight.data, layer.weight_scale.data, None, torch.bfloat16)
+    checks = [
+        torch.library.opcheck(torch.ops.w8a8.int8_linear.default, linear_arguments),
+        torch.library.opcheck(torch.ops.w8a8.silu_and_mul_quantize.default, (x,)),
+    ]
     return {
         "nodes": nodes,
         "equal": torch.equal(y, eager) and torch.equal(with_inductor, eager),
-        "opcheck": sorted(set(checks.values())),
+        "opcheck": sorted({outcome for check in checks for outcome in check.values()}),
     }
 
 
@@ -265,18 +299,12 @@ def shapes(layer: Any) -> list[list[int]]:
     return [[*layer.quant_method.apply(layer, x.to(torch.bfloat16)).shape] for x in inputs]
 
 
-def batch_invariant() -> dict[str, Any]:
-    """Whether the kernel does as VLLM_BATCH_INVARIANT says."""
-    found = {}
-    for value in ("0", "1"):
-        with patch.dict(os.environ, {"VLLM_BATCH_INVARIANT": value}):
-            layer, scheme = per_tensor()
-            found[value] = scheme.kernel.batch_invariant
-    x = torch.randn(TOKENS, layer.weight.shape[1]).to(torch.bfloat16)
-    together, alone = (
-        torch.cat([scheme.apply_weights(layer, part, None) for part in parts]) for parts in ([x], x[:, None])
-    )
-    return {"asked": found, "equal": torch.equal(together, alone)}
+def batch_invariant(layer: Any) -> bool:
+    """Whether a token gives the same alone, beside some others, and beside many."""
+    x = torch.randn(70, layer.weight.shape[1], generator=GENERATOR).to(torch.bfloat16)
+    apply = layer.quant_method.apply
+    together = apply(layer, x)
+    return all(torch.equal(torch.cat([apply(layer, part) for part in x.split(size)]), together) for size in (1, 20))
 
 
 def cache_keys() -> list[str]:
@@ -306,11 +334,12 @@ def main(questions: Path, answers: Path, tensors: Path) -> None:
                         results[f"{format_}/{name}/{str(dtype)[6:]}/{key}"] = value.detach().clone()
         found["compiled"] = compiled(layer)
         found["shapes"] = shapes(layer)
+        found["batch_invariant"] = batch_invariant(layer)
         layer, scheme = per_tensor()
         for key, value in computed(scheme.apply_weights, layer, torch.bfloat16, bias=True).items():
             results[f"per-tensor/{key}"] = value.detach().clone()
-        found["batch_invariant"] = batch_invariant()
-    with ranks(1, 0):
+    with configured(), ranks(1, 0):
+        found["fused"] = {name: fused(Path(folder)) for name, folder in asked["checkpoints"].items()}
         found["cache_keys"] = cache_keys()
     save_file(results, tensors)
     answers.write_text(json.dumps(found))

@@ -4,9 +4,9 @@ vLLM finds `register` by the entry point `vllm.general_plugins` and calls it in 
 core, every worker. It says one line to vLLM's log. Whatever is not as expected, above all an unknown version of vLLM,
 makes it step aside with a warning: then vLLM runs as if it were not there. `W8A8_VLLM_PLUGIN=0` switches it off.
 
-`rule` says which kernel runs where, `registering` puts ours in its place, `kernel` is the class that vLLM chooses and
-`operators` what it computes with. It needs torch, Triton and vLLM, all of which vLLM brings, and imports nothing else
-of this package than the Triton kernels.
+`rule` says which kernel runs where, `registering` whether ours can, `placing` puts it there, `kernel` is the class that
+vLLM chooses and `operators` what it computes with. They need torch, Triton and vLLM, all of which vLLM brings, and
+import nothing else of this package than the Triton kernels.
 """
 
 import logging

@@ -2,30 +2,35 @@
 
 Weights stay as they lie in the checkpoint and as vLLM's layers have loaded them, INT8 [out, in], whatever they are
 fused of and however they are split over GPUs. Static or asymmetric activations are declined, and go to vLLM's own.
+A token's result never depends on its batch, so VLLM_BATCH_INVARIANT asks for nothing more.
 """
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
 from vllm.model_executor.kernels.linear import Int8ScaledMMLinearKernel, Int8ScaledMMLinearLayerConfig
+from vllm.model_executor.layers.fusion.quant_activation import (
+    QuantizedActivation,
+    as_quantized_activation,
+    expose_input_quant_key,
+)
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
+from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMethod
 from vllm.model_executor.layers.quantization.utils import replace_parameter
+from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, kInt8DynamicTokenSym
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.platforms import current_platform
 
 import w8a8
+from w8a8.kernels.quantize_gpu import ONE_PASS
 from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
+from w8a8.vllm_plugin.registering import interpreted
 
 MIN_CAPABILITY = 80
 """The first NVIDIA GPUs that Triton compiles for."""
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels are run by its interpreter, on the CPU: how they are tested without a GPU."""
-    return current_platform.is_cpu() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
@@ -53,8 +58,11 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
     def __init__(self, c: Int8ScaledMMLinearLayerConfig, layer_param_names: Sequence[str]) -> None:
         super().__init__(c, layer_param_names)
-        self.batch_invariant = bool(envs.VLLM_BATCH_INVARIANT)
         _tell_compile_cache()
+
+    def input_quant_key(self) -> QuantKey:
+        """What activations it takes already quantized: as it would quantize them itself."""
+        return kInt8DynamicTokenSym
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Plain parameters: `weight` int8 [out, in] as it is, `weight_scale` f32 [out, 1], one scale per channel."""
@@ -64,11 +72,25 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
         weight_name, scale_name, *_ = self.layer_param_names
         replace_parameter(layer, weight_name, nn.Parameter(weight.data, requires_grad=False))
         replace_parameter(layer, scale_name, nn.Parameter(scale.data, requires_grad=False))
+        if type(getattr(layer, "quant_method", None)) in _PASSING_ON and weight.shape[1] <= ONE_PASS:
+            expose_input_quant_key(layer, self)
 
-    def apply_weights(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., in] to [..., out] of the same dtype."""
+    def apply_weights(self, layer: nn.Module, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
+        """`x` [..., in] to [..., out] of the same dtype, or of the one it had before it was quantized."""
         weight, scale, *_ = self._get_layer_params(layer)
-        return torch.ops.w8a8.int8_linear(x, weight, scale, bias, self.batch_invariant)
+        quantized = as_quantized_activation(x, self.input_quant_key())
+        data, x_scale, dtype = (x, None, x.dtype) if quantized is None else (x.data, x.scale, x.orig_dtype)
+        return torch.ops.w8a8.int8_linear(data, x_scale, weight, scale, bias, dtype)
+
+
+_PASSING_ON = (QuarkLinearMethod, CompressedTensorsLinearMethod)
+"""The layers' methods that hand what they are given to the kernel, untouched: others may transform it first."""
+
+
+def silu_and_mul(x: Tensor, linear: LinearBase) -> QuantizedActivation:  # noqa: ARG001 - vLLM's signature of a producer
+    """`silu(gate) * up` of `x` [..., gate and up], quantized for a `linear` layer with our kernel."""
+    codes, scale = torch.ops.w8a8.silu_and_mul_quantize(x)
+    return QuantizedActivation(codes, scale, x.dtype, codes.shape, kInt8DynamicTokenSym)
 
 
 def _tell_compile_cache() -> None:

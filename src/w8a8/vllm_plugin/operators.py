@@ -1,34 +1,58 @@
 """What the kernel class computes with, as operators of torch.
 
-`torch.compile` sees one node and its fake, which knows shapes and dtypes; a graph capture sees the kernels' launches,
-for nothing here depends on what is in a tensor or waits for the device.
+`torch.compile` sees nodes and their fakes, which know shapes and dtypes; a graph capture sees the kernels' launches:
+nothing here depends on what is in a tensor or waits for the device.
 """
 
 import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from w8a8.kernels.int8_gpu import scaled_int8_mm
-from w8a8.kernels.quantize_gpu import quantize_per_token
+from w8a8.kernels import int8_gpu, quantize_gpu
 
 _LIBRARY = torch.library.Library("w8a8", "FRAGMENT")
 
 
-def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, batch_invariant: bool) -> Tensor:
-    """`x` [..., in] times `weight` int8 [out, in], scaled by `weight_scale` f32 [out, 1]: [..., out] in `x`'s dtype."""
-    codes, scale = quantize_per_token(x.reshape(-1, x.shape[-1]))
-    y = scaled_int8_mm(codes, weight, scale, weight_scale, bias, x.dtype, batch_invariant=batch_invariant)
+def int8_linear(
+    x: Tensor,
+    x_scale: Tensor | None,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`x` [..., in] times `weight` int8 [out, in], each channel scaled by `weight_scale` f32 [out, 1]: [..., out].
+
+    `x` is quantized here, one scale per token, unless it comes as int8 codes with their `x_scale` f32 [tokens, 1].
+    """
+    codes = x.reshape(-1, x.shape[-1])
+    if x_scale is None:
+        codes, x_scale = quantize_gpu.quantize_per_token(codes)
+    y = int8_gpu.scaled_int8_mm(codes, weight, x_scale, weight_scale, bias, out_dtype)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _int8_linear_fake(
     x: Tensor,
+    x_scale: Tensor | None,  # noqa: ARG001 - the operator's signature
     weight: Tensor,
-    weight_scale: Tensor,  # noqa: ARG001 - the operator's signature
+    weight_scale: Tensor,  # noqa: ARG001
     bias: Tensor | None,  # noqa: ARG001
-    batch_invariant: bool,  # noqa: ARG001
+    out_dtype: torch.dtype,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(*x.shape[:-1], weight.shape[0], dtype=out_dtype)
 
 
-direct_register_custom_op("int8_linear", int8_linear, fake_impl=_int8_linear_fake, target_lib=_LIBRARY)
+def silu_and_mul_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`silu(gate) * up` of `x` [..., gate and up], as int8 codes [..., in] with their scales f32 [tokens, 1]."""
+    codes, scale = quantize_gpu.silu_and_mul_quantize(x.reshape(-1, x.shape[-1]))
+    return codes.view(*x.shape[:-1], x.shape[-1] // 2), scale
+
+
+def _silu_and_mul_quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(*x.shape[:-1], x.shape[-1] // 2, dtype=torch.int8)
+    return codes, x.new_empty(codes.numel() // codes.shape[-1], 1, dtype=torch.float32)
+
+
+for _operator, _fake in ((int8_linear, _int8_linear_fake), (silu_and_mul_quantize, _silu_and_mul_quantize_fake)):
+    direct_register_custom_op(_operator.__name__, _operator, fake_impl=_fake, target_lib=_LIBRARY)

@@ -1,8 +1,6 @@
-"""Puts the kernel where it belongs among vLLM's.
+"""Decides whether the plugin is for this vLLM and this platform, and says what comes of it.
 
-Registered by vLLM's public function, which appends it to the kernels of its platform, where it would never be reached.
-So it is moved in that list, and joins the set that `--linear-backend triton` selects. These two are all of vLLM's
-private state that is touched; both are looked at first, and neither is touched unless both look as they should.
+Only what every vLLM has is imported before that is decided.
 """
 
 import importlib.util
@@ -23,16 +21,16 @@ def add_kernel() -> str:
         raise StepAside(f"this w8a8 knows vLLM 0.32, and this is vLLM {vllm.__version__}; a newer w8a8 may know it")
     if importlib.util.find_spec("triton") is None:
         raise StepAside("Triton is not installed")
-    from w8a8.vllm_plugin.kernel import interpreted
+    if not (current_platform.is_cuda_alike() or interpreted()):
+        return "has no kernel for this platform"
+    from w8a8.vllm_plugin.placing import insert
 
     if interpreted():
-        _insert(first=True)
+        insert(first=True)
         return "active; INT8 layers run its kernel in Triton's interpreter"
-    if not current_platform.is_cuda_alike():
-        return "has no kernel for this platform"
     arch = _architecture()
     faster = _measured_faster(arch)
-    _insert(first=goes_first(arch, faster=faster))
+    insert(first=goes_first(arch, faster=faster))
     if not arch:
         return "registered; this process sees no GPU"
     kernel = chosen(arch, ours=True, with_aiter=aiter_asked_for(arch, os.environ), faster=faster)
@@ -40,25 +38,9 @@ def add_kernel() -> str:
     return f"active; INT8 layers run {NAMES[kernel]}{otherwise}"
 
 
-def _insert(*, first: bool) -> None:
-    """Register our kernel for this platform, `first` of all or right before vLLM's own Triton kernel."""
-    from vllm.model_executor.kernels import linear
-
-    from w8a8.vllm_plugin.kernel import W8A8Int8ScaledMMLinearKernel as Ours
-
-    platform = current_platform._enum
-    kernels = linear._POSSIBLE_INT8_KERNELS[platform]
-    selected = linear._LINEAR_BACKEND_KERNEL_MAP["triton"]
-    theirs = linear.TritonInt8ScaledMMLinearKernel
-    if not (isinstance(kernels, list) and isinstance(selected, set) and theirs in selected):
-        raise StepAside("vLLM keeps its kernels otherwise than 0.32 did")
-    if Ours in kernels:
-        return
-    place = 0 if first else kernels.index(theirs)
-    linear.register_linear_kernel(Ours, platform, "int8")
-    kernels.remove(Ours)
-    kernels.insert(place, Ours)
-    selected.add(Ours)
+def interpreted() -> bool:
+    """Whether Triton's kernels are run by its interpreter, on the CPU: how they are tested without a GPU."""
+    return current_platform.is_cpu() and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _architecture() -> str:
