@@ -1,0 +1,70 @@
+"""Dividing a group's activations by scales, and multiplying its weights by them: what is folded where."""
+
+import torch
+from torch import Tensor, nn
+
+from w8a8.recipes.groups import Group
+from w8a8.runtime.linear import W8A8Linear
+
+Heads = tuple[int, int, int]
+"""Key-value heads, query heads to each, and their size."""
+
+
+def heads_of(layer: nn.Module, group: Group) -> Heads | None:
+    """How the producer's channels reach the consumers: None where one by one, else how query heads share them."""
+    if group.kind != "value" or group.producer is None:
+        return None
+    channels = layer.get_submodule(group.producer).out_features
+    return channels // group.head_dim, layer.get_submodule(group.consumers[0]).in_features // channels, group.head_dim
+
+
+def expand(scales: Tensor, heads: Heads | None) -> Tensor:
+    """The scale of every input channel [in] of the consumers, from those of the producer's channels."""
+    if heads is None:
+        return scales
+    shared, times, size = heads
+    return scales.view(shared, 1, size).expand(shared, times, size).reshape(-1)
+
+
+def largest(channels: Tensor, heads: Heads | None) -> Tensor:
+    """For every channel of the producer, the largest of the `channels` [in] that it feeds."""
+    if heads is None:
+        return channels
+    shared, times, size = heads
+    return channels.view(shared, times, size).amax(1).reshape(-1)
+
+
+def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scales nearest to `scales` that folding comes to when a norm's weight is rounded to `dtype`.
+
+    1 for a channel that the norm switches off, or that rounding would switch off.
+    """
+    if group.kind != "norm" or group.producer is None:
+        return scales
+    gain = layer.get_submodule(group.producer).weight.detach().float() + group.offset
+    folded = (gain / scales - group.offset).to(dtype).float() + group.offset
+    return torch.where((gain == 0) | (folded == 0), 1, gain / folded)
+
+
+def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Divide the channels of the group's producer in `layer` by `scales`: its changed parameters, by name.
+
+    A norm's weight and a bias are rounded to `dtype`; a weight that is INT8 keeps its codes. The parameters of `layer`
+    are replaced, not written to.
+    """
+    if group.producer is None:
+        return {}
+    producer = layer.get_submodule(group.producer)
+    changed: dict[str, Tensor] = {}
+    if group.kind == "norm":
+        folded = (producer.weight.float() + group.offset) / scales - group.offset
+        changed["weight"] = torch.where(scales == 1, producer.weight, folded.to(dtype).float())
+    elif isinstance(producer, W8A8Linear):
+        changed["weight_scale"] = producer.weight_scale / scales
+    else:
+        changed["weight"] = producer.weight / scales[:, None]
+    if getattr(producer, "bias", None) is not None:
+        changed["bias"] = (producer.bias / scales).to(dtype).float()
+    for name, value in changed.items():
+        setattr(producer, name, nn.Parameter(value.detach(), requires_grad=False))
+    return {f"{group.producer}.{name}": value.detach() for name, value in changed.items()}

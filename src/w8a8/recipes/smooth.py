@@ -1,0 +1,92 @@
+"""Scales for a group's channels: what is divided out of its activations and multiplied into its weights.
+
+A token x [in] divided by s has the step d(s) = max_j |x_j / s_j| / 127, and rounding makes an error in channel j that
+the consumers multiply by s_j w_ij. With errors of different channels independent, what the outputs suffer is
+
+    sum_t cost_t d_t(s)^2  sum_j r(x_tj / (s_j d_t)) s_j^2 C_j          C_j = sum_i cost_i w_ij^2
+    + sum_i cost_i e_i(s)^2 / 12  sum_j mean_t(cost_t x_tj^2) / s_j^2   e_i = max_j |w_ij s_j| / 127
+
+The first line is the activations', the second the weights'. r(z) = (1 - exp(-12 z^2)) / 12 is the mean squared error of
+rounding z, smoothly: z^2 where z rounds to zero, 1/12 where it does not. The costs say how much an error of a token or
+of an output matters (`costs.py`). No matrix product is in it but by a vector, and it can be differentiated: the best of
+SmoothQuant's max|x|^a / max|w|^(1-a) (Xiao et al. 2023, arXiv 2211.10438) over a grid is where Adam starts from.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from w8a8.recipes.folding import Heads, expand, largest
+
+GRID = tuple(i / 8 for i in range(1, 9))
+STEPS = 40
+RATE = 0.05
+ROWS = 2048
+"""So many rows of the weights are enough to know how their steps grow."""
+TINY = 1e-30
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Inputs [tokens, in] of a group's consumers, their weights [out, in] one below the other, and what errors of a
+    token [tokens] and of an output [out] cost; all float32. With `heads`, the channels of the query heads that share a
+    key-value head share scales."""
+
+    inputs: Tensor
+    weight: Tensor
+    token_cost: Tensor
+    row_cost: Tensor
+    heads: Heads | None = None
+
+
+def search(problem: Problem) -> Tensor:
+    """The best scales found, one for each of the producer's channels: positive, float32, 1 on (geometric) average."""
+    objective = _Objective(problem)
+    with torch.no_grad():
+        start = min(_starts(problem), key=lambda log: objective(log).item())
+    with torch.enable_grad():
+        log = start.clone().requires_grad_()
+        adam = torch.optim.Adam([log], lr=RATE, betas=(0.9, 0.95))
+        best, lowest = log.detach().clone(), math.inf
+        for step in range(STEPS):
+            adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+            adam.zero_grad()
+            value = objective(log)
+            value.backward()
+            if value.item() < lowest:
+                best, lowest = log.detach().clone(), value.item()
+            adam.step()
+    return (best - best.mean()).exp()
+
+
+def _starts(problem: Problem) -> list[Tensor]:
+    """Logarithms of the scales to begin with: none, and SmoothQuant's over a grid."""
+    weighted = problem.inputs.abs() * problem.token_cost.sqrt()[:, None]
+    active = largest(weighted.amax(0), problem.heads).clamp_min(TINY).log()
+    loud = largest(problem.weight.abs().amax(0), problem.heads).clamp_min(TINY).log()
+    starts = [a * active - (1 - a) * loud for a in GRID]
+    return [torch.zeros_like(active), *(start - start.mean() for start in starts)]
+
+
+class _Objective:
+    """The error in the head of this file, as a function of the scales' logarithms; divided by the tokens."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.inputs = problem.inputs.abs()
+        self.energy = (problem.weight.square() * problem.row_cost[:, None]).sum(0)
+        rows = torch.arange(0, len(problem.weight), -(-len(problem.weight) // ROWS))
+        self.rows, self.row_cost = problem.weight[rows].abs(), problem.row_cost[rows]
+        self.row_cost = self.row_cost * (problem.row_cost.sum() / self.row_cost.sum().clamp_min(TINY))
+        self.power = (problem.inputs.square() * problem.token_cost[:, None]).mean(0)
+
+    def __call__(self, log: Tensor) -> Tensor:
+        scales = expand(log, self.problem.heads).exp()
+        scaled = self.inputs / scales
+        step = scaled.amax(1).clamp_min(TINY) / 127
+        missed = -torch.expm1(-12 * (scaled / step[:, None]).square()) / 12
+        activations = (self.problem.token_cost * step.square() * (missed @ (scales.square() * self.energy))).mean()
+        row_step = (self.rows * scales).amax(1) / 127
+        return activations + (self.row_cost * row_step.square()).sum() / 12 * (self.power / scales.square()).sum()
