@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from w8a8.vllm_plugin.rule import AITER, CPU, CUTLASS, HUMMING, OURS, TRITON, aiter_asked_for, chosen, known
+from w8a8.vllm_plugin.rule import AITER, CUTLASS, HUMMING, OURS, TRITON, aiter_asked_for, chosen, known
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+rocm700", "0.32.0+cu130", "0.32.0.post1", "0.32.11"])
@@ -35,7 +35,8 @@ def test_other_versions_are_not(version: str) -> None:
         ("sm_120", "auto", CUTLASS, OURS),
         ("sm_121", "triton", TRITON, OURS),
         ("sm_120", "cutlass", CUTLASS, CUTLASS),
-        ("", "auto", CPU, CPU),
+        ("sm_75", "auto", CUTLASS, CUTLASS),
+        ("sm_75", "triton", TRITON, TRITON),  # for which Triton does not compile
     ],
 )
 def test_ours_is_chosen_where_it_stands_first(arch: str, backend: str, without: str, with_ours: str) -> None:
@@ -46,6 +47,8 @@ def test_ours_is_chosen_where_it_stands_first(arch: str, backend: str, without: 
 def test_a_measurement_puts_ours_first_on_nvidia() -> None:
     assert chosen("sm_90", ours=True, faster=True) == OURS
     assert chosen("sm_90", ours=False, faster=True) == CUTLASS
+    assert chosen("sm_90", ours=True, faster=True, backend="cutlass") == CUTLASS
+    assert chosen("sm_75", ours=True, faster=True) == CUTLASS
 
 
 def test_aiter_stays_where_it_is_switched_on() -> None:

@@ -21,22 +21,21 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
     if others or not arch:
         return None
     hindrance = _hindrance(found, os.environ) if found else ""
-    ours, theirs = (_chosen(arch, backend, active=active and not hindrance) for active in (True, False))
-    if ours == CUTLASS and cutlass_fails(arch):
+    faster = found is not None and not hindrance and not cutlass_fails(arch) and _measured_faster(arch)
+    with_plugin, without = (
+        chosen(arch, ours=ours, backend=backend, with_aiter=aiter_asked_for(arch, os.environ), faster=faster)
+        for ours in (True, False)
+    )
+    kernel = without if hindrance else with_plugin
+    if kernel == CUTLASS and cutlass_fails(arch):
         return f"INT8 kernel: {NAMES[CUTLASS]}, which has none for {arch}: vLLM will die; try --linear-backend triton"
-    if found is None and ours != theirs:
-        return f"INT8 kernel: {NAMES[ours]} where its plugin is ({INSTALL}), else {_with_warning(theirs, arch)}"
-    if ours == OURS:
-        return f"INT8 kernel: {NAMES[OURS]}, by the plugin in this vLLM"
-    if hindrance and _chosen(arch, backend, active=True) == OURS:
-        return f"INT8 kernel: {_with_warning(theirs, arch)}; {NAMES[OURS]} would run, but its plugin {hindrance}"
-    return f"INT8 kernel: {NAMES[ours]}"
-
-
-def _chosen(arch: str, backend: str, *, active: bool) -> str:
-    faster = active and arch.startswith("sm_") and _measured_faster(arch)
-    with_aiter = aiter_asked_for(arch, os.environ)
-    return chosen(arch, ours=active, backend=backend, with_aiter=with_aiter, faster=faster)
+    if with_plugin == without:
+        return f"INT8 kernel: {NAMES[kernel]}"
+    if found is None:
+        return f"INT8 kernel: {NAMES[OURS]} where its plugin is ({INSTALL}), else {_with_warning(without, arch)}"
+    if hindrance:
+        return f"INT8 kernel: {_with_warning(without, arch)}; {NAMES[OURS]} would run, but its plugin {hindrance}"
+    return f"INT8 kernel: {NAMES[OURS]}, by the plugin in this vLLM"
 
 
 def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:
@@ -53,7 +52,7 @@ def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:
 
 
 def _with_warning(kernel: str, arch: str) -> str:
-    """vLLM's own kernel, and what would happen without the flag that this command adds for it."""
+    """vLLM's own `kernel`, and what would happen without the flag for it, which `serve` adds."""
     if not cutlass_fails(arch):
         return NAMES[kernel]
     return (

@@ -28,9 +28,7 @@ import w8a8
 from w8a8.kernels.quantize_gpu import ONE_PASS
 from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
 from w8a8.vllm_plugin.registering import interpreted
-
-MIN_CAPABILITY = 80
-"""The first NVIDIA GPUs that Triton compiles for."""
+from w8a8.vllm_plugin.rule import OURS_BEGINS
 
 
 class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[misc]
@@ -43,7 +41,7 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
             return True, None
         if compute_capability is None and (here := current_platform.get_device_capability()):
             compute_capability = here.to_int()
-        if current_platform.is_cuda() and (compute_capability or 0) >= MIN_CAPABILITY:
+        if current_platform.is_cuda() and (compute_capability or 0) >= OURS_BEGINS:
             return True, None
         return False, "requires ROCm, or CUDA with compute capability 8.0 or newer"
 

@@ -5,7 +5,8 @@ The order is that of vLLM 0.32 (`_POSSIBLE_INT8_KERNELS` and `choose_scaled_mm_l
 
 Ours stands before vLLM's own Triton kernel, and so runs on AMD's GPUs unless AITER is switched on, and elsewhere where
 `--linear-backend triton` asks for it. It stands before everything on NVIDIA GPUs where CUTLASS claims INT8 layers and
-cannot run them (from Blackwell on, vLLM issue 54311), and where a tuning on this machine measured it to be faster.
+cannot run them (from Blackwell on, vLLM issue 54311), and where a tuning on this machine measured it to be faster than
+vLLM's Triton kernel; `--linear-backend cutlass` brings CUTLASS back there, which no tuning times.
 """
 
 import re
@@ -14,8 +15,11 @@ from collections.abc import Mapping
 SWITCH = "W8A8_VLLM_PLUGIN"
 """The environment variable that switches the plugin off, when it is 0."""
 
+OURS_BEGINS = 80
+"""The compute capability (10 times major plus minor) of the first NVIDIA GPUs that Triton compiles for."""
+
 CUTLASS_ENDS = 100
-"""The compute capability (10 times major plus minor) from which on CUTLASS, as vLLM builds it, has no INT8."""
+"""The one from which on CUTLASS, as vLLM builds it, has no INT8."""
 
 OURS, CPU, AITER, CUTLASS, TRITON, HUMMING = "w8a8", "cpu", "aiter", "cutlass", "triton", "humming"
 
@@ -42,13 +46,12 @@ def known(version: str) -> bool:
 
 def cutlass_fails(arch: str) -> bool:
     """Whether vLLM's CUTLASS claims INT8 layers on `arch` (`sm_90`; `gfx1100`) without being able to run them."""
-    match = re.fullmatch(r"sm_(\d+)a?", arch)
-    return match is not None and int(match[1]) >= CUTLASS_ENDS
+    return _capability(arch) >= CUTLASS_ENDS
 
 
 def goes_first(arch: str, *, faster: bool) -> bool:
     """Whether our kernel stands before all of vLLM's on `arch`, `faster` or not as measured."""
-    return cutlass_fails(arch) or (faster and arch.startswith("sm_"))
+    return cutlass_fails(arch) or (faster and _capability(arch) >= OURS_BEGINS)
 
 
 def aiter_asked_for(arch: str, environment: Mapping[str, str]) -> bool:
@@ -58,15 +61,19 @@ def aiter_asked_for(arch: str, environment: Mapping[str, str]) -> bool:
 
 
 def chosen(arch: str, *, ours: bool, backend: str = "auto", with_aiter: bool = False, faster: bool = False) -> str:
-    """The kernel that vLLM chooses on a GPU of `arch`, by its key in `NAMES`; `""` for a CPU.
+    """The kernel that vLLM chooses on a GPU of `arch`, by its key in `NAMES`.
 
     `ours`: whether the plugin is active; `backend`: vLLM's `--linear-backend`; `with_aiter`: whether AITER's kernel is
-    asked for; `faster`: whether ours was measured to be faster than vLLM's.
+    asked for; `faster`: whether ours was measured to be faster than vLLM's in Triton.
     """
-    if not arch:
-        return CPU
     order = [AITER, TRITON] if with_aiter else [TRITON] if arch.startswith("gfx") else [CUTLASS, TRITON, HUMMING]
-    if ours:
+    if ours and not 0 < _capability(arch) < OURS_BEGINS:
         order.insert(0 if goes_first(arch, faster=faster) else order.index(TRITON), OURS)
     wanted = [kernel for kernel in order if backend == (TRITON if kernel == OURS else kernel)]
     return (wanted or order)[0]
+
+
+def _capability(arch: str) -> int:
+    """The compute capability in `sm_90`; 0 for what is not NVIDIA's."""
+    match = re.fullmatch(r"sm_(\d+)a?", arch)
+    return int(match[1]) if match else 0
