@@ -1,9 +1,8 @@
-"""What flows between two decoder layers: the states of every sample, twice, in a file.
+"""What flows between two decoder layers: the states of every sample, in a file.
 
-`hidden` is what the layers before give once they are quantized, `reference` what they give as they were. A file holds
-both for every sample, one sample behind the other, float32 [samples, 2, tokens, hidden]. Samples are read and written
-one at a time, so that they take as much memory as one of them, and the page cache keeps as much of the file in RAM as
-there is room for.
+They are what the layers before give once they are quantized. A file holds one sample behind the other, float32
+[samples, tokens, hidden]. Samples are read and written one at a time, so that they take as much memory as one of them,
+and the page cache keeps as much of the file in RAM as there is room for.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,15 +23,13 @@ HELD_OUT_EVERY = 8
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Samples on their way into a layer, all of the same length.
+    """A sample on its way into a layer.
 
-    `hidden` and `reference` float32 [samples, tokens, hidden]: as the quantized layers before produce it, and as the
-    unquantized model does. `kwargs` is what the layer's `forward` takes besides. `held_out` samples judge, and must
-    not be used to choose.
+    `hidden` float32 [1, tokens, hidden] is what the quantized layers before produce, `kwargs` what the layer's
+    `forward` takes besides. A `held_out` sample judges, and must not be used to choose.
     """
 
     hidden: Tensor
-    reference: Tensor
     kwargs: Mapping[str, Any]
     held_out: bool
 
@@ -45,7 +42,7 @@ def held_out(samples: int) -> Sequence[bool]:
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """The states that enter a layer: a file of `samples` times [2, tokens, hidden] float32."""
+    """The states that enter a layer: a file of `samples` times [tokens, hidden] float32."""
 
     path: Path
     samples: int
@@ -55,17 +52,16 @@ class Activations:
     @property
     def nbytes(self) -> int:
         """Size of the whole file."""
-        return self.samples * 2 * self.tokens * self.hidden * 4
+        return self.samples * self.tokens * self.hidden * 4
 
-    def write(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """Write `(hidden, reference)`, each [1, tokens, hidden], of every sample, and sync the file.
+    def write(self, states: Iterable[Tensor]) -> None:
+        """Write the states [1, tokens, hidden] of every sample, and sync the file.
 
         Raises `DiskFullError` or `UnwritableError`.
         """
         with SequentialWriter(self.path) as writer:
-            for pair in pairs:
-                for states in pair:
-                    writer.append(memoryview(states.cpu().contiguous().numpy().reshape(-1).view(np.uint8)))
+            for each in states:
+                writer.append(memoryview(each.cpu().contiguous().numpy().reshape(-1).view(np.uint8)))
             writer.finish()
 
     def batches(self, kwargs: Mapping[str, Any], device: torch.device) -> "Batches":
@@ -86,9 +82,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         states = self.activations
-        count = 2 * states.tokens * states.hidden
         with reading(states.path), states.path.open("rb", buffering=0) as file:
             for apart in held_out(states.samples):
-                pair = torch.from_numpy(np.fromfile(file, np.float32, count)).reshape(2, 1, states.tokens, -1)
-                hidden, reference = pair.to(self.device)
-                yield Batch(hidden, reference, self.kwargs, apart)
+                values = torch.from_numpy(np.fromfile(file, np.float32, states.tokens * states.hidden))
+                yield Batch(values.reshape(1, states.tokens, -1).to(self.device), self.kwargs, apart)

@@ -1,9 +1,9 @@
 """A recipe, carried from layer to layer.
 
-For each decoder layer: its weights are read, the recipe chooses codes and foldings on the states that enter it, and
-two streams of states leave it, one through the layer as it will be, one through the layer as it was. What a layer
-came to lies in a file of its own beside OUT, with the states that enter the next one, and a journal says how far the
-work is: a run that was interrupted goes on with the layer it was at.
+For each decoder layer: its weights are read, the recipe chooses codes and foldings on the states that enter it, and the
+states that leave the layer as it will be go on to the next one. What a layer came to lies in a file of its own beside
+OUT, with those states, and a journal says how far the work is: a run that was interrupted goes on with the layer it was
+at.
 
 Where some layers may stay in BF16, a first pass tells what each group of them costs, and a second one calibrates the
 rest around those that stay.
@@ -39,6 +39,7 @@ from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging, lock_folder
 from w8a8.execute.stream import Identity
 from w8a8.plan import Plan, module_name, scale_name
+from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
 
@@ -174,8 +175,8 @@ def _job(plan: Plan, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _embedded(setup: Setup, kwargs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """What enters the first layer, of each sample, as quantized and as reference: the same.
+def _embedded(setup: Setup, kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+    """What enters the first layer, of each sample.
 
     Raises UnsupportedModelError where the layers are told something besides that is not the same for all samples.
     """
@@ -183,7 +184,7 @@ def _embedded(setup: Setup, kwargs: Sequence[Mapping[str, Any]]) -> Iterator[tup
         states, own = setup.model.embed(sample)
         if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
             raise UnsupportedModelError(f"{setup.model.name}: its layers read more of a token than its states")
-        yield states, states
+        yield states
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -218,9 +219,7 @@ def _calibrate(
         made = quantized(layer, result)
         for path in linear - ours:
             made.set_submodule(path, layer.get_submodule(path))
-        leaving.write(
-            (forward(made, batch.hidden, kwargs), forward(layer, batch.reference, kwargs)) for batch in batches
-        )
+        leaving.write(forward(made, batch.hidden, kwargs) for batch in batches)
         return result.gains
 
 
@@ -257,8 +256,6 @@ def _tensors(number: int, result: LayerResult, model: StreamedModel) -> dict[str
 
 def _choose_kept(plan: Plan, gains: Sequence[Sequence[Gain]], setup: Setup) -> dict[str, str]:
     """The modules to leave as they are within the budget, fused groups whole, and why."""
-    from w8a8.recipes.budget import Damage, choose_bf16
-
     quantized_, model = {d.tensor.name: d.tensor for d in plan.decisions if d.quantize}, setup.model
     damages: dict[tuple[int, str], Damage] = {}
     members: dict[tuple[int, str], list[str]] = {}

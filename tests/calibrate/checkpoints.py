@@ -1,0 +1,48 @@
+"""Small random models that read characters, of every architecture that has groups of its own."""
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast, set_seed
+
+KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+WORDS = ["<s>", *"\n ", *string.ascii_letters, *string.digits, *".,:;'?!"]
+LOUD = 7
+"""A channel of the states that is twenty times louder than others."""
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": len(WORDS),
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
+
+def make(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
+    """Write the checkpoint of a small model, and its tokenizer, into `folder`."""
+    set_seed(3)
+    head = {} if kind == "Qwen2" else {"head_dim": 16}
+    values = {**_SHAPE, **head, **config}
+    model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values)).to(dtype)
+    model.model.embed_tokens.weight.data[:, LOUD] *= 20
+    model.save_pretrained(folder, max_shard_size="100kB")
+    characters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[], unk_token=" "))
+    characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    characters.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>").save_pretrained(folder)
+    return folder
+
+
+def write_text(folder: Path) -> Path:
+    """A text long enough for a dozen samples of 48 characters."""
+    path = folder / "miller.txt"
+    path.write_text("The miller had gone down to the river, 12 of 30. " * 16)
+    return path

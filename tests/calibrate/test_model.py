@@ -1,0 +1,115 @@
+"""A model run one layer at a time is the model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import w8a8.runtime  # noqa: F401 - so that the whole models load too
+from tests.calibrate.checkpoints import KINDS, make
+from w8a8.calibrate.model import StreamedModel, forward
+from w8a8.checkpoint import Checkpoint
+from w8a8.errors import EngineError, UnsupportedModelError
+
+IDS = list(range(3, 60))
+
+
+def weighty(module: nn.Module) -> bool:
+    return any(not value.is_meta for value in module.parameters())
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def streamed_logits(model: StreamedModel) -> Tensor:
+    """The logits of `IDS`, layer by layer; no two layers ever have weights."""
+    states, kwargs = model.embed(IDS)
+    for number in range(model.count):
+        with model.layer(number) as layer:
+            assert weighty(layer)
+            assert sum(weighty(model.hollow(n)) for n in range(model.count)) == 1
+            states = forward(layer, states, kwargs[number])
+        assert not any(weighty(model.hollow(n)) for n in range(model.count))
+    model.fill_head()
+    model.last_states(states)
+    logits: Tensor = model.model(input_ids=torch.tensor([IDS]), use_cache=False).logits
+    return logits
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def whole_logits(folder: Path, dtype: Any) -> Tensor:
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(folder, dtype=dtype).eval()
+    logits: Tensor = model(input_ids=torch.tensor([IDS]), use_cache=False).logits
+    return logits
+
+
+def check(folder: Path, dtype: torch.dtype | None = torch.float32) -> None:
+    logits = streamed_logits(StreamedModel("model", Checkpoint.open(folder), dtype))
+    assert torch.equal(logits, whole_logits(folder, dtype or "auto"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_layer_by_layer_a_model_gives_the_same_logits(kind: str, tmp_path: Path) -> None:
+    check(make(tmp_path / kind, kind))
+    check(tmp_path / kind, dtype=None)
+
+
+def test_the_real_gemma_3_does(gemma3: Path) -> None:
+    check(gemma3)
+
+
+def test_quantized_models_do_in_both_formats(gemma3_w8a8: Path) -> None:
+    check(gemma3_w8a8, dtype=None)
+
+
+def test_a_gemma_4_does_without_its_vision_tower(gemma4: Path, gemma4_w8a8: Path) -> None:
+    check(gemma4)
+    check(gemma4_w8a8, dtype=None)
+    model = StreamedModel("gemma4", Checkpoint.open(gemma4))
+    assert all(value.is_meta for name, value in model.model.named_parameters() if "vision" in name)
+
+
+def test_the_embedding_is_read_by_rows(tmp_path: Path) -> None:
+    model = StreamedModel("model", Checkpoint.open(make(tmp_path / "model")))
+    states, _ = model.embed([5, 3, 5])
+    assert torch.equal(states[0, 0], states[0, 2])
+    assert not torch.equal(states[0, 0], states[0, 1])
+    assert model.model.get_input_embeddings().weight.is_meta
+
+
+def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
+    config = transformers.Gemma4TextConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        global_head_dim=16,
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=0,
+        num_hidden_layers=4,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="share keys and values"):
+        StreamedModel("gemma4", Checkpoint.open(tmp_path))
+
+
+def test_a_layer_without_its_weights_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    model = StreamedModel("model", Checkpoint.open(folder))
+    with pytest.raises(UnsupportedModelError, match=r"layers\.3\..* the checkpoint has nothing"), model.layer(3):
+        pass
+
+
+def test_an_invented_architecture_is_refused(llama: Path) -> None:
+    (llama / "config.json").write_text(json.dumps({"architectures": ["Invented"], "model_type": "llama"}))
+    with pytest.raises(EngineError, match="no architecture Invented"):
+        StreamedModel("model", Checkpoint.open(llama))
