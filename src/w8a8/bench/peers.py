@@ -34,6 +34,29 @@ if __name__ == "__main__":
                    ignore=["re:.*lm_head", "re:.*embed_tokens.*", "re:.*vision_tower.*", "re:.*embed_vision.*"])
 """
 
+_ONESHOT = """
+import sys
+from datasets import load_dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+def row(record):
+    return {"text": record["text"] or record["question"] + "\\n" + record["answer"]}
+
+GEMMA = [
+    [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
+    [["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"],
+]
+
+if __name__ == "__main__":
+    source, out, calibration, samples, tokens = sys.argv[1:]
+    data = load_dataset("json", data_files=calibration, split="train").map(row)
+    gptq = GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+    oneshot(model=source, dataset=data, recipe=[*STEPS, gptq], output_dir=out, concatenate_data=True,
+            max_seq_length=int(tokens), num_calibration_samples=int(samples))
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -68,3 +91,18 @@ PEERS = (
     Peer("quark", "AMD Quark 0.13", ("amd-quark==0.13", "transformers==5.23.0"), _QUARK),
     Peer("llm-compressor", "llm-compressor 0.14.0.1", ("llmcompressor==0.14.0.1",), _LLM_COMPRESSOR),
 )
+"""File to file, without calibration."""
+
+
+def _oneshot(name: str, steps: str) -> Peer:
+    compressor = PEERS[1]
+    script = _ONESHOT.replace("*STEPS, ", steps)
+    return Peer(compressor.key, f"{compressor.name} {name}", compressor.packages, script)
+
+
+CALIBRATED_PEERS = (
+    _oneshot("GPTQ", ""),
+    _oneshot("SmoothQuant, inferred mappings", "SmoothQuantModifier(smoothing_strength=0.8), "),
+    _oneshot("SmoothQuant, mappings by hand", "SmoothQuantModifier(smoothing_strength=0.8, mappings=GEMMA), "),
+)
+"""These take three more arguments: a JSONL file, how many samples of it, and how many tokens each."""

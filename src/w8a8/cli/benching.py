@@ -7,6 +7,11 @@ import typer
 
 from w8a8.cli.common import Json, Quiet, bench_app
 
+Vllm = Annotated[
+    Path | None,
+    typer.Option("--vllm", help="A folder or a Python that has vLLM, to compare with.", show_default="this one's"),
+]
+
 
 @bench_app.command(
     "quantize",
@@ -84,3 +89,95 @@ def bench_decode(
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(layers=layers, tokens=tokens, runs=runs, notice=terminal.notice), show)
+
+
+@bench_app.command(
+    "gemm",
+    epilog="""
+Examples:
+
+- `w8a8 bench gemm`
+- `w8a8 bench gemm --tune`
+- `w8a8 bench gemm --json > mine.json`
+""",
+)
+def bench_gemm(
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 20,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="First find the fastest tiles for this GPU, and store them for later runs.")
+    ] = False,
+    vllm: Vllm = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time the INT8 kernels on this machine's GPU, against vLLM's Triton kernel, torch._int_mm and BF16."""
+    from w8a8.bench.compiled import import_triton
+    from w8a8.terminal import Terminal
+
+    import_triton()
+    from w8a8.bench.gemm import bench, show
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(runs=runs, tune=tune, vllm=vllm, notice=terminal.notice), show)
+
+
+@bench_app.command(
+    "compile",
+    epilog="""
+Examples:
+
+- `w8a8 bench compile`
+- `w8a8 bench compile gfx1100 sm_120`
+- `w8a8 bench compile gfx1100 --vllm ~/vllm/bin/python`
+""",
+)
+def bench_compile(
+    archs: Annotated[list[str] | None, typer.Argument(help="gfx1100, sm_90, ...", show_default="all known")] = None,
+    vllm: Vllm = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compile the INT8 kernels for GPUs that need not be here, and show what their inner loops are made of."""
+    from w8a8.bench.compiled import ARCHITECTURES, bench, show
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(archs or ARCHITECTURES, vllm=vllm, notice=terminal.notice), show)
+
+
+@bench_app.command(
+    "quality",
+    epilog="""
+Examples:
+
+- `w8a8 bench quality google/gemma-3-270m`
+- `w8a8 bench quality ./gemma --gsm8k ./gsm8k --prose essays.txt`
+- `w8a8 bench quality ./gemma --peers`
+""",
+)
+def bench_quality(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id, in BF16.")],
+    gsm8k: Annotated[
+        Path | None,
+        typer.Option("--gsm8k", help="Folder with train.jsonl and test.jsonl.", show_default="from the Hub"),
+    ] = None,
+    prose: Annotated[
+        Path | None, typer.Option("--prose", help="English prose.", show_default="a built-in text")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each kind of text to measure.")] = 4096,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
+    ] = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs twice the model's size.")] = Path(
+        ".cache/bench"
+    ),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Quantize a model by every recipe, and compare their KL divergences from BF16 on GSM8K and on prose."""
+    from w8a8.bench.quality import bench, show
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    result = bench(model, folder=folder, gsm8k=gsm8k, prose=prose, tokens=tokens, peers=peers, notice=terminal.notice)
+    terminal.table(result, show)
