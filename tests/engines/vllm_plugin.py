@@ -86,30 +86,33 @@ def kernel_for(
     environment = patch.dict(os.environ, variables or {})
     with stock(), stage(platform, capability, measured_faster), configured(backend), ranks(1, 0), environment:
         w8a8.vllm_plugin.register()
-        layer = torch.nn.Module()
-        made = (
-            quark_scheme(static, symmetric)
-            if scheme == "quark"
-            else CompressedTensorsW8A8Int8("channel", static, symmetric)
-        )
+        made = SCHEMES[scheme](static, symmetric)
         made.create_weights(
-            layer, [8], input_size_per_partition=8, params_dtype=torch.bfloat16, weight_loader=lambda *_: None
+            torch.nn.Module(),
+            [8],
+            input_size_per_partition=8,
+            params_dtype=torch.bfloat16,
+            weight_loader=lambda *_: None,
         )
     return type(made.kernel).__name__
 
 
 def quark_scheme(static: bool, symmetric: bool) -> Any:
-    granularity = "Static" if static else "Dynamic"
-    kind = "Tensor" if static else "Token"
-    activations = getattr(quant_utils, f"kInt8{granularity}{kind}{'Sym' if symmetric else 'Asym'}")
-    return QuarkW8A8Int8(quant_utils.kInt8StaticChannelSym, activations)
+    name = f"kInt8{'StaticTensor' if static else 'DynamicToken'}{'Sym' if symmetric else 'Asym'}"
+    return QuarkW8A8Int8(quant_utils.kInt8StaticChannelSym, getattr(quant_utils, name))
+
+
+SCHEMES: Mapping[str, Callable[[bool, bool], Any]] = {
+    "quark": quark_scheme,
+    "compressed-tensors": lambda static, symmetric: CompressedTensorsW8A8Int8("channel", static, symmetric),
+}
 
 
 @contextmanager
-def configured(backend: str = "auto") -> Iterator[VllmConfig]:
-    config = CONFIG
-    with patch.object(config.kernel_config, "linear_backend", backend), set_current_vllm_config(config):
-        yield config
+def configured(backend: str = "auto") -> Iterator[None]:
+    """vLLM's configuration, with `backend` as its --linear-backend."""
+    with patch.object(CONFIG.kernel_config, "linear_backend", backend), set_current_vllm_config(CONFIG):
+        yield
 
 
 @contextmanager
@@ -130,13 +133,13 @@ class Said(logging.Handler):
         self.lines.append((record.levelname, record.getMessage()))
 
 
-def registering(how: Mapping[str, Callable[[], Any]], name: str) -> dict[str, Any]:
-    """What the plugin says on a ROCm platform with an obstacle in its way, and whether it changed anything."""
+def registering(obstacle: Callable[[], Any]) -> dict[str, Any]:
+    """What the plugin says on a ROCm platform with `obstacle` in its way, and whether it changed anything."""
     said, logger = Said(), logging.getLogger("vllm.w8a8")
     logger.setLevel(logging.INFO)
     logger.addHandler(said)
     try:
-        with stock(), stage("rocm", 110), how[name]():
+        with stock(), stage("rocm", 110), obstacle():
             before = lists()
             w8a8.vllm_plugin.register()
             once = lists()
@@ -216,15 +219,14 @@ def fused(folder: Path) -> dict[str, Any]:
     with patch.dict(fused_act_quant._FUSED_ACT_QUANT, clear=True):
         apart = mlp(x)
     error = (y.float() - apart.float()).norm() / apart.float().norm()
-    return {"nodes": nodes, "error": float(error), "equal": torch.equal(y, mlp(x))}
+    ours = [name for name in nodes if name.startswith("w8a8.")]
+    return {"nodes": ours, "error": float(error), "equal": torch.equal(y, mlp(x))}
 
 
 def per_tensor() -> tuple[Any, Any]:
     """A fused layer of three, with one scale each."""
-    layer, scheme = (
-        torch.nn.Module(),
-        CompressedTensorsW8A8Int8("tensor", is_static_input_scheme=False, input_symmetric=True),
-    )
+    layer = torch.nn.Module()
+    scheme = CompressedTensorsW8A8Int8("tensor", is_static_input_scheme=False, input_symmetric=True)
     scheme.create_weights(
         layer, [8, 16, 24], input_size_per_partition=32, params_dtype=torch.bfloat16, weight_loader=lambda *_: None
     )
@@ -261,7 +263,7 @@ def computed(apply: Callable[..., Tensor], layer: Any, dtype: torch.dtype, bias:
 
 
 def traced(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[str], Tensor]:
-    """The operators of ours that torch.compile finds in `run`, all of it one graph, and what that graph gives."""
+    """The operators that torch.compile finds in `run`, all of it one graph, and what that graph gives."""
     nodes: list[str] = []
 
     def backend(graph: Any, _: Any) -> Any:
@@ -270,7 +272,7 @@ def traced(run: Callable[[Tensor], Tensor], x: Tensor) -> tuple[list[str], Tenso
 
     torch._dynamo.reset()
     y = torch.compile(lambda x: run(x), fullgraph=True, dynamic=True, backend=backend)(x)
-    return [name for name in nodes if name.startswith("w8a8.")], y
+    return nodes, y
 
 
 def compiled(layer: Any) -> dict[str, Any]:
@@ -321,7 +323,7 @@ def main(questions: Path, answers: Path, tensors: Path) -> None:
     asked = json.loads(questions.read_text())
     found: dict[str, Any] = {
         "kernels": {name: kernel_for(**question) for name, question in asked["kernels"].items()},
-        "obstacles": {name: registering(OBSTACLES, name) for name in asked["obstacles"]},
+        "obstacles": {name: registering(OBSTACLES[name]) for name in asked["obstacles"]},
     }
     results: dict[str, Tensor] = {}
     w8a8.vllm_plugin.register()  # for this platform: the CPU, in Triton's interpreter
