@@ -19,19 +19,20 @@ SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
 }
+LAYER_TYPES = ["sliding_attention", "sliding_attention", "full_attention"]
 CONFIGS: Mapping[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "mistral": lambda: transformers.MistralConfig(**SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+    "gemma3": lambda: transformers.Gemma3TextConfig(**SIZES, layer_types=LAYER_TYPES),
     "gemma4": lambda: transformers.Gemma4TextConfig(
         **SIZES,
         global_head_dim=32,
         num_global_key_value_heads=1,
         attention_k_eq_v=True,
         hidden_size_per_layer_input=0,
-        layer_types=["sliding_attention"] * 2 + ["full_attention"],
+        layer_types=LAYER_TYPES,
     ),
 }
 KNOWN = tuple(CONFIGS)
@@ -46,7 +47,7 @@ def model(kind: str, seed: int = 0) -> Any:
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
                 assert "norm" in name or "bias" in name
-    return made.requires_grad_(False)
+    return made.requires_grad_(requires_grad=False)
 
 
 def config_of(made: Any) -> dict[str, Any]:

@@ -5,11 +5,11 @@ the producer's output and multiplying the consumers' columns by the same number 
 
     norm    input_layernorm -> q, k, v     pre-MLP norm -> gate, up     the norm's weight is divided
     linear  up_proj -> down_proj           act(gate) * up is linear in up: up's rows are divided
-    value   v_proj -> o_proj               attention is linear in v: v's rows are divided, and mixed within a head
+    value   v_proj -> o_proj               attention is linear in v: v's rows are divided
 
-A key-value head's channels reach `o_proj` once for every query head that shares it. Gemma 4 normalises the values of
-a head: that leaves rotations exact, but no scaling. Where values are keys too, or are handed on to other layers,
-o_proj has no producer: its weight can be rounded better, but its inputs stay as they are.
+A key-value head's channels reach `o_proj` once for every query head that shares it. Where values are normalised
+(Gemma 4), are keys too, or are handed on to other layers, o_proj has no producer: its weight can be rounded better, but
+its inputs stay as they are.
 """
 
 from collections.abc import Mapping
@@ -25,10 +25,9 @@ Kind = Literal["norm", "linear", "value"]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Consumers of the same activations, and their producer; paths inside the layer.
+    """Consumers of the same activations, and their producer, if it can be rescaled; paths inside the layer.
 
-    `offset` is what the producing norm adds to its weight (Gemma 3: 1). `head_dim` is the size of a head for the kind
-    "value"; `normed` says that the values of a head are normalised, so that they can be rotated but not scaled.
+    `offset` is what the producing norm adds to its weight (Gemma 3: 1), `head_dim` the size of a head for "value".
     """
 
     name: str
@@ -37,7 +36,6 @@ class Group:
     consumers: tuple[str, ...]
     offset: float = 0.0
     head_dim: int = 0
-    normed: bool = False
 
 
 def groups_of(config: Mapping[str, Any], layer: nn.Module) -> tuple[Group, ...]:
@@ -62,10 +60,8 @@ def groups_of(config: Mapping[str, Any], layer: nn.Module) -> tuple[Group, ...]:
 def _value_group(layer: nn.Module) -> Group:
     attention = layer.get_submodule("self_attn")
     shared = getattr(attention, "store_full_length_kv", False) or getattr(attention, "is_kv_shared_layer", False)
-    if shared or not _has(layer, "self_attn.v_proj"):
-        return Group("o", None, "value", ("self_attn.o_proj",))
-    normed = _has(layer, "self_attn.v_norm")
-    return Group("o", "self_attn.v_proj", "value", ("self_attn.o_proj",), 0.0, attention.head_dim, normed)
+    exact = _has(layer, "self_attn.v_proj") and not _has(layer, "self_attn.v_norm") and not shared
+    return Group("o", "self_attn.v_proj" if exact else None, "value", ("self_attn.o_proj",), 0.0, attention.head_dim)
 
 
 def _has(layer: nn.Module, path: str) -> bool:

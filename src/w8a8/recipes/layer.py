@@ -151,7 +151,7 @@ def _candidates(
     yield _Candidate("rtn", None, tuple(map(nearest, weights)))
     names = CANDIDATES[recipe.name][1:]
     scales, by_channel = None, 1.0
-    if names and group.producer is not None and not group.normed:
+    if names and group.producer is not None:
         scales = folding.storable(work.layer, group, smooth.search(_problem(work, group, seen, weights)), work.dtype)
         by_channel = expand(scales, heads_of(work.layer, group))
     if "smooth" in names:
