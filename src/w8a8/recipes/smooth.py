@@ -13,6 +13,7 @@ SmoothQuant's max|x|^a / max|w|^(1-a) (Xiao et al. 2023, arXiv 2211.10438) over 
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ STEPS = 40
 RATE = 0.05
 ROWS = 2048
 """So many rows of the weights are enough to know how their steps grow."""
+CHUNK = 128
 TINY = 1e-30
 
 
@@ -45,19 +47,21 @@ def search(problem: Problem) -> Tensor:
     """The best scales found, one for each of the producer's channels: positive, float32, 1 on (geometric) average."""
     objective = _Objective(problem)
     with torch.no_grad():
-        start = min(_starts(problem), key=lambda log: objective(log).item())
-    with torch.enable_grad():
-        log = start.clone().requires_grad_()
-        adam = torch.optim.Adam([log], lr=RATE, betas=(0.9, 0.95))
-        best, lowest = log.detach().clone(), math.inf
-        for step in range(STEPS):
-            adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-            adam.zero_grad()
-            value = objective(log)
-            value.backward()
-            if value.item() < lowest:
-                best, lowest = log.detach().clone(), value.item()
-            adam.step()
+        start = min(_starts(problem), key=lambda log: sum(part.item() for part in objective.parts(log)))
+    log = start.clone().requires_grad_()
+    adam = torch.optim.Adam([log], lr=RATE, betas=(0.9, 0.95))
+    best, lowest = start, math.inf
+    for step in range(STEPS):
+        adam.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        adam.zero_grad()
+        value = 0.0
+        with torch.enable_grad():
+            for part in objective.parts(log):
+                part.backward()
+                value += part.item()
+        if value < lowest:
+            best, lowest = log.detach().clone(), value
+        adam.step()
     return (best - best.mean()).exp()
 
 
@@ -74,19 +78,22 @@ class _Objective:
     """The error in the head of this file, as a function of the scales' logarithms; divided by the tokens."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.inputs = problem.inputs.abs()
+        self.heads = problem.heads
+        self.squares, self.token_cost = problem.inputs.square(), problem.token_cost / len(problem.inputs)
         self.energy = (problem.weight.square() * problem.row_cost[:, None]).sum(0)
-        rows = torch.arange(0, len(problem.weight), -(-len(problem.weight) // ROWS))
-        self.rows, self.row_cost = problem.weight[rows].abs(), problem.row_cost[rows]
-        self.row_cost = self.row_cost * (problem.row_cost.sum() / self.row_cost.sum().clamp_min(TINY))
-        self.power = (problem.inputs.square() * problem.token_cost[:, None]).mean(0)
+        self.power = self.token_cost @ self.squares
+        rows = torch.arange(0, len(problem.weight), -(-len(problem.weight) // ROWS), device=problem.weight.device)
+        self.rows, row_cost = problem.weight[rows].square(), problem.row_cost[rows]
+        self.row_cost = row_cost * (problem.row_cost.sum() / row_cost.sum().clamp_min(TINY))
 
-    def __call__(self, log: Tensor) -> Tensor:
-        scales = expand(log, self.problem.heads).exp()
-        scaled = self.inputs / scales
-        step = scaled.amax(1).clamp_min(TINY) / 127
-        missed = -torch.expm1(-12 * (scaled / step[:, None]).square()) / 12
-        activations = (self.problem.token_cost * step.square() * (missed @ (scales.square() * self.energy))).mean()
-        row_step = (self.rows * scales).amax(1) / 127
-        return activations + (self.row_cost * row_step.square()).sum() / 12 * (self.power / scales.square()).sum()
+    def parts(self, log: Tensor) -> Iterator[Tensor]:
+        """Terms of the sum: the weights' one, and the activations' for some tokens at a time, as caches hold."""
+        squared = expand(log, self.heads).exp().square()
+        row_step = (self.rows * squared).amax(1) / 127**2
+        yield (self.row_cost @ row_step) / 12 * (self.power / squared).sum()
+        for squares, cost in zip(self.squares.split(CHUNK), self.token_cost.split(CHUNK), strict=True):
+            squared = expand(log, self.heads).exp().square()
+            scaled = squares / squared
+            step = scaled.amax(1).clamp_min(TINY) / 127**2
+            kept = torch.expm1(scaled * (-12 / step)[:, None])
+            yield -(cost * step) @ (kept @ (squared * self.energy)) / 12
