@@ -9,7 +9,7 @@ below 2 GiB, constants) that their users get. Then the assembly is read:
   `useful` what is left of that when rows of a tile that no token fills are not counted;
 - `load` is the narrowest vector load from global memory in that loop, in bits per lane;
 - `waves` is the occupancy that registers and shared memory allow: waves per SIMD (AMD), warps per scheduler (NVIDIA);
-- `spills` are bytes of scratch memory per lane;
+- `spills` are the registers that did not fit, and go through memory;
 - `cycles` is what LLVM's machine-code analyzer, where one is installed and knows the target, says one pass through the
   loop takes a lone wave. It models neither memory nor other waves, and its versions disagree: compare, don't believe.
 """
@@ -304,12 +304,12 @@ def read(arch: str, kernel: Any) -> Loop:
     """What a kernel compiled for `arch` is made of, from its assembly."""
     if arch.startswith("gfx"):
         text = kernel.asm["amdgcn"]
-        registers, spills = _number(text, ".vgpr_count:"), _number(text, ".private_segment_fixed_size:")
-        spills += _number(text, ".vgpr_spill_count:") + _number(text, ".sgpr_spill_count:")
+        registers = _number(text, ".vgpr_count:")
+        spills = _number(text, ".vgpr_spill_count:") + _number(text, ".sgpr_spill_count:")
         load = _AMD_LOAD
     else:
         text, usage = disassembled(kernel.asm["cubin"])
-        registers, spills = _number(usage, "REG:"), _number(usage, "STACK:") + _number(usage, "LOCAL:")
+        registers, spills = _number(usage, "REG:"), (_number(usage, "STACK:") + _number(usage, "LOCAL:")) // 4
         load = _NVIDIA_LOAD
     body = inner_loop(text)
     matrix = [line for line in body if _matrix(line)]

@@ -6,9 +6,10 @@ What it computes is the second half of the W8A8 layer (`runtime/linear.py` tells
     y   = (acc * w_scale[n]) * x_scale[m] + bias[n]    FP32, in this order, each operation rounded; then to y's dtype
 
 Weights lie K-major, as in the checkpoint, and so do activations, so that both are read 16 bytes at a time along K and
-nothing is transposed. The inner loop has no masks: rows beyond the end read the last row again, which costs nothing
-and is never stored, and what K leaves over after whole steps is a masked step of its own behind the loop. A tile's
-first row is found with 64 bits, its elements from there with 32.
+nothing is transposed. No load has a mask: rows beyond the end read the last row again, which costs nothing and is never
+stored, and where K leaves a rest after whole steps, the last step reaches back, with zeros for what was added before.
+A tile's first row is found with 64 bits, its elements from there with 32. Rows that do not begin at multiples of 16
+bytes, or are shorter than a step, are copied first; no model's are.
 
 Few tokens are bound by reading weights, and too few tiles would leave compute units idle: then `Tile.split_k` programs
 share the dot products of a tile. Each writes its INT32 sums to a workspace of its own, and a second, small kernel adds
@@ -33,6 +34,8 @@ MAX_K = (2**31 - 1) // (128 * 128)
 """Longer dot products could overflow INT32."""
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+_ALIGNED = 16
+"""Bytes that a lane loads at once."""
 _FINISHED_AT_ONCE = 1024
 """Results per program of the second kernel of split-K."""
 
@@ -58,6 +61,8 @@ def scaled_int8_mm(
         return y
     tile = tile or choose(architecture(x_q.device), m, n, k)
     step = tile.block_k * tile.unroll
+    k = max(step, triton.cdiv(k, _ALIGNED) * _ALIGNED)
+    x_q, w_q = _fitting(x_q, k), _fitting(w_q, k)
     share = triton.cdiv(triton.cdiv(k, tile.split_k), step)
     splits = triton.cdiv(k, share * step)
     scales = (x_scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous())
@@ -113,6 +118,15 @@ def _checked(
         if not met:
             raise ValueError(demand)
     return m, n, k
+
+
+def _fitting(codes: Tensor, k: int) -> Tensor:
+    """`codes` if their rows are `k` long and aligned, else a copy that is, with zeros at the end of each row."""
+    if codes.shape[1] == k and codes.stride(0) % _ALIGNED == 0 and codes.data_ptr() % _ALIGNED == 0:
+        return codes
+    fitting = codes.new_zeros(codes.shape[0], k)
+    fitting[:, : codes.shape[1]] = codes
+    return fitting
 
 
 def _is_column(scale: Tensor, rows: int) -> bool:
@@ -209,11 +223,14 @@ def _accumulate(
         a += step
         b += step
     if TAIL:
+        # Of the last whole step before the end, what was added already; so written, its alignment is plain to see.
+        known = tl.cdiv(length, step) * step - length
+        a -= known
+        b -= known
         for part in tl.static_range(UNROLL):
-            inside = inputs < length % step - part * BLOCK_K
-            rest_a = tl.load(a + part * BLOCK_K, mask=inside[None, :], other=0)
-            rest_b = tl.load(b + part * BLOCK_K, mask=inside[:, None], other=0)
-            acc = tl.dot(rest_a, rest_b, acc, out_dtype=tl.int32)
+            fresh = inputs + part * BLOCK_K >= known
+            last = tl.where(fresh[None, :], tl.load(a + part * BLOCK_K), 0)
+            acc = tl.dot(last, tl.load(b + part * BLOCK_K), acc, out_dtype=tl.int32)
     return acc
 
 

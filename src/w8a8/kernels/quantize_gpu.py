@@ -1,4 +1,4 @@
-"""Quantizing activations on a GPU, in Triton: one scale per token, symmetric INT8; alone, or fused with what makes them.
+"""Quantizing activations on a GPU, in Triton: one scale per token, symmetric INT8; alone, or fused with what makes it.
 
     amax  = max(|x|, FLOOR)                    FP32
     codes = round_half_even(x * (127 / amax))

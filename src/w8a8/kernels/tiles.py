@@ -13,7 +13,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,23 @@ class Tile:
             raise ValueError(f"swap must be true or false, not {self.swap!r}")
 
     def __str__(self) -> str:
-        """As tables show it: `128x128x64`, then what is not as usual."""
-        extras = [f"{f.name}={getattr(self, f.name)}" for f in fields(self)[3:] if getattr(self, f.name) != f.default]
-        return " ".join([f"{self.block_m}x{self.block_n}x{self.block_k}", *extras])
+        """As tables show it: `128x128x64`, then what is not as usual, as in `unroll4 swap`."""
+        size = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return " ".join([size, *(_brief(f.name, getattr(self, f.name)) for f in fields(self)[3:] if self._says(f))])
+
+    def _says(self, field: Field[Any]) -> bool:
+        return bool(getattr(self, field.name) != field.default)
 
     def compiler_options(self) -> dict[str, int]:
         """What Triton's compiler takes; `kpack` is AMD's alone and given only where it says something."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.kpack == 1 else {**options, "kpack": self.kpack}
+
+
+def _brief(name: str, value: int) -> str:
+    """`split2` for `split_k=2`, `swap` for `swap=True`."""
+    word = name.removeprefix("num_").removesuffix("_k").removesuffix("_m")
+    return word if value is True else f"{word}{value}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,14 @@ token whose values are all subnormal comes out near zero instead of as garbage. 
 comes out as NaN, all of it, and alone.
 
 The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it. On a CPU
-one call of `w8a8.kernels.int8_cpu` does all of the above; elsewhere it is composed of torch operators around
-`torch._int_mm`.
+one call of `w8a8.kernels.int8_cpu` does all of the above; on a GPU two of Triton's do, from `w8a8.kernels`; elsewhere,
+and without Triton, it is composed of torch operators around `torch._int_mm`.
 """
 
 import ctypes
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
             raise ValueError(f"expected [..., {self.in_features}] of {[*KINDS]}, got {[*x.shape]} of {x.dtype}")
         if x.device.type == "cpu":
             return fused(x, self.weight, self.weight_scale, self.bias)
+        if x.is_cuda and find_spec("triton"):
+            return by_triton(x, self.weight, self.weight_scale, self.bias)
         return composed(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
@@ -99,6 +102,16 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
         fork=_openmp_fork(),
     )
     return y
+
+
+def by_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The layer on a GPU, by Triton's kernels: `x` [..., in] to [..., out]."""
+    from w8a8.kernels.int8_gpu import scaled_int8_mm
+    from w8a8.kernels.quantize_gpu import quantize_per_token
+
+    codes, scale = quantize_per_token(x.detach().reshape(-1, weight.shape[1]))
+    y = scaled_int8_mm(codes, weight, scale, weight_scale, bias, x.dtype)
+    return y.reshape(*x.shape[:-1], weight.shape[0])
 
 
 def composed(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
