@@ -6,7 +6,7 @@ from hypothesis import settings
 
 from tests.checkpoints import llama_tensors, write_checkpoint
 
-pytest_plugins = ["tests.models"]
+pytest_plugins = ["tests.interpreter", "tests.models"]
 
 settings.register_profile("w8a8", deadline=None)  # the first call of a kernel compiles it
 settings.load_profile("w8a8")

@@ -224,7 +224,7 @@ def _accumulate(
         b += step
     if TAIL:
         # Of the last whole step before the end, what was added already; so written, its alignment is plain to see.
-        known = tl.cdiv(length, step) * step - length
+        known = (length // step + 1) * step - length
         a -= known
         b -= known
         for part in tl.static_range(UNROLL):

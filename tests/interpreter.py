@@ -1,0 +1,45 @@
+"""Triton's interpreter, in a process of its own: it is chosen before Triton is imported, and excludes compiling."""
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pytest
+
+Interpreted = Callable[..., Any]
+"""Called with a module, a function's name and its arguments: the function's result there, or its exception."""
+
+
+@pytest.fixture(scope="session")
+def interpreted() -> Iterator[Interpreted]:
+    """Calls functions where Triton's kernels are interpreted, on the CPU."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin) as process:
+        yield lambda module, name, *args, **kwargs: process.submit(_call, module, name, args, kwargs).result()
+
+
+def _call(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with np.errstate(all="ignore"):
+        return getattr(import_module(module), name)(*args, **kwargs)
+
+
+def _begin() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import torch
+    from triton.runtime import interpreter
+
+    torch.set_num_threads(1)
+    convert = interpreter._convert_float
+
+    def as_gpus_do(data: Any, source: Any, target: Any, mode: Any) -> Any:
+        """The interpreter cuts off what becomes BF16, where GPUs round, and gets BF16's subnormals wrong."""
+        if (source.name, target.name) == ("fp32", "bf16"):
+            return torch.from_numpy(data.view(np.float32)).bfloat16().view(torch.uint16).numpy()
+        if (source.name, target.name) == ("bf16", "fp32"):
+            return data.view(np.uint16).astype(np.uint32) << 16
+        return convert(data, source, target, mode)
+
+    interpreter._convert_float = as_gpus_do
