@@ -41,9 +41,6 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
-def row(record):
-    return {"text": record["text"] or record["question"] + "\\n" + record["answer"]}
-
 GEMMA = [
     [["re:.*q_proj", "re:.*k_proj", "re:.*v_proj"], "re:.*input_layernorm"],
     [["re:.*gate_proj", "re:.*up_proj"], "re:.*pre_feedforward_layernorm"],
@@ -51,7 +48,7 @@ GEMMA = [
 
 if __name__ == "__main__":
     source, out, calibration, samples, tokens = sys.argv[1:]
-    data = load_dataset("json", data_files=calibration, split="train").map(row)
+    data = load_dataset("json", data_files=calibration, split="train")
     gptq = GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
     oneshot(model=source, dataset=data, recipe=[*STEPS, gptq], output_dir=out, concatenate_data=True,
             max_seq_length=int(tokens), num_calibration_samples=int(samples))

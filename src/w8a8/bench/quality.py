@@ -23,6 +23,7 @@ from typing import Any
 import w8a8
 from w8a8.bench.peers import CALIBRATED_PEERS, PEERS, Peer
 from w8a8.bench.process import timed
+from w8a8.calibrate import text as calibration_text
 from w8a8.checkpoint import resolve
 from w8a8.errors import W8A8Error
 from w8a8.evals import kld, kld_text
@@ -94,7 +95,7 @@ def bench(
     source, out = resolve(model).path, folder / "out"
     texts = _texts(gsm8k, prose)
     calibration = folder / "calibration.jsonl"
-    calibration.write_text("".join(f"{json.dumps(record)}\n" for record in _calibration(gsm8k)), encoding="utf-8")
+    calibration.write_text("".join(f"{json.dumps({'text': text})}\n" for text in _calibration(gsm8k)), encoding="utf-8")
     rows: list[Row] = []
     failed: dict[str, str] = {}
     jobs: dict[str, Callable[[], None]] = {
@@ -156,15 +157,14 @@ def _texts(gsm8k: Path | None, prose: Path | None) -> dict[str, Text]:
     return {"GSM8K": kld_text.choose(data=gsm8k), "prose": given or own}
 
 
-def _calibration(gsm8k: Path | None) -> Iterator[dict[str, Any]]:
-    """Records to calibrate on: the built-in text's and GSM8K's training examples by turns."""
-    lines = files("w8a8.calibrate").joinpath("text.jsonl").read_text(encoding="utf-8").splitlines()
+def _calibration(gsm8k: Path | None) -> Iterator[str]:
+    """Texts to calibrate on: the built-in one's records, and between them GSM8K's training examples."""
+    records = calibration_text.load(None).records
     examples = load(gsm8k, shots=EXAMPLES).examples
-    each = -(-len(examples) // len(lines))
-    for number, line in enumerate(lines):
-        yield json.loads(line)
-        for example in examples[number * each : (number + 1) * each]:
-            yield {"text": f"{example.text}\n{example.solution}"}
+    each = -(-len(examples) // len(records))
+    for number, record in enumerate(records):
+        yield record if isinstance(record, str) else "\n".join(turn["content"] for turn in record)
+        yield from (f"{e.text}\n{e.solution}" for e in examples[number * each : (number + 1) * each])
 
 
 def _ours(source: Path, out: Path, calibration: Path, options: Mapping[str, Any]) -> Callable[[], None]:
