@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.interpreter import Interpreted
 from w8a8.runtime.linear import MAX_IN_FEATURES, W8A8Linear, _openmp_fork, composed, padded_int_mm
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -55,6 +56,18 @@ def test_hard_tokens_are_equal_too(dtype: torch.dtype) -> None:
     assert torch.equal(y.nan_to_num(123), by_torch(made, x).nan_to_num(123))
     assert y.isnan().all(dim=1).tolist() == [t in (4, 5) for t in range(12)]
     assert torch.equal(y[0], made.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gpus_kernels_give_the_same_bits(interpreted: Interpreted, dtype: torch.dtype, bias: bool) -> None:
+    made = layer(bias=bias, dtype=dtype)
+    x = torch.randn(3, 5, 96).to(dtype)
+    x[0, 1] = 0
+    x[1, 2, 3] = torch.inf
+    y = interpreted("w8a8.runtime.linear", "by_triton", x, made.weight, made.weight_scale, made.bias)
+    assert y.shape == (3, 5, 70)
+    assert torch.equal(y.nan_to_num(123), made(x).nan_to_num(123))
 
 
 def test_the_result_is_near_that_of_the_linear_layer_it_stands_for() -> None:

@@ -41,7 +41,7 @@ _MATRIX = ("v_wmma_i32_16x16x16_iu8", "v_mfma_i32_", "IMMA", "IGMMA", "UTCIMMA")
 _LABEL = re.compile(r"([.\w$]+):")
 _BRANCH = re.compile(r"(?:s_c?branch\w*|BRA(?:\.U)?(?:\s+!?UP\d,)?)\s+([.\w$]+)")
 _SASS = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+([^;]+);")
-_AMD_LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:b(\d+)|dwordx?(\d)|[us]?(?:byte|short|[iu]\d+)\w*)")
+_AMD_LOAD = re.compile(r"(?:buffer|global|flat)_load_(?:b(\d+)|dword(?:x(\d))?|[usi]\w+)")
 _NVIDIA_LOAD = re.compile(r"(?:LDG|LDGSTS)\.E(?:\.(?!U8|S8|U16|S16)[A-Z]\w*)*(?:\.(U8|S8|U16|S16|64|128))?")
 _VLLM_KERNEL = "model_executor/layers/quantization/compressed_tensors/triton_scaled_mm.py"
 
@@ -353,9 +353,11 @@ def _matrix(instruction: str) -> bool:
 
 def _bits(load: re.Match[str]) -> int:
     """Bits per lane of a load: of `buffer_load_b128`, `global_load_dwordx4` or `LDG.E.128`."""
-    if load.re is _AMD_LOAD:
-        return int(load[1] or 0) or (int(load[2]) * 32 if load[2] else 32 if load[0].endswith("dword") else 8)
-    return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}.get(load[1] or "", 32)
+    if load.re is _NVIDIA_LOAD:
+        return {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}.get(load[1] or "", 32)
+    if load[1]:
+        return int(load[1])
+    return 32 * int(load[2] or 1) if "dword" in load[0] else 8
 
 
 def _number(text: str, key: str) -> int:

@@ -4,9 +4,9 @@
     codes = round_half_even(x * (127 / amax))
     scale = amax / 127
 
-as the W8A8 layer has it (`runtime/linear.py`). Divisions are rounded as IEEE says, which Triton's `/` is not on every
-GPU, and nothing is contracted to fused multiply-adds. A token that holds NaN or infinity has codes of 0 and a scale of
-NaN.
+as the W8A8 layer has it (`runtime/linear.py`). These divisions are rounded as IEEE says, which Triton's `/` is not on
+every GPU, and nothing is contracted to fused multiply-adds. A token that holds NaN or infinity has codes of 0 and a
+scale of NaN.
 
 A token is read once: a program holds it whole in registers, finds its largest value, and writes its codes. Tokens
 longer than `ONE_PASS` are read twice. How a token is cut up depends on its length alone, so its codes do not depend on
@@ -14,7 +14,7 @@ its batch.
 
 The fused kernels compute in FP32 what the modules do and round to the activations' dtype where those do, so that
 fusing changes nothing but the memory traffic: the result equals that of the module followed by `quantize_per_token`,
-up to the order in which squares are summed and to the GPU's `exp` and `erf`.
+up to the order in which squares are summed, and to the GPU's `exp`, `erf` and division within the activation.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -220,10 +220,10 @@ def _gated_kernel(x_ptr, codes_ptr, scales_ptr, k, stride, ACTIVATION: tl.conste
     gate = tl.load(x_ptr + token * stride + offsets, mask=mask, other=0).to(tl.float32)
     up = tl.load(x_ptr + token * stride + k + offsets, mask=mask, other=0).to(tl.float32)
     if ACTIVATION == "silu":
-        gate = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+        gate = gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)), with u = sqrt(2 / pi) (gate + 0.044715 gate^3)
-        gate = tl.div_rn(gate, 1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
+        gate = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
     else:
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
     x = (gate.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)

@@ -247,7 +247,7 @@ class Tuned:
 
 def store_path(arch: str) -> Path:
     """Where the tuning for `arch` lies: in the user's cache folder."""
-    if not re.fullmatch(r"[a-z]+_?[0-9a-f]+", arch):
+    if not re.fullmatch(r"cpu|gfx[0-9a-f]+|sm_[0-9]+", arch):
         raise ValueError(f"{arch!r} is no architecture")
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "w8a8" / "tiles" / f"{arch}.json"
@@ -269,8 +269,6 @@ def store(arch: str, tuned: Sequence[Tuned]) -> Path:
 @cache
 def stored(arch: str) -> tuple[Tuned, ...]:
     """What was stored for `arch`. A file that is not such a store is warned of, and left aside."""
-    if arch == "cpu":
-        return ()
     path = store_path(arch)
     try:
         if path.stat().st_size > _LARGEST_FILE:
