@@ -127,6 +127,15 @@ def test_behind_a_gate_it_equals_the_gate_and_then_quantizing(
     torch.testing.assert_close(scales, expected_scales, rtol=2**-7, atol=0)
 
 
+def test_a_gate_too_long_for_one_pass_is_quantized_alike(interpreted: Interpreted) -> None:
+    half = (1 << 15) + 5
+    x = torch.randn(1, 2 * half)
+    codes, scales = interpreted(MODULE, "silu_and_mul_quantize", x)
+    expected, expected_scales = quantize_tokens(nn.functional.silu(x[:, :half]) * x[:, half:])
+    assert (codes.int() - expected.int()).abs().max() <= 1
+    torch.testing.assert_close(scales, expected_scales)
+
+
 def test_a_gate_far_below_zero_is_zero_and_no_nan(interpreted: Interpreted) -> None:
     x = torch.tensor([[-1e4, -200.0, 0.0, 50.0, 1.0, 1.0, 1.0, 1.0]])
     for name, args, _ in GATES.values():

@@ -100,14 +100,16 @@ def gelu_and_mul_quantize(x: Tensor, approximate: Literal["tanh", "none"] = "tan
 
 
 def _gated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    x = _rows(x, 2 * ONE_PASS)
-    m, k = x.shape[0], x.shape[1] // 2
+    x = _rows(x)
     if x.shape[1] % 2:
         raise ValueError(f"gate and up side by side have an even length, not {x.shape[1]}")
+    k = x.shape[1] // 2
     codes, scales = _results(x, k)
-    if m:
-        block = triton.next_power_of_2(k)
-        _gated_kernel[(m,)](x, codes, scales, k, x.stride(0), ACTIVATION=activation, BLOCK=block, **_options(block))
+    if x.shape[0]:
+        block = min(triton.next_power_of_2(k), ONE_PASS)
+        _gated_kernel[(x.shape[0],)](
+            x, codes, scales, k, x.stride(0), ACTIVATION=activation, BLOCK=block, ONE=k <= block, **_options(block)
+        )
     return codes, scales
 
 
@@ -212,13 +214,33 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _gated_kernel(x_ptr, codes_ptr, scales_ptr, k, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def _gated_kernel(
+    x_ptr, codes_ptr, scales_ptr, k, stride, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, ONE: tl.constexpr
+):
     token = tl.program_id(0).to(tl.int64)
+    x_ptr += token * stride
+    codes_ptr += token * k
     offsets = tl.arange(0, BLOCK)
-    mask = offsets < k
+    if ONE:
+        x = _gate_times_up(x_ptr, offsets, k, ACTIVATION)
+        top = _top(x)
+        tl.store(codes_ptr + offsets, _codes(x, top), mask=offsets < k)
+    else:
+        top = 0
+        for start in range(0, k, BLOCK):
+            top = tl.maximum(top, _top(_gate_times_up(x_ptr, start + offsets, k, ACTIVATION)))
+        for start in range(0, k, BLOCK):
+            x = _gate_times_up(x_ptr, start + offsets, k, ACTIVATION)
+            tl.store(codes_ptr + start + offsets, _codes(x, top), mask=start + offsets < k)
+    tl.store(scales_ptr + token, _scale(top))
+
+
+@triton.jit
+def _gate_times_up(x_ptr, offsets, k, ACTIVATION: tl.constexpr):
+    """What is to be quantized, of a token with `k` gates and behind them `k` values to multiply them with."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    gate = tl.load(x_ptr + token * stride + offsets, mask=mask, other=0).to(tl.float32)
-    up = tl.load(x_ptr + token * stride + k + offsets, mask=mask, other=0).to(tl.float32)
+    gate = tl.load(x_ptr + offsets, mask=offsets < k, other=0).to(tl.float32)
+    up = tl.load(x_ptr + k + offsets, mask=offsets < k, other=0).to(tl.float32)
     if ACTIVATION == "silu":
         gate = gate / (1.0 + tl.exp(-gate))
     elif ACTIVATION == "gelu_tanh":
@@ -226,7 +248,4 @@ def _gated_kernel(x_ptr, codes_ptr, scales_ptr, k, stride, ACTIVATION: tl.conste
         gate = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
     else:
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    x = (gate.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
-    top = _top(x)
-    tl.store(codes_ptr + token * k + offsets, _codes(x, top), mask=mask)
-    tl.store(scales_ptr + token, _scale(top))
+    return (gate.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
