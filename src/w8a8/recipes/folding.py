@@ -1,5 +1,7 @@
 """Dividing a group's activations by scales, and multiplying its weights by them: what is folded where."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -34,6 +36,15 @@ def largest(channels: Tensor, heads: Heads | None) -> Tensor:
     return channels.view(shared, times, size).amax(1).reshape(-1)
 
 
+def gain(layer: nn.Module, groups: Iterable[Group]) -> Tensor:
+    """What the first of the groups' norms multiplies channels by, float32; 1 where there is none."""
+    for group in groups:
+        if group.kind == "norm" and group.producer is not None:
+            weight: Tensor = layer.get_submodule(group.producer).weight.detach().float() + group.offset
+            return weight
+    return torch.ones(())
+
+
 def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """The scales nearest to `scales` that folding comes to when a norm's weight is rounded to `dtype`.
 
@@ -41,9 +52,9 @@ def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype)
     """
     if group.kind != "norm" or group.producer is None:
         return scales
-    gain = layer.get_submodule(group.producer).weight.detach().float() + group.offset
-    folded = (gain / scales - group.offset).to(dtype).float() + group.offset
-    return torch.where((gain == 0) | (folded == 0), 1, gain / folded)
+    before = gain(layer, [group])
+    folded = (before / scales - group.offset).to(dtype).float() + group.offset
+    return torch.where((before == 0) | (folded == 0), 1, before / folded)
 
 
 def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -57,7 +68,7 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
     producer = layer.get_submodule(group.producer)
     changed: dict[str, Tensor] = {}
     if group.kind == "norm":
-        folded = (producer.weight.float() + group.offset) / scales - group.offset
+        folded = gain(layer, [group]) / scales - group.offset
         changed["weight"] = torch.where(scales == 1, producer.weight, folded.to(dtype).float())
     elif isinstance(producer, W8A8Linear):
         changed["weight_scale"] = producer.weight_scale / scales

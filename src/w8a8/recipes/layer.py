@@ -8,7 +8,7 @@ once they are quantized. For each there are up to three candidates:
     smooth+gptq  and the weights rounded with compensation (`gptq.py`)
 
 and the one with the smallest error on held-out batches is taken, so that no group comes out worse there than rounded to
-nearest. The error is what quantizing the group adds to the relative squared error of the decoder layer's outputs
+nearest. The error is what quantizing the group adds to the relative squared error of what the next layer reads
 (`costs.py`), on average over tokens: it can be compared between groups, and between layers.
 """
 
@@ -93,7 +93,7 @@ def calibrate_layer(
     """
     if not groups:
         return LayerResult({}, ())
-    seen = _Seen.of(layer, [path for group in groups for path in group.consumers], batches)
+    seen = _Seen.of(layer, groups, batches)
     work = _Work(layer, dtype)
     gains = [_calibrate_group(work, group, recipe, seen) for group in groups]
     return LayerResult(work.tensors, tuple(gains))
@@ -178,7 +178,7 @@ def _error(
     cost: Sequence[Cost],
     heads: Heads | None,
 ) -> float:
-    """What the candidate adds to the relative squared error of the layer's outputs, per token."""
+    """What the candidate adds to the relative squared error of what the next layer reads, per token."""
     by_channel = 1.0 if candidate.scales is None else expand(candidate.scales, heads)
     total = 0.0
     for codes, weight, each in zip(candidate.weights, weights, cost, strict=True):
@@ -331,8 +331,9 @@ class _Seen:
     judging_cost: Mapping[str, Cost]
 
     @classmethod
-    def of(cls, layer: nn.Module, paths: Sequence[str], batches: Iterable[Batch]) -> "_Seen":
-        """Divide the batches, and measure the costs of errors in the outputs of the linear layers `paths`."""
+    def of(cls, layer: nn.Module, groups: Sequence[Group], batches: Iterable[Batch]) -> "_Seen":
+        """Divide the batches, and measure the costs of errors in the outputs of the groups' consumers."""
+        paths, gain = [path for group in groups for path in group.consumers], folding.gain(layer, groups)
         sizes = [(batch.hidden.shape[0] * batch.hidden.shape[1], batch.held_out) for batch in batches]
         training, held_out = ([n for n, (_, apart) in enumerate(sizes) if apart is which] for which in (False, True))
         searching = _Some(batches, _spread(training, [sizes[n][0] for n in training], SEARCHED))
@@ -341,8 +342,8 @@ class _Seen:
             _Some(batches, frozenset(training)),
             searching,
             judging,
-            costs.measure(layer, paths, searching),
-            costs.measure(layer, paths, judging),
+            costs.measure(layer, paths, searching, gain),
+            costs.measure(layer, paths, judging, gain),
         )
 
 
