@@ -9,10 +9,15 @@ import pytest
 
 import w8a8
 from tests.checkpoint.files import edit_json
-from tests.checkpoints import LLAMA, Array, llama_tensors, read_tensor, write_checkpoint
-from w8a8.checkpoint import Checkpoint, TensorSpec
+from tests.checkpoints import LLAMA, Array, llama_tensors, read_tensor, write_checkpoint, write_shard
+from w8a8.checkpoint import Checkpoint, TensorSpec, read_header
 from w8a8.errors import W8A8Error
+from w8a8.execute import execute
+from w8a8.execute.shard import Finished
 from w8a8.formats import Selection, quark
+from w8a8.formats.arithmetic import decode, round_to
+from w8a8.plan import make_plan
+from w8a8.quantization import prepare
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -217,3 +222,74 @@ def test_a_rounding_free_tensor_has_infinite_sqnr_and_prints_as_null(tmp_path: P
     result = w8a8.verify(tmp_path / "out", tmp_path / "in")
     assert result.ok
     assert result.to_dict()["tensors"][0]["sqnr_db"] is None
+
+
+# --- calibrated ---------------------------------------------------------------------------------------------------
+
+NORM, GROUP = "model.layers.0.input_layernorm.weight", ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture
+def folded(llama: Path, tmp_path: Path) -> Path:
+    """A result with scales folded into a norm and what reads it, as a recipe leaves it, and its record of that."""
+    source, rng = Checkpoint.open(llama), np.random.default_rng(0)
+    values = {name: decode(read_tensor(source, tensor), tensor.dtype) for name, tensor in source.tensors.items()}
+    divided: Array = values[NORM] / rng.uniform(0.2, 5, 64)
+    after = round_to(divided.astype(np.float32), "BF16")
+    finished: dict[str, tuple[str, Array]] = {NORM: ("BF16", after)}
+    readers = [f"model.layers.0.self_attn.{leaf}.weight" for leaf in GROUP]
+    for name in readers:
+        weight = values[name].reshape(64, 64) * (values[NORM] / after)
+        scale = np.abs(weight).max(1) / np.float32(127)
+        finished[name] = ("I8", np.rint(weight / scale[:, None]).astype(np.int8))
+        finished[f"{name}_scale"] = ("F32", scale)
+    write_shard(tmp_path / "finished.safetensors", finished)
+    tensors = read_header(tmp_path / "finished.safetensors").tensors
+    record = {
+        "text": {"name": "t", "sha256": ""},
+        "samples": 2,
+        "tokens": 2,
+        "changed": readers,
+        "folded": [NORM],
+        "norms": [{"name": NORM, "offset": 0.0, "into": readers}],
+    }
+    job = prepare(llama)
+    plan = make_plan(source, job.format, source="llama", calibration=record)
+    places = {tensor.name: Finished(tmp_path / "finished.safetensors", tensor) for tensor in tensors}
+    execute(plan, source, tmp_path / "folded", job.format.arithmetic, finished=places)
+    return tmp_path / "folded"
+
+
+def test_what_was_folded_passes_and_the_rest_is_held_to_rounding(llama: Path, folded: Path) -> None:
+    result = w8a8.verify(folded, llama)
+    assert result.ok, result.problems
+    assert (result.copied, result.folded) == (2 + 2 * 2 - 1, 1)
+    assert "1 folded" in result.verdict
+    other = spec(folded, "model.layers.0.self_attn.o_proj.weight")
+    patch(folded, other, lambda data: bytes([data[0] ^ 4]) + data[1:])
+    assert any("o_proj" in problem and "scales away" in problem for problem in w8a8.verify(folded, llama).problems)
+
+
+def test_a_norm_that_does_not_undo_the_folding_is_named(llama: Path, folded: Path) -> None:
+    patch(folded, spec(folded, NORM), lambda data: data[2:] + data[:2])
+    problems = [p for p in w8a8.verify(folded, llama).problems if "folded into it" in p]
+    assert len(problems) == len(GROUP)
+    assert all(NORM in problem for problem in problems)
+
+
+def test_a_folded_norm_that_is_no_number_is_named(llama: Path, folded: Path) -> None:
+    patch(folded, spec(folded, NORM), lambda data: b"\xff\xff" + data[2:])
+    assert any("NaN" in problem for problem in w8a8.verify(folded, llama).problems)
+
+
+def test_another_matrix_in_the_place_of_a_calibrated_one_is_named(llama: Path, folded: Path) -> None:
+    other = read_tensor(Checkpoint.open(folded), spec(folded, Q_PROJ.replace("q_proj", "k_proj")))
+    patch(folded, spec(folded, Q_PROJ), lambda _: other)
+    assert any(Q_PROJ in p and "best factors" in p for p in w8a8.verify(folded, llama).problems)
+
+
+def test_what_the_record_does_not_name_must_be_as_it_was(llama: Path, folded: Path) -> None:
+    edit_json(folded / "w8a8.json", lambda values: values["calibration"].update(changed=[], folded=[]))
+    problems = w8a8.verify(folded, llama).problems
+    assert any(NORM in problem and "bit for bit" in problem for problem in problems)
+    assert any(Q_PROJ in problem and "scales away" in problem for problem in problems)

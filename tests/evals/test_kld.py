@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,33 @@ def test_bands_cover_every_position_once(length: int) -> None:
     assert all(band.mean_kl == (band.first + band.last) / 2 for band in found)
 
 
+# --- layer by layer -----------------------------------------------------------------------------------------------
+
+
+def test_streamed_the_result_is_the_same(pair: tuple[Path, Path]) -> None:
+    steps: list[int] = []
+    plain = measure(*pair, context=16)
+    job = prepare(*pair, LETTERS, context=16, stream=True)
+    streamed = run(job, advance=steps.append)
+    assert replace(streamed, seconds=plain.seconds) == plain
+    assert sum(steps) == job.steps == 5 * job.tokens
+
+
+def test_the_real_gemma_3_streams(gemma3: Path, gemma3_formats: Mapping[str, Path]) -> None:
+    text = Text("prose", (PROSE,))
+    plain, streamed = (
+        run(prepare(gemma3, gemma3_formats["quark"], text, context=32, stream=stream)) for stream in (False, True)
+    )
+    assert replace(streamed, seconds=plain.seconds) == plain
+
+
+def test_models_too_large_for_memory_are_streamed_unasked(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kld, "available_memory", lambda: 2 * 10**9)
+    assert prepare(*pair, LETTERS).streamed
+
+
 # --- the text -----------------------------------------------------------------------------------------------------
 
 
@@ -322,11 +350,11 @@ def test_an_empty_text_is_refused(pair: tuple[Path, Path]) -> None:
         prepare(*pair, Text("empty", ("",)))
 
 
-def test_models_that_do_not_fit_together_are_refused_before_they_are_loaded(
+def test_models_that_fit_neither_together_nor_by_layers_are_refused(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kld, "available_memory", lambda: 2 * 10**9)
-    with pytest.raises(DoesNotFitError, match=r"need about .* 2\.0 GB are available"):
+    monkeypatch.setattr(kld, "available_memory", lambda: 10**9)
+    with pytest.raises(DoesNotFitError, match=r"layer by layer, need about .* 1\.0 GB are available"):
         prepare(*pair, LETTERS)
 
 

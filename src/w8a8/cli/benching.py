@@ -181,3 +181,35 @@ def bench_quality(
     terminal = Terminal(json=json, quiet=quiet)
     result = bench(model, folder=folder, gsm8k=gsm8k, prose=prose, tokens=tokens, peers=peers, notice=terminal.notice)
     terminal.table(result, show)
+
+
+@bench_app.command(
+    "calibrate",
+    epilog="""
+Examples:
+
+- `w8a8 bench calibrate`
+- `w8a8 bench calibrate --scale 2 --samples 64 --runs 3`
+""",
+)
+def bench_calibrate(
+    scale: Annotated[int, typer.Option(min=1, max=16, help="What Gemma 4 31B's sizes are divided by.")] = 4,
+    layers: Annotated[int, typer.Option(min=2, help="Layers; the first one's time is not counted.")] = 3,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate on.")] = 32,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 512,
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 1,
+    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs four times the layers' size.")] = Path(
+        ".cache/bench/calibrate"
+    ),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Calibrate layers of Gemma 4 31B's shape: time against one plain forward of the same tokens, and peak memory."""
+    from w8a8.bench.calibrate import bench, show
+    from w8a8.terminal import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    found = bench(
+        scale=scale, layers=layers, samples=samples, tokens=tokens, runs=runs, folder=folder, notice=terminal.notice
+    )
+    terminal.table(found, show)

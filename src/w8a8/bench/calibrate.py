@@ -1,0 +1,196 @@
+"""`w8a8 bench calibrate`: what calibrating a layer takes, against one plain forward of the same tokens through it.
+
+The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights, in a checkpoint that is streamed as any
+other. Every contender is a process of its own, so that its peak memory is what the kernel accounts to it: one that only
+lets each layer read all samples in float32, then the recipes, by turns. A layer's time is from the end of the one
+before it to its own, reading its weights and writing what came of it included. Memory is shown as it is, and as
+multiples of a layer's float32 weights beyond what a process takes that has loaded the same libraries and no layer.
+"""
+
+import json
+import shutil
+import statistics
+import string
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from w8a8.bench.decode import GEMMA_4_31B, make_model
+from w8a8.bench.process import timed
+from w8a8.errors import MissingExtraError, W8A8Error
+
+EMPTY, PLAIN = "libraries alone", "plain forward"
+RECIPES = ("smooth", "smooth+gptq")
+GOALS = {"smooth": 6.0, "smooth+gptq": 12.0}
+"""Plain forwards that a recipe may take per layer."""
+
+_DIVIDED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_global_key_value_heads",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One contender: median seconds of a layer, and the largest peak memory of its runs in MiB."""
+
+    name: str
+    seconds: float
+    peak_mib: float
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """The rows, of layers of `layer_bytes` bytes in float32 and `tokens` tokens in all."""
+
+    scale: int
+    layers: int
+    layer_bytes: int
+    samples: int
+    tokens: int
+    rows: tuple[Row, ...]
+
+    def ratio(self, row: Row) -> float:
+        """Seconds of a layer per second of a plain forward."""
+        return row.seconds / next(plain.seconds for plain in self.rows if plain.name == PLAIN)
+
+    def memory(self, row: Row) -> float:
+        """Peak memory beyond the libraries' in float32 layers."""
+        empty = next(empty.peak_mib for empty in self.rows if empty.name == EMPTY)
+        return (row.peak_mib - empty) * 2**20 / self.layer_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain JSON values."""
+        rows = [{**asdict(row), "ratio": self.ratio(row), "layers": self.memory(row)} for row in self.rows]
+        return {**asdict(self), "rows": rows, "goals": GOALS}
+
+
+def bench(
+    *,
+    scale: int,
+    layers: int,
+    samples: int,
+    tokens: int,
+    runs: int,
+    folder: Path,
+    notice: Callable[[str], None] = lambda _: None,
+) -> CalibrateResult:
+    """Make the checkpoint in `folder`, run every contender `runs` times by turns, and collect the table.
+
+    Raises MissingExtraError without torch and transformers, W8A8Error where a contender fails.
+    """
+    source, text = folder.absolute() / "source", folder.absolute() / "text.txt"
+    layer_bytes = make_checkpoint(source, text, scale, layers, samples * tokens, notice)
+    seconds: dict[str, list[float]] = {name: [] for name in (EMPTY, PLAIN, *RECIPES)}
+    peaks = dict.fromkeys(seconds, 0.0)
+    try:
+        for run in range(runs):
+            for name in seconds:
+                command = (sys.executable, "-m", __name__, name, source, text, folder / "out", samples, tokens)
+                done = timed([str(part) for part in command])
+                if done.returncode != 0:
+                    raise W8A8Error(f"{name} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+                seconds[name] += json.loads(done.stdout)
+                peaks[name] = max(peaks[name], done.peak_mib)
+                notice(f"run {run + 1}/{runs}  {name}: {statistics.median(seconds[name]):.2f} s a layer")
+    finally:
+        for path in (source, folder / ".out.w8a8-calibration"):
+            shutil.rmtree(path, ignore_errors=True)
+        text.unlink()
+    rows = tuple(Row(name, statistics.median(all_), peaks[name]) for name, all_ in seconds.items())
+    return CalibrateResult(scale, layers, layer_bytes, samples, tokens, rows)
+
+
+def show(result: CalibrateResult, say: Callable[[Any], None]) -> None:
+    """The table for a person; `say` prints what Rich can."""
+    from w8a8.terminal import plain_table
+
+    table = plain_table("", "seconds a layer", "x plain", "goal", "peak MiB", "in layers", left=1)
+    for row in result.rows:
+        speed = (f"{row.seconds:.2f}", f"{result.ratio(row):.1f}") if row.name != EMPTY else ("", "")
+        goal = f"{GOALS[row.name]:g}" if row.name in GOALS else ""
+        table.add_row(row.name, *speed, goal, f"{row.peak_mib:.0f}", f"{result.memory(row):.1f}")
+    say(
+        f"{result.layers} layers of Gemma 4 31B, sizes divided by {result.scale}: {result.layer_bytes / 2**20:.0f} MiB "
+        f"each in float32; {result.samples} samples of {result.tokens} tokens"
+    )
+    say(table)
+
+
+def make_checkpoint(
+    source: Path, text: Path, scale: int, layers: int, tokens: int, notice: Callable[[str], None]
+) -> int:
+    """Write the checkpoint, its tokenizer and a text; returns a layer's bytes in float32."""
+    try:
+        import torch
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+    except ImportError as error:
+        raise MissingExtraError("bench calibrate needs torch and transformers: pip install 'w8a8[serve]'") from error
+    notice(f"making {layers} layers in {source}")
+    shutil.rmtree(source, ignore_errors=True)
+    source.mkdir(parents=True)
+    divided = {key: max(1, value // scale) if key in _DIVIDED else value for key, value in GEMMA_4_31B.items()}
+    with torch.no_grad():
+        model = make_model(layers, divided)
+    model.save_pretrained(source)
+    letters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(string.ascii_letters)}, merges=[]))
+    PreTrainedTokenizerFast(tokenizer_object=letters).save_pretrained(source)
+    drawn = torch.randint(len(string.ascii_letters), (tokens,), generator=torch.Generator().manual_seed(0))
+    text.write_text("".join(string.ascii_letters[i] for i in drawn.tolist()))
+    return int(4 * sum(p.numel() for p in model.model.layers.parameters()) / layers)
+
+
+# --- in the contender's own process -------------------------------------------------------------------------------
+
+
+def contend(name: str, source: str, text: str, out: str, samples: str, tokens: str) -> list[float]:
+    """Seconds of every layer."""
+    from w8a8.quantization import calibrated, prepare
+
+    job = prepare(source, recipe="smooth" if name in (EMPTY, PLAIN) else name, calibration=text,
+                  samples=int(samples), tokens=int(tokens))  # fmt: skip
+    if name in (EMPTY, PLAIN):
+        return _plain(Path(source), int(samples), int(tokens), run=name == PLAIN)
+    marks: list[float] = []
+
+    @contextmanager
+    def watch(_layers: int) -> Iterator[Callable[[int], None]]:
+        yield lambda _count: marks.append(time.perf_counter())
+
+    with calibrated(job, out, progress=watch):
+        pass
+    return [after - before for before, after in pairwise(marks)]
+
+
+def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]:
+    """Let every layer read random samples, or only load what is needed for it."""
+    import torch
+
+    from w8a8.calibrate import run as libraries  # noqa: F401 - what every contender loads
+    from w8a8.calibrate.model import StreamedModel, forward
+    from w8a8.checkpoint import Checkpoint
+
+    model = StreamedModel("bench", Checkpoint.open(source), torch.float32)
+    states, kwargs = model.embed([number % len(string.ascii_letters) for number in range(tokens)])
+    seconds = []
+    with torch.no_grad():
+        for number in range(model.count if run else 0):
+            start = time.perf_counter()
+            with model.layer(number) as layer:
+                for _ in range(samples):
+                    forward(layer, states, kwargs[number])
+            seconds.append(time.perf_counter() - start)
+    return seconds[1:] or [0.0]
+
+
+if __name__ == "__main__":
+    print(json.dumps(contend(*sys.argv[1:])))
