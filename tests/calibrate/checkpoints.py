@@ -29,7 +29,7 @@ _SHAPE: dict[str, Any] = {
 def make(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
     """Write the checkpoint of a small model, and its tokenizer, into `folder`."""
     set_seed(3)
-    head = {} if kind == "Qwen2" else {"head_dim": 16}
+    head = {} if kind in {"Qwen2", "Olmo2"} else {"head_dim": 16}
     values = {**_SHAPE, **head, **config}
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values)).to(dtype)
     model.model.embed_tokens.weight.data[:, LOUD] *= 20

@@ -21,7 +21,7 @@ from tests.checkpoint.command import python
 from tests.checkpoints import folder_bytes
 from w8a8.calibrate.text import cut, load
 from w8a8.checkpoint import Checkpoint
-from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UsageError
+from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
 from w8a8.inspection import inspect
 from w8a8.quantization import calibrated, prepare, run
 from w8a8.runtime import W8A8Linear
@@ -220,6 +220,12 @@ def test_texts_and_models_that_do_not_go_together_are_refused(source: Path, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "llama"]
 
 
+def test_an_architecture_without_groups_is_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "olmo", "Olmo2")
+    with pytest.raises(UnsupportedModelError, match="no recipe knows the layers of olmo2"):
+        w8a8.quantize(source, tmp_path / "out", recipe="auto", tokens=48)
+
+
 def test_a_target_that_is_there_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
@@ -242,6 +248,7 @@ def test_a_disk_too_small_is_known_before_the_work(
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     with pytest.raises(DiskFullError, match="calibrating needs"):
         w8a8.quantize(source, tmp_path / "out", calibration=str(text), **SIZES)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "miller.txt"]
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from w8a8.calibrate.request import Request
 from w8a8.calibrate.text import CalibrationText
 from w8a8.checkpoint import Checkpoint, read_header
 from w8a8.errors import DiskFullError, NonFiniteWeightError, UnsupportedModelError, UsageError
-from w8a8.execute.run import SLACK_BYTES
+from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging, lock_folder
 from w8a8.execute.stream import Identity
@@ -89,19 +89,23 @@ def calibrated(
     DiskFullError, NonFiniteWeightError.
     """
     out = Path(os.path.realpath(out))
+    check_apart(checkpoint.path, out)
     with Staging.claim(out, overwrite=overwrite):
-        pass  # it raises now what it would raise after hours
+        pass  # both raise now what they would raise after hours
     text = texts.load(request.text)
     if request.text is None:
         notice("no --calibration given: using the small built-in text; one like what the model will read does better")
     model = StreamedModel(name, checkpoint, torch.float32)
+    if not groups_of(checkpoint.config, model.hollow(0)):
+        kind = checkpoint.config.get("model_type")
+        raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
     setup = Setup(model, checkpoint, request, text, _samples(name, model, text, request, notice), notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
     with lock_folder(home, out):
-        plan, kept = make(), dict[str, str]()
-        _check_room(plan, setup, home)
-        with progress(model.count * (2 if request.keep_bf16 else 1)) as done:
-            folder = home / "first"
+        plan, kept, folder = make(), dict[str, str](), home / "first"
+        passes = 2 if request.keep_bf16 else 1
+        _check_room(plan, setup, home, passes)
+        with progress(model.count * passes) as done:
             gains = _pass(folder, plan, setup, done)
             if request.keep_bf16:
                 kept, folder = _choose_kept(plan, gains, setup), home / "second"
@@ -127,13 +131,15 @@ def _samples(
     return samples
 
 
-def _check_room(plan: Plan, setup: Setup, home: Path) -> None:
+def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:
     """Room for what calibration writes, and then the result, must be there, or be taken by an earlier run already."""
     codes = sum(decision.tensor.numel for decision in plan.decisions if decision.quantize)
-    needed = codes + 2 * setup.states(home).nbytes + plan.bytes_out + SLACK_BYTES
+    needed = passes * codes + (passes + 1) * setup.states(home).nbytes + plan.bytes_out + SLACK_BYTES
     there = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
     free = shutil.disk_usage(home).free
     if needed > free + there:
+        if not there:
+            home.rmdir()
         raise DiskFullError(
             f"{home.parent}: calibrating needs {(needed - there) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free some space or choose another disk"
@@ -269,7 +275,13 @@ def _choose_kept(plan: Plan, gains: Sequence[Sequence[Gain]], setup: Setup) -> d
             damages[number, gain.group] = Damage(gain.error, cost)
             members[number, gain.group] = [module_name(name) for name in names]
     chosen = choose_bf16(damages, int(setup.request.keep_bf16 * plan.bytes_out))
-    return {module: f"--keep-bf16: {damages[key].error:.2%} error in INT8" for key in chosen for module in members[key]}
+    if not chosen:
+        setup.notice(f"--keep-bf16: no group of layers fits into {setup.request.keep_bf16:.2%} of the result")
+    return {
+        module: f"--keep-bf16: would add {damages[key].error:.1e} to its layer's squared error"
+        for key in chosen
+        for module in members[key]
+    }
 
 
 def _say_gains(gains: Sequence[Sequence[Gain]], notice: Callable[[str], None]) -> None:

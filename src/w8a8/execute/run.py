@@ -55,7 +55,7 @@ def execute(
     the next run, except by `SelfCheckError` and `NonFiniteWeightError`.
     """
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
-    _check_apart(checkpoint.path, out)
+    check_apart(checkpoint.path, out)
     shards = {shard.name: shard for shard in checkpoint.shards}
     with Staging.claim(out, overwrite=overwrite) as staging:
         changed = staging.begin(_job(plan, checkpoint))
@@ -91,7 +91,8 @@ def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _check_apart(source: Path, out: Path) -> None:
+def check_apart(source: Path, out: Path) -> None:
+    """Raise `UsageError` where one of the folders lies in the other."""
     source = source.resolve()
     if source.is_relative_to(out) or out.is_relative_to(source):
         raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
