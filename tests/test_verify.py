@@ -231,15 +231,20 @@ NORM, GROUP = "model.layers.0.input_layernorm.weight", ("q_proj", "k_proj", "v_p
 
 @pytest.fixture
 def folded(llama: Path, tmp_path: Path) -> Path:
-    """A result with scales folded into a norm and what reads it, as a recipe leaves it, and its record of that."""
+    """A result with scales folded into a norm and what reads it, as a recipe leaves it, and its record of that.
+
+    The norm switches its first channel off.
+    """
+    patch(llama, spec(llama, NORM), lambda data: b"\0\0" + data[2:])
     source, rng = Checkpoint.open(llama), np.random.default_rng(0)
     values = {name: decode(read_tensor(source, tensor), tensor.dtype) for name, tensor in source.tensors.items()}
     divided: Array = values[NORM] / rng.uniform(0.2, 5, 64)
     after = round_to(divided.astype(np.float32), "BF16")
+    ratio: Array = np.divide(values[NORM], after, out=np.ones_like(after), where=after != 0)
     finished: dict[str, tuple[str, Array]] = {NORM: ("BF16", after)}
     readers = [f"model.layers.0.self_attn.{leaf}.weight" for leaf in GROUP]
     for name in readers:
-        weight = values[name].reshape(64, 64) * (values[NORM] / after)
+        weight = values[name].reshape(64, 64) * ratio
         scale = np.abs(weight).max(1) / np.float32(127)
         finished[name] = ("I8", np.rint(weight / scale[:, None]).astype(np.int8))
         finished[f"{name}_scale"] = ("F32", scale)

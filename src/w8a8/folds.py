@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 TURNS = 4
 MIN_SQNR_DB = 15.0
 """Rounding alone leaves 30 to 45 dB; clipping and compensated rounding take some of it; another matrix has 0."""
-MAX_MISFIT = 1e-2
+MAX_MISFIT = 1e-3
 """Of the energy of a norm's factors, what the fitted ones may miss."""
 
 Floats = NDArray[Any]
@@ -35,12 +35,14 @@ def fit(source: Floats, made: Floats) -> tuple[Floats, Floats]:
 def misfit(columns: Floats, energy: Floats, before: Floats, after: Floats, offset: float) -> float:
     """How far fitted factors [columns] are from those that a norm's weights `before` and `after` ask for, 0 to 1.
 
-    Columns count by their `energy`, because noise hides the factors of those that have none.
+    Columns count by their `energy`, because noise hides the factors of those that have none; a channel that the norm
+    switches off has no say, if it was off before.
     """
+    gains = before.astype(np.float64) + offset, after.astype(np.float64) + offset
+    used = (energy > 0) & ((gains[0] != 0) | (gains[1] != 0))
+    columns, energy = columns[used], energy[used]
     with np.errstate(all="ignore"):
-        wanted = (before.astype(np.float64) + offset) / (after.astype(np.float64) + offset)
-        used = energy > 0
-        columns, wanted, energy = columns[used], wanted[used], energy[used]
+        wanted = gains[0][used] / gains[1][used]
         scale = np.sum(energy * columns * wanted) / np.sum(energy * wanted**2)
         missed = np.sum(energy * (columns - scale * wanted) ** 2) / np.sum(energy * columns**2)
     return float(missed) if np.isfinite(missed) else 1.0
