@@ -24,15 +24,15 @@ import w8a8
 from w8a8.bench.peers import CALIBRATED_PEERS, PEERS, Peer
 from w8a8.bench.process import timed
 from w8a8.calibrate import text as calibration_text
+from w8a8.calibrate.request import SAMPLES, TOKENS
 from w8a8.checkpoint import resolve
 from w8a8.errors import W8A8Error
 from w8a8.evals import kld, kld_text
 from w8a8.evals.questions import load
 from w8a8.texts import Text
 
-SAMPLES, TOKENS = 64, 512
 EXAMPLES = 200
-"""GSM8K's training examples to calibrate on; with the built-in text, a little more than the samples take."""
+"""GSM8K's training examples to calibrate on; with the built-in text, as much as the default samples take."""
 OURS: Mapping[str, Mapping[str, Any]] = {
     "w8a8 rtn": {},
     "w8a8 smooth": {"recipe": "smooth"},
@@ -83,10 +83,13 @@ def bench(
     gsm8k: Path | None = None,
     prose: Path | None = None,
     tokens: int = 4096,
+    samples: int = SAMPLES,
     peers: bool = False,
     notice: Callable[[str], None] = lambda _: None,
 ) -> QualityResult:
     """Quantize `model` in every way there is, measure `tokens` tokens of each kind, and remove the results.
+
+    Those that calibrate do so on `samples` samples of 512 tokens.
 
     Raises what quantizing and `eval kld` raise; a peer that fails is noted, and the others go on.
     """
@@ -99,8 +102,8 @@ def bench(
     rows: list[Row] = []
     failed: dict[str, str] = {}
     jobs: dict[str, Callable[[], None]] = {
-        **{name: _ours(source, out, calibration, options) for name, options in OURS.items()},
-        **{peer.name: _theirs(peer, folder, source, out, calibration) for peer in _peers(wanted=peers)},
+        **{name: _ours(source, out, calibration, samples, options) for name, options in OURS.items()},
+        **{peer.name: _theirs(peer, folder, source, out, calibration, samples) for peer in _peers(wanted=peers)},
     }
     for name, make in jobs.items():
         notice(name)
@@ -167,8 +170,8 @@ def _calibration(gsm8k: Path | None) -> Iterator[str]:
         yield from (f"{e.text}\n{e.solution}" for e in examples[number * each : (number + 1) * each])
 
 
-def _ours(source: Path, out: Path, calibration: Path, options: Mapping[str, Any]) -> Callable[[], None]:
-    given: dict[str, Any] = {"calibration": str(calibration), "samples": SAMPLES, "tokens": TOKENS} if options else {}
+def _ours(source: Path, out: Path, calibration: Path, samples: int, options: Mapping[str, Any]) -> Callable[[], None]:
+    given: dict[str, Any] = {"calibration": str(calibration), "samples": samples, "tokens": TOKENS} if options else {}
 
     def make() -> None:
         w8a8.quantize(source, out, **{**given, **options})
@@ -180,9 +183,9 @@ def _peers(*, wanted: bool) -> Sequence[Peer]:
     return (*PEERS, *CALIBRATED_PEERS) if wanted else ()
 
 
-def _theirs(peer: Peer, folder: Path, source: Path, out: Path, calibration: Path) -> Callable[[], None]:
+def _theirs(peer: Peer, folder: Path, source: Path, out: Path, calibration: Path, samples: int) -> Callable[[], None]:
     def make() -> None:
-        run = timed([*peer.command(folder, source, out), str(calibration), str(SAMPLES), str(TOKENS)])
+        run = timed([*peer.command(folder, source, out), str(calibration), str(samples), str(TOKENS)])
         if run.returncode != 0 or not (out / "config.json").is_file():
             raise W8A8Error(f"ended with {run.returncode}: {run.stderr.strip()[-300:]}")
 
