@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.engines.conftest import vllm_python  # noqa: F401
 from w8a8.bench import compiled
 from w8a8.bench.compiled import ARCHITECTURES, CompileResult, Loop, Machine, Row, bench, inner_loop, machine, ours, show
 from w8a8.cli import app
-from w8a8.errors import UsageError
+from w8a8.errors import MissingExtraError, UsageError
 from w8a8.kernels.tiles import family, shipped
 
 INSTRUCTIONS = {
@@ -175,6 +176,14 @@ def test_an_architecture_without_kernels_is_refused() -> None:
     for name in ("gfx1030", "sm_75", "x86", "", "sm_90; rm"):
         with pytest.raises(UsageError, match="no INT8 kernels"):
             bench([name])
+
+
+@pytest.mark.parametrize("command", ["compile", "gemm"])
+def test_without_triton_the_command_says_what_to_install(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    done = CliRunner().invoke(app, ["bench", command])
+    assert isinstance(done.exception, MissingExtraError)
+    assert "pip install" in str(done.exception)
 
 
 def test_a_place_without_vllm_is_refused(tmp_path: Path) -> None:
