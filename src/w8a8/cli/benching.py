@@ -165,6 +165,7 @@ def bench_quality(
         Path | None, typer.Option("--prose", help="English prose.", show_default="a built-in text")
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of each kind of text to measure.")] = 4096,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of 512 tokens to calibrate on.")] = 64,
     peers: Annotated[
         bool, typer.Option("--peers", help="Also AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
     ] = False,
@@ -179,7 +180,16 @@ def bench_quality(
     from w8a8.terminal import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    result = bench(model, folder=folder, gsm8k=gsm8k, prose=prose, tokens=tokens, peers=peers, notice=terminal.notice)
+    result = bench(
+        model,
+        folder=folder,
+        gsm8k=gsm8k,
+        prose=prose,
+        tokens=tokens,
+        samples=samples,
+        peers=peers,
+        notice=terminal.notice,
+    )
     terminal.table(result, show)
 
 
