@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 import w8a8
+from tests.calibrate.checkpoints import make as make_small
+from tests.calibrate.checkpoints import write_text
 from tests.checkpoint.command import python
 from tests.checkpoint.hub import local_hub
 from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
@@ -182,11 +184,28 @@ def test_the_command_in_the_card_makes_the_same_checkpoint(
 ) -> None:
     out = source.with_name("llama-W8A8")
     w8a8.quantize(source, out, **options)
+    check_commands(out, monkeypatch)
+
+
+def test_the_command_in_the_card_calibrates_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    source, text, out = make_small(tmp_path / "llama"), write_text(tmp_path), tmp_path / "llama-W8A8"
+    command = ("quantize", source, out, "--recipe", "smooth", "--calibration", text, "--keep-bf16", "10%")
+    run = python("-m", "w8a8", *command, "--tokens", "48", "--exclude", "*.layers.1.mlp.*")
+    assert run.returncode == 0, run.stderr
+    card = make(out).text
+    assert re.search(r"Calibrated on \d+ samples of 48 tokens of miller\.txt \(SHA-256 `[0-9a-f]{64}`\)", card)
+    assert "No calibration data" not in card
+    check_commands(out, monkeypatch)
+
+
+def check_commands(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the card says makes the same files again."""
     [commands] = [b for b in blocks(make(out).text) if b.startswith("w8a8 quantize")]
     expected = folder_bytes(out)
     shutil.rmtree(out)
 
-    monkeypatch.chdir(source.parent)
+    monkeypatch.chdir(out.parent)
     for command in commands.replace("\\\n", "").strip().splitlines():
         run = python("-m", *shlex.split(command))
         assert run.returncode == 0, run.stderr
