@@ -105,8 +105,8 @@ FAMILIES = {
         192,  # 96 compute units with 2 SIMDs (gfx1100)
         (
             # Two matrix instructions for each weight operand read from LDS. 16 rows would waste none for M <= 16 (0.24
-            # of all instructions instead of 0.30), but matrix units idle there anyway. One wave per program: no
-            # barriers, and 8 waves per SIMD hide the latency that the missing software pipeline would.
+            # of all instructions instead of 0.30), but matrix units idle there anyway. One wave per program needs no
+            # barriers, so that, unrolled, it loads the next step while it multiplies; 7 waves fit a SIMD.
             (32, Tile(32, 64, 64, unroll=4, swap=True, num_warps=1, num_stages=1)),
             # Each wave 64 x 64: 16 matrix instructions for 8 operands. Steps of 128 would not fit the registers.
             (64, Tile(64, 256, 64)),
