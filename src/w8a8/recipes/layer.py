@@ -26,7 +26,7 @@ from w8a8.recipes import costs, folding, smooth
 from w8a8.recipes.batches import Batch
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
-from w8a8.recipes.gptq import round_with
+from w8a8.recipes.gptq import Compensation, compensation, round_with
 from w8a8.recipes.groups import Group
 from w8a8.runtime.linear import W8A8Linear, quantize_tokens
 
@@ -126,17 +126,10 @@ def _calibrate_group(work: "_Work", group: Group, recipe: Recipe, seen: "_Seen")
     """Choose for one group, and make it so in `work`."""
     held = torch.cat([*work.inputs(group, seen.judging)])
     weights = [work.weight(path) for path in group.consumers]
+    cost = [seen.judging_cost[path] for path in group.consumers]
+    heads = heads_of(work.layer, group)
     found = [
-        (
-            _error(
-                candidate,
-                held,
-                weights,
-                [seen.judging_cost[path] for path in group.consumers],
-                heads_of(work.layer, group),
-            ),
-            candidate,
-        )
+        (_error(candidate, held, weights, cost, heads), candidate)
         for candidate in _candidates(work, group, recipe, seen, weights)
     ]
     error, best = min(found, key=lambda each: each[0])
@@ -157,8 +150,8 @@ def _candidates(
     if "smooth" in names:
         yield _Candidate("smooth", scales, tuple(nearest(weight * by_channel) for weight in weights))
     if "smooth+gptq" in names:
-        hessian = _hessian(work.inputs(group, seen.training), by_channel)
-        yield _Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, hessian) for weight in weights))
+        by = compensation(_hessian(work.inputs(group, seen.training), by_channel))
+        yield _Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, by) for weight in weights))
 
 
 def _problem(work: "_Work", group: Group, seen: "_Seen", weights: Sequence[Tensor]) -> smooth.Problem:
@@ -172,11 +165,7 @@ def _problem(work: "_Work", group: Group, seen: "_Seen", weights: Sequence[Tenso
 
 
 def _error(
-    candidate: _Candidate,
-    held: Tensor,
-    weights: Sequence[Tensor],
-    cost: Sequence[Cost],
-    heads: Heads | None,
+    candidate: _Candidate, held: Tensor, weights: Sequence[Tensor], cost: Sequence[Cost], heads: Heads | None
 ) -> float:
     """What the candidate adds to the relative squared error of what the next layer reads, per token."""
     by_channel = 1.0 if candidate.scales is None else expand(candidate.scales, heads)
@@ -214,10 +203,10 @@ def nearest(weight: Tensor) -> Codes:
     return Codes((weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale)
 
 
-def compensated(weight: Tensor, hessian: Tensor) -> Codes:
+def compensated(weight: Tensor, by: Compensation) -> Codes:
     """`weight` [out, in] rounded with compensation, with the scales that rounding to nearest has."""
     scale = _row_scale(weight)
-    return Codes(round_with(weight, hessian, scale), scale)
+    return Codes(round_with(weight, scale, by), scale)
 
 
 def _row_scale(weight: Tensor) -> Tensor:
