@@ -14,7 +14,7 @@ def test_every_contender_times_the_layers_behind_the_first(tmp_path: Path) -> No
         nbytes = make_checkpoint(source, text, 16, 3, 3 * 24, lambda _: None)
     layers = [t for t in Checkpoint.open(source).tensors.values() if ".layers." in t.name and t.name.endswith("weight")]
     assert nbytes == sum(2 * t.nbytes for t in layers) // 3
-    for name in (PLAIN, *RECIPES):
+    for name in (PLAIN, RECIPES[-1]):
         seconds = contend(name, str(source), str(text), str(tmp_path / "out"), "3", "24")
         assert len(seconds) == 2
         assert min(seconds) > 0

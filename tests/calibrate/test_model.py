@@ -9,11 +9,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import w8a8.runtime  # noqa: F401 - so that the whole models load too
+import w8a8.runtime  # so that the whole models load too
 from tests.calibrate.checkpoints import KINDS, make
 from w8a8.calibrate.model import StreamedModel, forward
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, UnsupportedModelError
+from w8a8.formats import FORMATS
 
 IDS = list(range(3, 60))
 
@@ -61,8 +62,10 @@ def test_the_real_gemma_3_does(gemma3: Path) -> None:
     check(gemma3)
 
 
-def test_quantized_models_do_in_both_formats(gemma3_w8a8: Path) -> None:
-    check(gemma3_w8a8, dtype=None)
+@pytest.mark.parametrize("format_", FORMATS)
+def test_quantized_models_do_in_both_formats(format_: str, tmp_path: Path) -> None:
+    w8a8.quantize(make(tmp_path / "llama"), tmp_path / "out", format=format_)
+    check(tmp_path / "out")
 
 
 def test_a_gemma_4_does_without_its_vision_tower(gemma4: Path, gemma4_w8a8: Path) -> None:
