@@ -236,6 +236,6 @@ class InvalidResultError(W8A8Error):
 
 
 class UnsupportedModelError(W8A8Error):
-    """The model's layers cannot be run one at a time, so it can be neither calibrated nor streamed."""
+    """No recipe knows the model's layers, or they cannot be run one at a time, as calibrating and streaming do."""
 
     exit_code = 61

@@ -113,6 +113,7 @@ class StreamedModel:
 
     def last_states(self, states: Tensor) -> None:
         """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
+        self._calls.clear()
         self._layers[-1].forward = lambda *_, **__: states
 
     def _hollow_out(self, layer: nn.Module) -> None:
@@ -134,6 +135,9 @@ class StreamedModel:
         if not isinstance(embedding, nn.Embedding) or spec is None:
             raise UnsupportedModelError(f"{self.name}: {self._embedding} is no embedding of the checkpoint")
         embedding.forward = _by_rows(embedding, self, spec)
+        for module in decoder.modules():
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, value.to(self.device))
         prefix = f"{place}." if place else ""
         for name, value in list(decoder.named_parameters()):
             if value is not embedding.weight and not (prefix + name).startswith(f"{self._prefix}."):
