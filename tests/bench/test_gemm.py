@@ -142,6 +142,14 @@ def test_tuning_tries_the_shipped_tile_and_its_neighbours(arch: str, tokens: int
     assert 15 <= len(tried) == len(set(tried)) <= 80
 
 
+def test_cutlass_is_vllms_choice_only_where_it_has_int8() -> None:
+    """A tuning that could not time vLLM's own choice must not say that ours is faster than it."""
+    assert [arch for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx1100") if gemm._takes_cutlass(arch)] == [
+        "sm_80",
+        "sm_90",
+    ]
+
+
 def test_without_a_gpu_the_command_says_what_to_do() -> None:
     done = CliRunner().invoke(app, ["bench", "gemm"])
     assert isinstance(done.exception, NoDeviceError)

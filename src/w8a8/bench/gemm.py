@@ -1,17 +1,19 @@
 """`w8a8 bench gemm`: the INT8 kernels on the GPU that is there, against what else would do their work.
 
 Every linear layer of Gemma 4 31B as vLLM runs it (q, k, v and gate, up fused), whole and cut for 2 and 4 GPUs, for 1 to
-4096 tokens: `scaled_int8_mm`, vLLM's Triton kernel where a vLLM is installed, `torch._int_mm` with scaling behind it,
-and BF16 `matmul`. They take turns in one run; each launch is timed by events on the device, after a write to more
-memory than its caches hold; medians are shown. Beside that, `quantize_per_token`, against a copy of as many bytes.
+4096 tokens: `scaled_int8_mm`, vLLM's Triton kernel where a vLLM is installed, vLLM's CUTLASS kernel where this is its
+environment and the GPU one that CUTLASS has INT8 for, `torch._int_mm` with scaling behind it, and BF16 `matmul`. They
+take turns in one run; each launch is timed by events on the device, after a write to more memory than its caches hold;
+medians are shown. Beside that, `quantize_per_token`, against a copy of as many bytes.
 
 Results are checked in the same run: ours must equal the integer reference to the bit, vLLM's up to its rounding. A
 number that does not come from a right result is not shown.
 
-`tune` tries the tiles of `candidates` on each shape, keeps the fastest, and stores it with what vLLM's kernel took in
-the same turns (`w8a8.kernels.tiles` reads it back).
+`tune` tries the tiles of `candidates` on each shape, keeps the fastest, and stores it with what the kernel that vLLM
+itself would choose took in the same turns (`w8a8.kernels.tiles` reads it back).
 """
 
+import importlib.util
 import math
 import statistics
 import time
@@ -32,6 +34,7 @@ from w8a8.kernels.int8_gpu import scaled_int8_mm
 from w8a8.kernels.quantize_gpu import quantize_per_token
 from w8a8.kernels.tiles import Tile, Tuned
 from w8a8.runtime.linear import padded_int_mm, quantize_tokens
+from w8a8.vllm_plugin.rule import cutlass_fails
 
 COLUMNS = ((Q + 2 * KV, HIDDEN), (2 * Q + 2 * 2048, HIDDEN), (2 * INTERMEDIATE, HIDDEN))
 """[out, in] of the layers cut along `out` for several GPUs: q, k, v of sliding and of full attention; gate, up."""
@@ -47,6 +50,14 @@ _CHECKED = 64
 """Tokens whose results are checked."""
 _TUNING_RUNS = 7
 
+PEERS = {
+    "vllm": ("vLLM", "vLLM's Triton kernel"),
+    "cutlass": ("CUTLASS", "vLLM's CUTLASS kernel"),
+    "int_mm": ("int_mm", "torch._int_mm and scaling"),
+    "bf16": ("BF16", "BF16"),
+}
+"""The other contenders, and what tables and sentences call them."""
+
 Work = Callable[[], Any]
 
 
@@ -59,7 +70,7 @@ def shapes(parallel: Sequence[int] = (1, 2, 4)) -> tuple[tuple[int, int], ...]:
 
 @dataclass(frozen=True, slots=True)
 class GemmRow:
-    """One product: milliseconds of every turn of every contender (`w8a8`, `vllm`, `int_mm`, `bf16`)."""
+    """One product: milliseconds of every turn of every contender (`w8a8`, and those of `PEERS` that took part)."""
 
     tokens: int
     outputs: int
@@ -121,7 +132,7 @@ class GemmResult:
             **asdict(self),
             "rows": [row.to_dict() for row in self.rows],
             "quantized": [row.to_dict() for row in self.quantized],
-            "geometric_mean": {peer: self.mean(peer) for peer in ("vllm", "int_mm", "bf16")},
+            "geometric_mean": {peer: self.mean(peer) for peer in PEERS},
         }
 
     def mean(self, peer: str) -> float | None:
@@ -265,6 +276,15 @@ class Problem:
             self.x, self.weight.t(), scale_a=self.x_scale, scale_b=self.weight_scale, out_dtype=torch.bfloat16
         )
 
+    def cutlass(self) -> Tensor:
+        """By vLLM's CUTLASS kernel, called as its linear layer does. Takes vLLM itself, and its compiled parts."""
+        from vllm import _custom_ops
+
+        found: Tensor = _custom_ops.cutlass_scaled_mm(
+            self.x, self.weight.t(), scale_a=self.x_scale, scale_b=self.weight_scale, out_dtype=torch.bfloat16
+        )
+        return found
+
     def composed(self) -> Tensor:
         """By `torch._int_mm`, which takes 17 tokens at least on CUDA, and scaling behind it."""
         acc = padded_int_mm(self.x, self.weight, tokens=32, multiple=8)
@@ -294,10 +314,31 @@ def _row(
     tile = tiles.choose(arch, m, n, k)
     check(problem.ours(tile), problem.reference(), f"tile {tile}'s")
     activations, weight = problem.x.to(torch.bfloat16), problem.weight.to(torch.bfloat16)
-    peers: dict[str, Work] = {"int_mm": problem.composed, "bf16": lambda: activations @ weight.t()}
+    peers = {**_vllms(arch, problem, peer), "int_mm": problem.composed, "bf16": lambda: activations @ weight.t()}
+    contenders = {"w8a8": lambda: problem.ours(tile), **_able(peers, problem, notice)}
+    row = GemmRow(m, n, k, str(tile), race(contenders, clock, runs))
+    notice(f"{m} x {n} x {k}: " + ", ".join(f"{name} {row.median(name):.3f} ms" for name in contenders))
+    return row
+
+
+def _vllms(arch: str, problem: Problem, peer: Vllm | None) -> dict[str, Work]:
+    """vLLM's kernels that can be had here: CUTLASS only of the vLLM of this environment, where it has INT8."""
+    found: dict[str, Work] = {}
     if peer is not None:
-        peers["vllm"] = lambda: problem.theirs(peer)
-    contenders: dict[str, Work] = {"w8a8": lambda: problem.ours(tile)}
+        found["vllm"] = lambda: problem.theirs(peer)
+    if _takes_cutlass(arch) and importlib.util.find_spec("vllm"):
+        found["cutlass"] = problem.cutlass
+    return found
+
+
+def _takes_cutlass(arch: str) -> bool:
+    """Whether vLLM's own choice for INT8 layers on `arch` is CUTLASS, and works."""
+    return arch.startswith("sm_") and not cutlass_fails(arch)
+
+
+def _able(peers: Mapping[str, Work], problem: Problem, notice: Callable[[str], None]) -> dict[str, Work]:
+    """Those of the peers that can do it; what they compute is checked."""
+    able = {}
     for name, work in peers.items():
         try:
             result = work()
@@ -306,10 +347,8 @@ def _row(
             continue
         if name != "bf16":
             check(result, problem.reference(), f"{name}'s", rtol=2**-7)
-        contenders[name] = work
-    row = GemmRow(m, n, k, str(tile), race(contenders, clock, runs))
-    notice(f"{m} x {n} x {k}: " + ", ".join(f"{name} {row.median(name):.3f} ms" for name in contenders))
-    return row
+        able[name] = work
+    return able
 
 
 def check(result: Tensor, expected: Tensor, whose: str, rtol: float = 0) -> None:
@@ -362,7 +401,7 @@ def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
 
 
 def _tuned(arch: str, problem: Problem, peer: Vllm | None, clock: Clock, notice: Callable[[str], None]) -> Tuned:
-    """The fastest tile for a problem, timed against vLLM's kernel by turns with the three best."""
+    """The fastest tile for a problem, timed by turns with the kernel that vLLM would choose, if that is here."""
     m, n, k = problem.sizes
     expected = problem.reference()
     times: dict[Tile, float] = {}
@@ -378,12 +417,13 @@ def _tuned(arch: str, problem: Problem, peer: Vllm | None, clock: Clock, notice:
         times[tile] = statistics.median(race({"w8a8": lambda tile=tile: problem.ours(tile)}, clock, 3)["w8a8"])  # type: ignore[misc]
     best = sorted(times, key=lambda tile: times[tile])[:3]
     contenders: dict[str, Work] = {str(tile): lambda tile=tile: problem.ours(tile) for tile in best}  # type: ignore[misc]
-    if peer is not None:
-        contenders["vllm"] = lambda: problem.theirs(peer)
+    choice = "cutlass" if _takes_cutlass(arch) else "vllm"
+    rivals = {name: work for name, work in _vllms(arch, problem, peer).items() if name == choice}
+    contenders |= _able(rivals, problem, notice)
     medians = {name: statistics.median(ms) for name, ms in race(contenders, clock, _TUNING_RUNS).items()}
     tile = min(best, key=lambda tile: medians[str(tile)])
     notice(f"{m} x {n} x {k}: {tile}, {medians[str(tile)]:.3f} ms, of {len(times)} tiles; {failed} did not compile")
-    return Tuned(m, n, k, tile, medians[str(tile)], medians.get("vllm"))
+    return Tuned(m, n, k, tile, medians[str(tile)], medians.get(choice))
 
 
 def show(result: GemmResult, say: Callable[[Any], None]) -> None:
@@ -392,15 +432,17 @@ def show(result: GemmResult, say: Callable[[Any], None]) -> None:
 
     known = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
     say(f"{result.device} ({result.arch}), {known}; copies at {result.copy_gb_s:.0f} GB/s")
+    peers = {name: short for name, (short, _) in PEERS.items() if result.mean(name) is not None}
     table = plain_table(
-        *("out x in", "tokens", "tile", "W8A8 ms", "vLLM ms", "int_mm ms", "BF16 ms", "x vLLM", "x int_mm", "x BF16"),
+        *("out x in", "tokens", "tile", "W8A8 ms", *(f"{short} ms" for short in peers.values())),
+        *(f"x {short}" for short in peers.values()),
         *("GB/s", "TOPS"),
         left=1,
     )
     for row in result.rows:
         values = row.to_dict()
-        medians = [row.median(name) for name in ("w8a8", "vllm", "int_mm", "bf16")]
-        ratios = [row.ratio(name) for name in ("vllm", "int_mm", "bf16")]
+        medians = [row.median(name) for name in ("w8a8", *peers)]
+        ratios = [row.ratio(name) for name in peers]
         table.add_row(
             f"{row.outputs} x {row.inputs}",
             f"{row.tokens}",
@@ -411,9 +453,8 @@ def show(result: GemmResult, say: Callable[[Any], None]) -> None:
             f"{values['tera_ops']:.1f}",
         )
     say(table)
-    for peer, name in (("vllm", "vLLM's Triton kernel"), ("int_mm", "torch._int_mm and scaling"), ("bf16", "BF16")):
-        if (mean := result.mean(peer)) is not None:
-            say(f"{mean:.2f} times as fast as {name}, in the geometric mean")
+    for peer in peers:
+        say(f"{result.mean(peer):.2f} times as fast as {PEERS[peer][1]}, in the geometric mean")
     for quantized in result.quantized:
         values = quantized.to_dict()
         share = values["gb_s"] / result.copy_gb_s

@@ -235,7 +235,8 @@ def _splits(tile: Tile, m: int, n: int, k: int, schedulers: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The best tile found for up to `m` tokens, `n` outputs and `k` inputs: its milliseconds, and vLLM's if timed."""
+    """The best tile found for up to `m` tokens, `n` outputs and `k` inputs: its milliseconds, and those of the kernel
+    that vLLM would choose by itself, if that was timed."""
 
     m: int
     n: int
@@ -297,7 +298,7 @@ def _tuned(entry: Any) -> Tuned:
 
 
 def faster(arch: str) -> bool:
-    """Whether a tuning on this machine measured these kernels to be faster than vLLM's Triton kernel on `arch`, in the
+    """Whether a tuning on this machine measured these kernels to be faster than vLLM's own choice on `arch`, in the
     geometric mean over its shapes. Without one nobody knows, and the answer is no."""
     ratios = [t.vllm_ms / t.ms for t in stored(arch) if t.vllm_ms is not None]
     return bool(ratios) and math.fsum(map(math.log, ratios)) > 0

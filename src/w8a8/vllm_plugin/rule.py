@@ -6,7 +6,7 @@ The order is that of vLLM 0.32 (`_POSSIBLE_INT8_KERNELS` and `choose_scaled_mm_l
 Ours stands before vLLM's own Triton kernel, and so runs on AMD's GPUs unless AITER is switched on, and elsewhere where
 `--linear-backend triton` asks for it. It stands before everything on NVIDIA GPUs where CUTLASS claims INT8 layers and
 cannot run them (from Blackwell on, vLLM issue 54311), and where a tuning on this machine measured it to be faster than
-vLLM's Triton kernel; `--linear-backend cutlass` brings CUTLASS back there, which no tuning times.
+CUTLASS; `--linear-backend cutlass` brings that back there.
 """
 
 import re
@@ -64,7 +64,7 @@ def chosen(arch: str, *, ours: bool, backend: str = "auto", with_aiter: bool = F
     """The kernel that vLLM chooses on a GPU of `arch`, by its key in `NAMES`.
 
     `ours`: whether the plugin is active; `backend`: vLLM's `--linear-backend`; `with_aiter`: whether AITER's kernel is
-    asked for; `faster`: whether ours was measured to be faster than vLLM's in Triton.
+    asked for; `faster`: whether ours was measured to be faster than vLLM's choice.
     """
     order = [AITER, TRITON] if with_aiter else [TRITON] if arch.startswith("gfx") else [CUTLASS, TRITON, HUMMING]
     if ours and not 0 < _capability(arch) < OURS_BEGINS:
