@@ -112,9 +112,9 @@ def bench(
             start = time.monotonic()
             make()
             seconds = time.monotonic() - start
-            rows.append(
-                Row(name, seconds, _size(out), {kind: _score(source, out, t, tokens) for kind, t in texts.items()})
-            )
+            scores = {kind: _score(source, out, text, tokens) for kind, text in texts.items()}
+            rows.append(Row(name, seconds, _size(out), scores))
+            notice(", ".join(f"{kind} {score.mean:.4f} nats, top-1 {score.top1:.1%}" for kind, score in scores.items()))
         except (W8A8Error, subprocess.CalledProcessError) as error:
             if name in OURS:
                 raise
