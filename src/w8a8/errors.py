@@ -13,6 +13,11 @@ class W8A8Error(Exception):
     exit_code: ClassVar[int] = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line: its first, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class UsageError(W8A8Error):
     """The request itself does not make sense (an unknown format, a glob that matches nothing)."""
 

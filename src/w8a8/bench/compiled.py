@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -182,9 +183,7 @@ def bench(
 
     for arch in archs:
         machine(arch)
-    peer = find_vllm(vllm)
-    if peer is None:
-        notice("no vLLM here: its kernel is left out; --vllm names a folder or a Python that has one")
+    peer = find_vllm(vllm, notice)
     analyzer = find_analyzer()
     rows: list[Row] = []
     for arch in archs:
@@ -383,6 +382,7 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
     return sass, shown[1].stdout
 
 
+@cache
 def find_analyzer() -> str | None:
     """The newest `llvm-mca` on the PATH; Debian's carry their version in the name."""
     named = [f"llvm-mca-{version}" for version in range(40, 15, -1)]
@@ -402,14 +402,16 @@ def _cycles(arch: str, body: Sequence[str]) -> float | None:
     return int(found[1]) / passes if found and done.returncode == 0 and not done.stderr else None
 
 
-def find_vllm(where: Path | None = None) -> Vllm | None:
-    """vLLM's Triton kernel: of the folder or Python `where`, else of this environment, or None where that has no vLLM.
+def find_vllm(where: Path | None, notice: Callable[[str], None] = lambda _: None) -> Vllm | None:
+    """vLLM's Triton kernel: of the folder or Python `where`, else of this environment, or None where that has no vLLM,
+    of which `notice` is told.
 
     Only the one file is loaded, with stand-ins for the two helpers it imports: vLLM itself takes many seconds, and its
     own choice of a platform. Raises UsageError where `where` has no such file.
     """
     folder = _vllm_folder(where)
     if folder is None:
+        notice("no vLLM here: its kernel is left out; --vllm names a folder or a Python that has one")
         return None
     version = re.search(r"__version__ = version = '([^']+)'", (folder / "_version.py").read_text(encoding="utf-8"))
     return Vllm(version[1] if version else "?", _load_alone(folder / _VLLM_KERNEL))

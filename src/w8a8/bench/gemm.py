@@ -214,9 +214,7 @@ def bench(
     clock = clock or DeviceClock(device)
     arch = tiles.architecture(device)
     layers = shapes() if layers is None else layers
-    peer = find_vllm(vllm)
-    if peer is None:
-        notice("no vLLM here: its kernel is left out; --vllm names a folder or a Python that has one")
+    peer = find_vllm(vllm, notice)
     path = None
     with torch.inference_mode():
         if tune:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from w8a8.checkpoint import Checkpoint, TensorSpec, reading
 from w8a8.checkpoint.reader import inside
-from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error
+from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error, first_line
 from w8a8.execute.stream import read_exactly
+from w8a8.recipes.costs import states_of
+from w8a8.runtime.linear import frozen
 from w8a8.runtime.quantizer import fit_to
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
@@ -109,7 +111,7 @@ class StreamedModel:
         tied = f"{place}.weight" not in self._named
         for name, value in head.state_dict().items():
             source = self._embedding if tied and name == "weight" else f"{place}.{name}"
-            setattr(head, name, _frozen(self._read(source, value)))
+            setattr(head, name, frozen(self._read(source, value)))
 
     def last_states(self, states: Tensor) -> None:
         """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
@@ -142,7 +144,7 @@ class StreamedModel:
         for name, value in list(decoder.named_parameters()):
             if value is not embedding.weight and not (prefix + name).startswith(f"{self._prefix}."):
                 module, _, leaf = name.rpartition(".")
-                setattr(decoder.get_submodule(module), leaf, _frozen(self._read(prefix + name, value)))
+                setattr(decoder.get_submodule(module), leaf, frozen(self._read(prefix + name, value)))
 
     def rows(self, spec: TensorSpec, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The given rows of a matrix of the file, as `dtype`."""
@@ -174,15 +176,12 @@ def tokenizer(name: str, folder: Path) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"{name}: its tokenizer cannot be loaded: {said}") from error
+        raise EngineError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
 
 
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """What a decoder layer makes of `states` [samples, tokens, hidden]."""
-    out = layer(states, **kwargs)
-    found: Tensor = out[0] if isinstance(out, tuple) else out
-    return found
+    return states_of(layer(states, **kwargs))
 
 
 def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
@@ -200,8 +199,7 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
     except W8A8Error:
         raise
     except Exception as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"{name}: transformers cannot build it: {said}") from error
+        raise EngineError(f"{name}: transformers cannot build it: {first_line(error)}") from error
 
 
 def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) -> Any:
@@ -210,7 +208,7 @@ def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) ->
 
     def look_up(ids: Tensor) -> Tensor:
         rows, places = ids.unique(return_inverse=True)
-        embedding.weight = _frozen(model.rows(spec, rows.tolist(), hollow.dtype))
+        embedding.weight = frozen(model.rows(spec, rows.tolist(), hollow.dtype))
         try:
             found: Tensor = type(embedding).forward(embedding, places)
             return found
@@ -218,7 +216,3 @@ def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) ->
             embedding.weight = hollow
 
     return look_up
-
-
-def _frozen(values: Tensor) -> nn.Parameter:
-    return nn.Parameter(values, requires_grad=False)

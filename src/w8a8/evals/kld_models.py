@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint
-from w8a8.errors import EngineError, MissingExtraError, W8A8Error
+from w8a8.errors import EngineError, MissingExtraError, W8A8Error, first_line
 from w8a8.evals.kld_text import Window
 
 try:
@@ -67,7 +67,7 @@ class Predictor:
         except W8A8Error:
             raise
         except Exception as error:
-            raise EngineError(f"{name}: transformers cannot load it: {_first_line(error)}") from error
+            raise EngineError(f"{name}: transformers cannot load it: {first_line(error)}") from error
         if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
             raise EngineError(f"{name}: {architecture} predicts no tokens; a model that generates text is needed")
         self.device = self.model.device
@@ -95,7 +95,7 @@ class Predictor:
                 now = slice(at, at + rows)
                 yield self.model(input_ids=inputs, use_cache=False).logits[0]
         except (RuntimeError, IndexError, MemoryError) as error:
-            raise EngineError(f"{self.name}: {_first_line(error)}") from error
+            raise EngineError(f"{self.name}: {first_line(error)}") from error
         finally:
             body.forward = read
 
@@ -143,7 +143,7 @@ def limits(name: str, folder: Path) -> tuple[int, int | None, int]:
         config = _config(folder).get_text_config(decoder=True)
         return int(config.vocab_size), getattr(config, "max_position_embeddings", None), int(config.num_hidden_layers)
     except Exception as error:
-        raise EngineError(f"{name}: its config cannot be read: {_first_line(error)}") from error
+        raise EngineError(f"{name}: its config cannot be read: {first_line(error)}") from error
 
 
 def has_gpu() -> bool:
@@ -220,7 +220,3 @@ def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]
 
 def _config(folder: Path) -> Any:
     return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

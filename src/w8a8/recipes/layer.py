@@ -28,7 +28,7 @@ from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
 from w8a8.recipes.gptq import Compensation, compensation, round_with
 from w8a8.recipes.groups import Group
-from w8a8.runtime.linear import W8A8Linear, quantize_tokens
+from w8a8.runtime.linear import W8A8Linear, frozen, quantize_tokens
 
 RecipeName = Literal["rtn", "smooth", "smooth+gptq", "auto"]
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
@@ -267,9 +267,9 @@ def int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
     """The layer that runs `weight`."""
     rows, columns = weight.codes.shape
     made = W8A8Linear(columns, rows, bias=False, device="meta")
-    made.weight = _frozen(weight.codes)
-    made.weight_scale = _frozen(weight.scale)
-    made.bias = None if bias is None else _frozen(bias)
+    made.weight = frozen(weight.codes)
+    made.weight_scale = frozen(weight.scale)
+    made.bias = None if bias is None else frozen(bias)
     return made
 
 
@@ -282,17 +282,13 @@ def _run_as(layer: nn.Module, path: str, weight: Codes | Tensor | None) -> None:
 
 def _set(layer: nn.Module, name: str, value: Tensor) -> None:
     path, _, parameter = name.rpartition(".")
-    setattr(layer.get_submodule(path), parameter, _frozen(value.to(torch.float32)))
+    setattr(layer.get_submodule(path), parameter, frozen(value.to(torch.float32)))
 
 
 def _shared_copy(layer: nn.Module) -> nn.Module:
     """A copy whose modules can be replaced, with the same parameters and buffers."""
     tensors = [*layer.parameters(), *layer.buffers()]
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
-
-
-def _frozen(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 # --- which batches are for what -----------------------------------------------------------------------------------

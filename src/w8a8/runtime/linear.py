@@ -57,9 +57,9 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
             raise ValueError(f"no INT8 layer of {in_features} inputs (1 to {MAX_IN_FEATURES}), {out_features} outputs")
         self.in_features = in_features
         self.out_features = out_features
-        self.weight = _frozen(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
-        self.weight_scale = _frozen(torch.ones(out_features, dtype=torch.float32, device=device))
-        self.bias = _frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        self.weight = frozen(torch.zeros(out_features, in_features, dtype=torch.int8, device=device))
+        self.weight_scale = frozen(torch.ones(out_features, dtype=torch.float32, device=device))
+        self.bias = frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype; ValueError for anything else."""
@@ -80,7 +80,7 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         scale = self.weight_scale.data
         super()._apply(fn, recurse)
         if self.weight_scale.dtype != torch.float32:
-            self.weight_scale = _frozen(scale.to(self.weight_scale.device))
+            self.weight_scale = frozen(scale.to(self.weight_scale.device))
         return self
 
 
@@ -144,7 +144,8 @@ def padded_int_mm(codes: Tensor, weight: Tensor, tokens: int = 1, multiple: int 
     return torch._int_mm(codes, weight.t())[:m, :n]
 
 
-def _frozen(tensor: Tensor) -> nn.Parameter:
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A parameter for inference: it has no gradient."""
     return nn.Parameter(tensor, requires_grad=False)
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import EngineError, MissingExtraError, PortInUseError, W8A8Error
+from w8a8.errors import EngineError, MissingExtraError, PortInUseError, W8A8Error, first_line
 
 try:
     import transformers
@@ -244,8 +244,7 @@ def _load(
     except (W8A8Error, KeyboardInterrupt):
         raise
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"{name}: transformers cannot load it: {reason}") from error
+        raise EngineError(f"{name}: transformers cannot load it: {first_line(error)}") from error
     batcher = Batcher(manager.model, manager.context)
     return _Server(Guard(_app(manager, batcher), api_key), batcher, ready)
 
