@@ -50,16 +50,16 @@ def text(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def stopping(after: int, layers: int) -> Iterator[Callable[[int], None]]:
-    """Progress that is interrupted once `after` of `layers` layers are done."""
+def stopping(after: int, layers: int, of: int = 3) -> Iterator[Callable[[int], None]]:
+    """Progress that is interrupted once `after` layers are done of the step that has `of`."""
     counted = []
 
     def done(count: int) -> None:
         counted.append(count)
-        if sum(counted) == after:
+        if layers == of and sum(counted) == after:
             raise KeyboardInterrupt
 
-    assert layers == 3
+    assert layers in (3, 6)
     yield done
 
 
@@ -120,11 +120,27 @@ def test_interrupted_it_goes_on_with_the_next_layer(source: Path, text: Path, tm
         pass
     home = tmp_path / ".out.w8a8-calibration" / "first"
     assert sorted(path.name for path in home.iterdir())[-1] == f"states-{after:05}.bin"
+    assert sorted(path.name for path in home.parent.iterdir()) == ["costs.safetensors", "first"]
     (home / f"layer-{after:05}.safetensors").write_bytes(b"half of a lay")
     (home / f"states-{after + 1:05}.bin").write_bytes(b"half of the states")
     said: list[str] = []
     w8a8.quantize(source, out, **options, notice=said.append)
     assert f"resuming: {after} of 3 layers are calibrated already" in said
+    assert not any(line.startswith("measuring") for line in said)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("after", [2, 4])
+def test_interrupted_while_costs_are_measured_it_measures_them_again(
+    source: Path, text: Path, tmp_path: Path, after: int
+) -> None:
+    options: dict[str, Any] = {"recipe": "smooth", "calibration": str(text), **SIZES}
+    job, out = prepare(source, **options), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), calibrated(job, out, progress=lambda layers: stopping(after, layers, of=6)):
+        pass
+    (tmp_path / ".out.w8a8-calibration" / "costs.safetensors").write_bytes(b"half of the cos")
+    w8a8.quantize(source, out, **options)
+    w8a8.quantize(source, tmp_path / "whole", **options)
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 

@@ -1,12 +1,16 @@
 """Small random decoders of every architecture that has groups, and inputs with outliers for their layers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+
+from w8a8.recipes import costs
+from w8a8.recipes.costs import Cost
+from w8a8.recipes.groups import groups_of
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -58,26 +62,51 @@ def config_of(made: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs of a layer."""
+    """Inputs of a layer, and what errors cost in it, as if all that matters were the states that leave it."""
 
     hidden: Tensor
-    reference: Tensor
     kwargs: dict[str, Any] = field(repr=False)
-    held_out: bool = False
+    held_out: bool
+    costs: dict[str, Cost] = field(repr=False)
+
+    @property
+    def token_costs(self) -> dict[str, Tensor]:
+        return {path: cost.token for path, cost in self.costs.items()}
+
+
+def row_costs(given: Sequence[Batch]) -> dict[str, Tensor]:
+    """What errors in the outputs of linear layers cost, on average over all batches."""
+    return {path: torch.stack([each.costs[path].row for each in given]).mean(0) for path in given[0].costs}
+
+
+def kwargs_of(made: Any, number: int, ids: Tensor) -> dict[str, Any]:
+    """What layer `number` is called with when the model reads `ids`; its states as `hidden_states`."""
+    seen: dict[str, Any] = {}
+
+    def keep(_module: Any, arguments: Any, kwargs: dict[str, Any]) -> None:
+        seen.update({"hidden_states": arguments[0], **kwargs} if arguments else kwargs)
+
+    hook = made.base_model.layers[number].register_forward_pre_hook(keep, with_kwargs=True)
+    with hook:
+        made(ids, use_cache=False)
+    return seen
 
 
 def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outliers: float = 30.0) -> list[Batch]:
     """Random inputs of layer `number`, every fourth held out; a few channels are `outliers` times as large."""
     generator = torch.Generator().manual_seed(number)
-    seen: dict[str, Any] = {}
-
-    def keep(_module: Any, _arguments: Any, kwargs: dict[str, Any]) -> None:
-        seen.update(kwargs)
-
-    hook = made.base_model.layers[number].register_forward_pre_hook(keep, with_kwargs=True)
-    made(torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    hook.remove()
+    seen = kwargs_of(made, number, torch.zeros(1, tokens, dtype=torch.long))
+    del seen["hidden_states"]
     loud = torch.ones(made.config.hidden_size)
     loud[::11] = outliers
     states = [torch.randn(1, tokens, len(loud), generator=generator) * loud for _ in range(count)]
-    return [Batch(each, each, seen, n % 4 == 3) for n, each in enumerate(states)]
+    layer = made.base_model.layers[number]
+    paths = [path for group in groups_of(config_of(made), layer) for path in group.consumers]
+    found = []
+    for n, each in enumerate(states):
+        direction = torch.randn(each.shape, generator=generator) / costs.states_of(layer(each, **seen)).norm(
+            dim=-1, keepdim=True
+        )
+        _, gradients = costs.backwards(layer, paths, each, seen, direction)
+        found.append(Batch(each, seen, n % 4 == 3, {path: Cost.of([gradient]) for path, gradient in gradients.items()}))
+    return found

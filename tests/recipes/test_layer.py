@@ -15,7 +15,8 @@ from w8a8.runtime.linear import W8A8Linear
 
 def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.Batch]) -> LayerResult:
     layer = made.base_model.layers[number]
-    return calibrate_layer(layer, groups_of(small.config_of(made), layer), batches, Recipe(name), torch.bfloat16)
+    rows = small.row_costs(batches)
+    return calibrate_layer(layer, groups_of(small.config_of(made), layer), batches, rows, Recipe(name), torch.bfloat16)
 
 
 def error(layer: nn.Module, made: nn.Module, batches: list[small.Batch]) -> float:
@@ -89,6 +90,6 @@ def test_the_layer_is_left_as_it_was_and_the_result_names_what_changed() -> None
 def test_without_groups_everything_is_rounded_to_nearest() -> None:
     made = small.model("llama")
     layer = made.base_model.layers[0]
-    result = calibrate_layer(layer, (), small.batches(made, 0), Recipe("auto"), torch.bfloat16)
+    result = calibrate_layer(layer, (), small.batches(made, 0), {}, Recipe("auto"), torch.bfloat16)
     assert result == LayerResult({}, ())
     assert sum(isinstance(module, W8A8Linear) for module in quantized(layer, result).modules()) == 7

@@ -26,18 +26,27 @@ class Batch:
     """A sample on its way into a layer.
 
     `hidden` float32 [1, tokens, hidden] is what the quantized layers before produce, `kwargs` what the layer's
-    `forward` takes besides. A `held_out` sample judges, and must not be used to choose.
+    `forward` takes besides. A `held_out` sample judges, and must not be used to choose. `token_costs` as in
+    `recipes.batches`.
     """
 
     hidden: Tensor
     kwargs: Mapping[str, Any]
     held_out: bool
+    token_costs: Mapping[str, Tensor] | None
 
 
 def held_out(samples: int) -> Sequence[bool]:
     """Which of `samples` (at least 2) are held out: every 8th, or the last where there are fewer."""
     every = min(HELD_OUT_EVERY, samples)
     return [number % every == every - 1 for number in range(samples)]
+
+
+def spread(samples: int, count: int, *, apart: bool) -> Sequence[int]:
+    """The numbers of `count` samples, at least one, evenly spread over those of `samples` that are held out, or not."""
+    numbers = [number for number, each in enumerate(held_out(samples)) if each is apart]
+    count = min(len(numbers), max(1, count))
+    return [numbers[len(numbers) * i // count] for i in range(count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +73,25 @@ class Activations:
                 writer.append(memoryview(each.cpu().contiguous().numpy().reshape(-1).view(np.uint8)))
             writer.finish()
 
-    def batches(self, kwargs: Mapping[str, Any], device: torch.device) -> "Batches":
-        """All samples, for a layer that takes `kwargs` besides, on `device`."""
-        return Batches(self, kwargs, device)
+    def states(self, device: torch.device) -> Iterator[Tensor]:
+        """The states [1, tokens, hidden] of every sample, on `device`."""
+        with reading(self.path), self.path.open("rb", buffering=0) as file:
+            for _ in range(self.samples):
+                values = torch.from_numpy(np.fromfile(file, np.float32, self.tokens * self.hidden))
+                yield values.reshape(1, self.tokens, -1).to(device)
 
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The samples of a file, one a batch; can be gone through any number of times."""
+    """The samples of a file, one a batch, for a layer that takes `kwargs` besides; can be gone through any number of
+    times. Of the samples in `token_costs` it is known what errors of their tokens cost."""
 
     activations: Activations
     kwargs: Mapping[str, Any]
+    token_costs: Mapping[int, Mapping[str, Tensor]]
     device: torch.device
 
-    def __len__(self) -> int:
-        return self.activations.samples
-
     def __iter__(self) -> Iterator[Batch]:
-        states = self.activations
-        with reading(states.path), states.path.open("rb", buffering=0) as file:
-            for apart in held_out(states.samples):
-                values = torch.from_numpy(np.fromfile(file, np.float32, states.tokens * states.hidden))
-                yield Batch(values.reshape(1, states.tokens, -1).to(self.device), self.kwargs, apart)
+        apart = held_out(self.activations.samples)
+        for number, states in enumerate(self.activations.states(self.device)):
+            yield Batch(states, self.kwargs, apart[number], self.token_costs.get(number))

@@ -113,6 +113,14 @@ class StreamedModel:
             source = self._embedding if tied and name == "weight" else f"{place}.{name}"
             setattr(head, name, frozen(self._read(source, value)))
 
+    def head_rows(self, rows: int) -> Iterator[Tensor]:
+        """The head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
+        head = self.model.get_output_embeddings()
+        place = next(place for place, module in self.model.named_modules() if module is head)
+        spec = self._named.get(f"{place}.weight") or self._named[self._embedding]
+        for start in range(0, spec.shape[0], rows):
+            yield self.rows(spec, range(start, min(start + rows, spec.shape[0])), head.weight.dtype)
+
     def last_states(self, states: Tensor) -> None:
         """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
         self._calls.clear()

@@ -1,9 +1,9 @@
 """A recipe, carried from layer to layer.
 
-For each decoder layer: its weights are read, the recipe chooses codes and foldings on the states that enter it, and the
-states that leave the layer as it will be go on to the next one. What a layer came to lies in a file of its own beside
-OUT, with those states, and a journal says how far the work is: a run that was interrupted goes on with the layer it was
-at.
+First it is measured what errors cost (`costs.py`). Then, for each decoder layer: its weights are read, the recipe
+chooses codes and foldings on the states that enter it, and the states that leave the layer as it will be go on to the
+next one. What a layer came to lies in a file of its own beside OUT, with those states, and a journal says how far the
+work is: a run that was interrupted goes on with the layer it was at.
 
 Where some layers may stay in BF16, a first pass tells what each group of them costs, and a second one calibrates the
 rest around those that stay.
@@ -11,7 +11,6 @@ rest around those that stay.
 
 import hashlib
 import json
-import math
 import os
 import shutil
 from collections import Counter, defaultdict
@@ -26,8 +25,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import w8a8
+from w8a8.calibrate import costs
 from w8a8.calibrate import text as texts
-from w8a8.calibrate.activations import Activations
+from w8a8.calibrate.activations import Activations, Batches
+from w8a8.calibrate.costs import Probe
 from w8a8.calibrate.journal import Journal
 from w8a8.calibrate.model import DTYPES, StreamedModel, forward, tokenizer
 from w8a8.calibrate.request import Request
@@ -40,8 +41,12 @@ from w8a8.execute.staging import Staging, lock_folder
 from w8a8.execute.stream import Identity
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.budget import Damage, choose_bf16
+from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Shows how many of a number of layers are done: a context, whose value is called with how many more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +83,14 @@ def calibrated(
     out: Path,
     *,
     overwrite: bool,
-    progress: Callable[[int], AbstractContextManager[Callable[[int], None]]],
+    progress: Progress,
     notice: Callable[[str], None],
 ) -> Iterator[Calibrated]:
     """Calibrate the model of `checkpoint` for the folder `out`; the context is for making use of it.
 
-    `make` makes the plan, given what calibration adds to it; `progress(layers)` shows how many layers are done. What is
-    on the disk is removed when the context ends as it should, and is gone on from when the same is asked for again.
+    `make` makes the plan, given what calibration adds to it; `progress(layers)` shows how many layers are done: first
+    those that costs are measured in, forwards and backwards, then those that are calibrated. What is on the disk is
+    removed when the context ends as it should, and is gone on from when the same is asked for again.
     Raises the errors of `Staging.claim` and of `StreamedModel`, UsageError where text and model do not go together,
     DiskFullError, NonFiniteWeightError.
     """
@@ -105,12 +111,13 @@ def calibrated(
         plan, kept, folder = make(), dict[str, str](), home / "first"
         passes = 2 if request.keep_bf16 else 1
         _check_room(plan, setup, home, passes)
+        measured = _measure(home, plan, setup, progress)
         with progress(model.count * passes) as done:
-            gains = _pass(folder, plan, setup, done)
+            gains = _pass(folder, plan, setup, measured, done)
             if request.keep_bf16:
                 kept, folder = _choose_kept(plan, gains, setup), home / "second"
                 plan = make(kept=kept)
-                gains = _pass(folder, plan, setup, done)
+                gains = _pass(folder, plan, setup, measured, done)
         _say_gains(gains, notice)
         finished = _finished(folder, model.count)
         yield Calibrated(make(kept=kept, calibration=_record(finished, setup, plan, kept)), finished)
@@ -134,7 +141,10 @@ def _samples(
 def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:
     """Room for what calibration writes, and then the result, must be there, or be taken by an earlier run already."""
     codes = sum(decision.tensor.numel for decision in plan.decisions if decision.quantize)
-    needed = passes * codes + (passes + 1) * setup.states(home).nbytes + plan.bytes_out + SLACK_BYTES
+    states = setup.states(home).nbytes
+    probed = states * len(costs.probed(len(setup.samples), len(setup.samples[0]))) // len(setup.samples)
+    passing = passes * codes + (passes + 1) * states + plan.bytes_out
+    needed = max(passing, probed * (setup.model.count + 1)) + SLACK_BYTES
     there = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
     free = shutil.disk_usage(home).free
     if needed > free + there:
@@ -146,10 +156,47 @@ def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What errors cost: of each layer's consumers, for the tokens of the samples `numbers`, each of `tokens` tokens."""
+
+    layers: Sequence[Mapping[str, Cost]]
+    numbers: Sequence[int]
+    tokens: int
+
+    def token_costs(self, layer: int, device: torch.device) -> Mapping[int, Mapping[str, Tensor]]:
+        """By sample, what errors of its tokens cost in a layer."""
+        split = {path: cost.token.to(device).split(self.tokens) for path, cost in self.layers[layer].items()}
+        return {number: {path: parts[i] for path, parts in split.items()} for i, number in enumerate(self.numbers)}
+
+    def row_costs(self, layer: int, device: torch.device) -> Mapping[str, Tensor]:
+        """What errors in the outputs of a layer's consumers cost."""
+        return {path: cost.row.to(device) for path, cost in self.layers[layer].items()}
+
+
+def _measure(folder: Path, plan: Plan, setup: Setup, progress: Progress) -> Measured:
+    """Measure what errors cost, or read what was measured before."""
+    model, tokens = setup.model, len(setup.samples[0])
+    numbers = costs.probed(len(setup.samples), tokens)
+    groups = [groups_of(setup.checkpoint.config, model.hollow(number)) for number in range(model.count)]
+    paths = [[path for group in each for path in group.consumers] for each in groups]
+    probe = Probe(numbers, [setup.samples[n] for n in numbers], model.embed(setup.samples[0])[1], paths)
+    path, job = folder / "costs.safetensors", _job(plan, setup)
+    layers = costs.load(path, probe, job)
+    if layers is None:
+        setup.notice("measuring what errors cost, by a reading forwards and one backwards")
+        with progress(model.count * 2) as done:
+            layers = costs.measure(model, probe, folder, done)
+        costs.store(layers, path, job)
+    return Measured(layers, numbers, tokens)
+
+
 # --- a pass over the layers ---------------------------------------------------------------------------------------
 
 
-def _pass(folder: Path, plan: Plan, setup: Setup, done: Callable[[int], None]) -> list[tuple[Gain, ...]]:
+def _pass(
+    folder: Path, plan: Plan, setup: Setup, measured: Measured, done: Callable[[int], None]
+) -> list[tuple[Gain, ...]]:
     """Calibrate all layers, or those that are left, and return what each one's groups gained."""
     model = setup.model
     chosen = {module_name(d.tensor.name) for d in plan.decisions if d.quantize}
@@ -163,7 +210,10 @@ def _pass(folder: Path, plan: Plan, setup: Setup, done: Callable[[int], None]) -
         done(len(journal.gains))
     for number in range(len(journal.gains), model.count):
         entering, leaving = (setup.states(journal.states(n)) for n in (number, number + 1))
-        journal.record(_calibrate(number, entering, leaving, kwargs[number], chosen, journal, setup))
+        token_costs = measured.token_costs(number, model.device)
+        batches = Batches(entering, kwargs[number], token_costs, model.device)
+        row_costs = measured.row_costs(number, model.device)
+        journal.record(_calibrate(number, batches, row_costs, leaving, chosen, journal, setup))
         done(1)
     return journal.gains
 
@@ -204,9 +254,9 @@ def _same(one: Any, other: Any) -> bool:
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _calibrate(
     number: int,
-    entering: Activations,
+    batches: Batches,
+    row_costs: Mapping[str, Tensor],
     leaving: Activations,
-    kwargs: Mapping[str, Any],
     chosen: set[str],
     journal: Journal,
     setup: Setup,
@@ -218,14 +268,13 @@ def _calibrate(
         linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
         ours = {path for path in linear if module_name(model.tensor(number, f"{path}.weight").name) in chosen}
         groups = _usable(groups_of(setup.checkpoint.config, layer), ours)
-        batches = entering.batches(kwargs, model.device)
         dtype = DTYPES[model.tensor(number, f"{min(linear)}.weight").dtype]
-        result = calibrate_layer(layer, groups, batches, Recipe(setup.request.recipe), dtype)
+        result = calibrate_layer(layer, groups, batches, row_costs, Recipe(setup.request.recipe), dtype)
         journal.store(number, save(_tensors(number, result, model)))
         made = quantized(layer, result)
         for path in linear - ours:
             made.set_submodule(path, layer.get_submodule(path))
-        leaving.write(forward(made, batch.hidden, kwargs) for batch in batches)
+        leaving.write(forward(made, batch.hidden, batch.kwargs) for batch in batches)
         return result.gains
 
 
@@ -278,22 +327,27 @@ def _choose_kept(plan: Plan, gains: Sequence[Sequence[Gain]], setup: Setup) -> d
     if not chosen:
         setup.notice(f"--keep-bf16: no group of layers fits into {setup.request.keep_bf16:.2%} of the result")
     return {
-        module: f"--keep-bf16: would add {damages[key].error:.1e} to its layer's squared error"
+        module: f"--keep-bf16: would cost {damages[key].error:.1e} nats a token"
         for key in chosen
         for module in members[key]
     }
 
 
 def _say_gains(gains: Sequence[Sequence[Gain]], notice: Callable[[str], None]) -> None:
-    """How much smaller each kind of group's error is than rounding to nearest makes it, on the held-out samples."""
+    """What each kind of group costs on the held-out samples, rounded to nearest and as it was chosen, and all of it."""
     by_group: dict[str, list[Gain]] = defaultdict(list)
     for gain in (gain for layer in gains for gain in layer):
         by_group[gain.group].append(gain)
+    notice("expected KL divergence from the source, in nats a token of the held-out samples:")
     for group, found in by_group.items():
-        ratio = math.exp(sum(math.log(max(g.error, 1e-12) / max(g.rtn, 1e-12)) for g in found) / len(found))
         chosen = Counter(gain.chosen for gain in found)
         said = ", ".join(f"{name} in {count}" for name, count in chosen.most_common())
-        notice(f"{group}: {ratio:.0%} of the error of rtn on held-out samples ({said} of {len(found)} layers)")
+        notice(f"{group}: {_cost(found)} ({said} of {len(found)} layers)")
+    notice(f"together: {_cost([gain for found in by_group.values() for gain in found])}")
+
+
+def _cost(gains: Sequence[Gain]) -> str:
+    return f"{sum(gain.error for gain in gains):.5f}, rounded to nearest {sum(gain.rtn for gain in gains):.5f}"
 
 
 def _finished(folder: Path, layers: int) -> dict[str, Finished]:

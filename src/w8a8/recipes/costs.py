@@ -1,12 +1,15 @@
-"""How much an error costs: of a token, of an output channel, for what the next layer reads.
+"""How much an error costs: of a token, of an output channel, in nats of KL divergence of the model's predictions.
 
-A massive token may have a thousand times the magnitude of the others, and massive channels a hundred times; the norm of
-the layer behind takes both away again, by the token's own magnitude and by a small weight. That norm is not at hand
-where layers are streamed one by one, but the layer's own first norm is, and much like it. With g its weight, h the
-states that leave the decoder layer and a random direction v_t for each token, the gradient of
-sum_t v_t · (g h_t) / |g h_t| by a linear layer's outputs y, squared, is on average what an error in y adds to the
-relative squared error of what is read (Hutchinson's estimator). It is taken once, for the layer as it was, and kept as
-the product of a cost per token and one per output.
+Errors e in the outputs of a linear layer, one vector to each token, move the distribution of all tokens that follow. To
+second order the divergence, summed over the text, is 1/2 E[(sum_t g_t · e_t)^2], where g are the gradients by those
+outputs of a random direction of the logits whose covariance is their Fisher information, diag(p) - p pᵀ:
+
+    u = sqrt(p) z - p (sqrt(p) · z)          z normally distributed, one vector to each token
+
+Rounding errors of different channels and tokens are independent, or nearly so: what is left is 1/2 E[g_ti^2] for a
+squared error of 1 in channel i of token t. It is taken once, of the model as it was, by one reading forwards and one
+backwards, and kept as the product of a cost per token and one per channel. So what is rounded in one layer can be
+weighed against what is rounded in any other, and massive tokens or channels count for no more than what comes of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,41 +20,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.recipes.batches import Batch
+TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a linear layer's outputs: `token` [tokens] times `row` [out] is what a squared error of 1 there adds to the
-    relative squared error of what the next layer reads; `token` is 1 on average."""
+    """Of a linear layer's outputs: `token` [tokens] times `row` [out] is what a squared error of 1 there costs, in nats
+    of KL divergence; `token` is 1 on average."""
 
     token: Tensor
     row: Tensor
 
+    @classmethod
+    def of(cls, gradients: Sequence[Tensor]) -> "Cost":
+        """The cost that squared `gradients` [tokens, out] of a random direction come to."""
+        token = torch.cat([each.square().sum(1) for each in gradients])
+        row = torch.stack([each.square().sum(0) for each in gradients]).sum(0) / (2 * len(token))
+        return cls(token / token.mean().clamp_min(TINY), row)
 
-def measure(layer: nn.Module, paths: Sequence[str], batches: Iterable[Batch], gain: Tensor) -> Mapping[str, Cost]:
-    """The costs of errors in the outputs of the linear layers `paths` of a decoder layer, for all tokens of `batches`.
 
-    `gain` [hidden] is what the next norm weighs the layer's outputs with. One forward and one backward pass.
+def direction(states: Tensor, head: Iterable[Tensor], cap: float | None, generator: torch.Generator) -> Tensor:
+    """The gradient [tokens, hidden] of a random direction of the logits by what the head reads, `states` of that shape.
+
+    `head` gives its weight float32 [vocabulary, hidden] some rows at a time, and is gone through once: sums over the
+    vocabulary are carried relative to the largest logit yet. `cap` is what logits are softly capped by, if they are.
     """
-    found: dict[str, list[tuple[Tensor, Tensor]]] = {path: [] for path in paths}
-    generator = torch.Generator().manual_seed(0)
-    for batch in batches:
-        for path, gradient in _gradients(layer, paths, batch, gain, generator).items():
-            squares = gradient.reshape(-1, gradient.shape[-1]).square()
-            found[path].append((squares.sum(1), squares.sum(0)))
-    return {path: _cost(parts) for path, parts in found.items()}
+    top = torch.full_like(states[:, :1], -torch.inf)
+    total, drawn = torch.zeros_like(top), torch.zeros_like(top)
+    expected, deviating = torch.zeros_like(states), torch.zeros_like(states)
+    for weight in head:
+        logits = states @ weight.T
+        slope: Tensor | float = 1.0
+        if cap:
+            logits = (logits / cap).tanh_()
+            slope, logits = 1 - logits.square(), logits * cap
+        before, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+        shrunk, p = (before - top).exp(), (logits - top).exp()
+        z = torch.randn(p.shape, generator=generator).to(p.device).mul_(p.sqrt())
+        total = total * shrunk + p.sum(1, keepdim=True)
+        drawn = drawn * shrunk.sqrt() + z.sum(1, keepdim=True)
+        expected = expected * shrunk + (p * slope) @ weight
+        deviating = deviating * shrunk.sqrt() + (z * slope) @ weight
+    return deviating / total.sqrt() - drawn / total.sqrt() * (expected / total)
 
 
-def _cost(parts: Sequence[tuple[Tensor, Tensor]]) -> Cost:
-    token = torch.cat([token for token, _ in parts])
-    row = torch.stack([row for _, row in parts]).sum(0) / len(token)
-    return Cost(token / token.mean().clamp_min(torch.finfo(torch.float32).tiny), row)
-
-
-def _gradients(
-    layer: nn.Module, paths: Sequence[str], batch: Batch, gain: Tensor, generator: torch.Generator
-) -> dict[str, Tensor]:
+def backwards(
+    layer: nn.Module, paths: Sequence[str], states: Tensor, kwargs: Mapping[str, Any], gradient: Tensor
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """The gradient by the `states` [1, tokens, hidden] that enter a decoder layer, given that by those that leave it;
+    and those [tokens, out] by the outputs of its linear layers `paths`."""
     outputs: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         for path in paths:
@@ -60,11 +77,10 @@ def _gradients(
                 outputs[path] = output
 
             stack.callback(layer.get_submodule(path).register_forward_hook(keep).remove)
-        states = states_of(layer(batch.hidden.detach().clone().requires_grad_(), **batch.kwargs))
-        direction = torch.randn(states.shape, generator=generator).to(states.device)
-        read = (states.detach() * gain).norm(dim=-1, keepdim=True)
-        direction *= gain / read.clamp_min(torch.finfo(torch.float32).tiny)
-        return dict(zip(paths, torch.autograd.grad(states, [outputs[path] for path in paths], direction), strict=True))
+        entering = states.detach().clone().requires_grad_()
+        leaving = states_of(layer(entering, **kwargs))
+        found = torch.autograd.grad(leaving, [entering, *(outputs[path] for path in paths)], gradient)
+    return found[0], {path: each.flatten(0, -2) for path, each in zip(paths, found[1:], strict=True)}
 
 
 def states_of(output: Any) -> Tensor:

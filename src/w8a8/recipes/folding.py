@@ -1,7 +1,5 @@
 """Dividing a group's activations by scales, and multiplying its weights by them: what is folded where."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -36,13 +34,10 @@ def largest(channels: Tensor, heads: Heads | None) -> Tensor:
     return channels.view(shared, times, size).amax(1).reshape(-1)
 
 
-def gain(layer: nn.Module, groups: Iterable[Group]) -> Tensor:
-    """What the first of the groups' norms multiplies channels by, float32; 1 where there is none."""
-    for group in groups:
-        if group.kind == "norm" and group.producer is not None:
-            weight: Tensor = layer.get_submodule(group.producer).weight.detach().float() + group.offset
-            return weight
-    return torch.ones(())
+def _gain(layer: nn.Module, norm: str, group: Group) -> Tensor:
+    """What a norm multiplies channels by, float32."""
+    weight: Tensor = layer.get_submodule(norm).weight.detach().float() + group.offset
+    return weight
 
 
 def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -52,7 +47,7 @@ def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype)
     """
     if group.kind != "norm" or group.producer is None:
         return scales
-    before = gain(layer, [group])
+    before = _gain(layer, group.producer, group)
     folded = (before / scales - group.offset).to(dtype).float() + group.offset
     return torch.where((before == 0) | (folded == 0), 1, before / folded)
 
@@ -68,7 +63,7 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
     producer = layer.get_submodule(group.producer)
     changed: dict[str, Tensor] = {}
     if group.kind == "norm":
-        folded = gain(layer, [group]) / scales - group.offset
+        folded = _gain(layer, group.producer, group) / scales - group.offset
         changed["weight"] = torch.where(scales == 1, producer.weight, folded.to(dtype).float())
     elif isinstance(producer, W8A8Linear):
         changed["weight_scale"] = producer.weight_scale / scales

@@ -8,12 +8,11 @@ once they are quantized. For each there are up to three candidates:
     smooth+gptq  and the weights rounded with compensation (`gptq.py`)
 
 and the one with the smallest error on held-out batches is taken, so that no group comes out worse there than rounded to
-nearest. The error is what quantizing the group adds to the relative squared error of what the next layer reads
-(`costs.py`), on average over tokens: it can be compared between groups, and between layers.
+nearest. The error is what quantizing the group costs, in nats of KL divergence per token (`costs.py`): it can be
+compared between groups, and between layers, and the errors of all add up to about the whole model's.
 """
 
 import copy
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from w8a8.recipes import costs, folding, smooth
+from w8a8.recipes import folding, smooth
 from w8a8.recipes.batches import Batch
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
@@ -37,12 +36,8 @@ CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "smooth+gptq": ("rtn", "smooth+gptq"),
     "auto": ("rtn", "smooth", "smooth+gptq"),
 }
-SEARCHED = 6144
-"""So many tokens are looked at to know costs."""
 SAMPLED = 2048
-"""So many of these, spread evenly, are what scales are searched on."""
-JUDGED = 4096
-"""So many held-out tokens judge."""
+"""So many of the tokens whose costs are known, spread evenly, are what scales are searched on."""
 CHUNK = 2048
 """Tokens that are worked on at once."""
 
@@ -64,7 +59,7 @@ class Codes:
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Of one group: its error on held-out batches rounded to nearest, and as `chosen`; see the head of this file."""
+    """Of one group: its error on held-out batches, in nats per token, rounded to nearest, and as `chosen`."""
 
     group: str
     rtn: float
@@ -84,16 +79,22 @@ class LayerResult:
 
 
 def calibrate_layer(
-    layer: nn.Module, groups: Sequence[Group], batches: Iterable[Batch], recipe: Recipe, dtype: torch.dtype
+    layer: nn.Module,
+    groups: Sequence[Group],
+    batches: Iterable[Batch],
+    row_costs: Mapping[str, Tensor],
+    recipe: Recipe,
+    dtype: torch.dtype,
 ) -> LayerResult:
     """Choose foldings and codes for `layer`, a decoder layer with float32 weights, which is left as it is.
 
-    `batches` can be gone through any number of times; some are held out. Norms and biases are folded as they can be
-    stored in `dtype`, the checkpoint's, and come out in it.
+    `batches` can be gone through any number of times; some are held out, and of some of either kind the costs of tokens
+    are known. `row_costs` [out] are those of the outputs of the groups' consumers. Norms and biases are folded as they
+    can be stored in `dtype`, the checkpoint's, and come out in it.
     """
     if not groups:
         return LayerResult({}, ())
-    seen = _Seen.of(layer, groups, batches)
+    seen = _Seen.of(groups, batches, row_costs)
     work = _Work(layer, dtype)
     gains = [_calibrate_group(work, group, recipe, seen) for group in groups]
     return LayerResult(work.tensors, tuple(gains))
@@ -167,7 +168,7 @@ def _problem(work: "_Work", group: Group, seen: "_Seen", weights: Sequence[Tenso
 def _error(
     candidate: _Candidate, held: Tensor, weights: Sequence[Tensor], cost: Sequence[Cost], heads: Heads | None
 ) -> float:
-    """What the candidate adds to the relative squared error of what the next layer reads, per token."""
+    """What the candidate costs, in nats per token."""
     by_channel = 1.0 if candidate.scales is None else expand(candidate.scales, heads)
     total = 0.0
     for codes, weight, each in zip(candidate.weights, weights, cost, strict=True):
@@ -296,13 +297,21 @@ def _shared_copy(layer: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True, slots=True)
 class _Some:
-    """Those of `batches` whose numbers are in `chosen`; can be gone through again."""
+    """Those of `batches` that are held out or not, as `apart` says; if `probed`, those whose costs are known alone."""
 
     batches: Iterable[Batch]
-    chosen: frozenset[int]
+    apart: bool
+    probed: bool
 
     def __iter__(self) -> Iterator[Batch]:
-        return (batch for number, batch in enumerate(self.batches) if number in self.chosen)
+        for batch in self.batches:
+            if batch.held_out is self.apart and (batch.token_costs is not None or not self.probed):
+                yield batch
+
+    def costs(self, paths: Iterable[str], row_costs: Mapping[str, Tensor]) -> Mapping[str, Cost]:
+        """The costs of errors in the outputs of the linear layers `paths`, for all tokens."""
+        known = [batch.token_costs for batch in self if batch.token_costs is not None]
+        return {path: Cost(torch.cat([each[path] for each in known]), row_costs[path]) for path in paths}
 
 
 @dataclass(frozen=True, slots=True)
@@ -316,23 +325,8 @@ class _Seen:
     judging_cost: Mapping[str, Cost]
 
     @classmethod
-    def of(cls, layer: nn.Module, groups: Sequence[Group], batches: Iterable[Batch]) -> "_Seen":
-        """Divide the batches, and measure the costs of errors in the outputs of the groups' consumers."""
-        paths, gain = [path for group in groups for path in group.consumers], folding.gain(layer, groups)
-        sizes = [(batch.hidden.shape[0] * batch.hidden.shape[1], batch.held_out) for batch in batches]
-        training, held_out = ([n for n, (_, apart) in enumerate(sizes) if apart is which] for which in (False, True))
-        searching = _Some(batches, _spread(training, [sizes[n][0] for n in training], SEARCHED))
-        judging = _Some(batches, _spread(held_out, [sizes[n][0] for n in held_out], JUDGED))
-        return cls(
-            _Some(batches, frozenset(training)),
-            searching,
-            judging,
-            costs.measure(layer, paths, searching, gain),
-            costs.measure(layer, paths, judging, gain),
-        )
-
-
-def _spread(numbers: Sequence[int], sizes: Sequence[int], tokens: int) -> frozenset[int]:
-    """Of the batches `numbers` with `sizes` tokens, as many, evenly spread, as come to about `tokens` tokens."""
-    count = min(len(numbers), math.ceil(len(numbers) * tokens / sum(sizes)))
-    return frozenset(numbers[len(numbers) * i // count] for i in range(count))
+    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "_Seen":
+        paths = [path for group in groups for path in group.consumers]
+        searching, judging = (_Some(batches, apart, probed=True) for apart in (False, True))
+        costs = (some.costs(paths, row_costs) for some in (searching, judging))
+        return cls(_Some(batches, apart=False, probed=False), searching, judging, *costs)
