@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, models, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from tests.checkpoint.command import python
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import (
     DoesNotFitError,
     EngineError,
@@ -30,9 +32,10 @@ from w8a8.errors import (
 )
 from w8a8.evals import kld
 from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
-from w8a8.evals.kld_models import Predictor, score
+from w8a8.evals.kld_models import CHUNK_BYTES, Predictor, score
 from w8a8.evals.kld_text import Window, choose, windows
 from w8a8.evals.storing import store
+from w8a8.memory import ram_needed
 from w8a8.texts import Text
 
 PROSE = """\
@@ -221,6 +224,33 @@ def test_streamed_the_result_is_the_same(pair: tuple[Path, Path]) -> None:
     streamed = run(job, advance=steps.append)
     assert replace(streamed, seconds=plain.seconds) == plain
     assert sum(steps) == job.steps == 5 * job.tokens
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_in_float32_what_bf16_rounds_does_not_count(pair: tuple[Path, Path], tmp_path: Path, stream: bool) -> None:
+    stored = make_llama(tmp_path / "bf16", seed=1)
+    LlamaForCausalLM.from_pretrained(stored, dtype=torch.bfloat16).save_pretrained(stored)
+    wide = tmp_path / "float32"
+    shutil.copytree(stored, wide)
+    LlamaForCausalLM.from_pretrained(stored, dtype=torch.float32).save_pretrained(wide)
+
+    rounded = measure(wide, stored, stream=stream)
+    exact = measure(wide, stored, stream=stream, dtypes=("float32", "float32"))
+    assert exact.mean == 0 < rounded.mean
+    assert exact.to_dict()["dtypes"] == ["float32", "float32"]
+    again = measure(stored, wide, stream=stream, dtypes=("float32", "bfloat16"))
+    assert again.mean == pytest.approx(rounded.mean)
+
+
+def test_in_float32_a_bf16_model_needs_twice_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = make_llama(tmp_path / "bf16", hidden_size=512)
+    LlamaForCausalLM.from_pretrained(stored, dtype=torch.bfloat16).save_pretrained(stored)
+    size = sum(tensor.nbytes for tensor in Checkpoint.open(stored).tensors.values())
+    needed = 2 * ram_needed(stored, 16) + CHUNK_BYTES
+    monkeypatch.setattr(kld, "available_memory", lambda: needed + size)
+    assert not prepare(stored, stored, LETTERS, context=16).streamed
+    assert not prepare(stored, stored, LETTERS, context=16, dtypes=(None, "float32")).streamed
+    assert prepare(stored, stored, LETTERS, context=16, dtypes=("float32", "float32")).streamed
 
 
 def test_the_real_gemma_3_streams(gemma3: Path, gemma3_formats: Mapping[str, Path]) -> None:

@@ -2,7 +2,11 @@
 
 Two kinds of text are measured apart: GSM8K's test questions with their answers, and English prose (by default
 `prose.txt` beside this file, written for it). The recipes, and the peers that calibrate, do so on one and the same text
-of both kinds, in which none of the measured is: the built-in calibration text and GSM8K's training questions.
+of both kinds, in which none of the measured is: the built-in calibration text, mostly prose, and GSM8K's training
+questions, about as much.
+
+Everything is computed in float32, so that only quantization counts; what BF16 arithmetic does by itself, which every
+engine adds to all of them alike, has a row of its own.
 
 Peers are called as their documentation does, each in an environment of its own, and their checkpoints are measured as
 ours are, by `eval kld` on the embedded engine. llm-compressor's SmoothQuant comes twice: with the mappings it infers,
@@ -18,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import w8a8
 from w8a8.bench.peers import CALIBRATED_PEERS, PEERS, Peer
@@ -31,8 +35,13 @@ from w8a8.evals import kld, kld_text
 from w8a8.evals.questions import load
 from w8a8.texts import Text
 
-EXAMPLES = 200
+if TYPE_CHECKING:
+    from w8a8.evals.kld_models import Dtype
+
+EXAMPLES = 150
 """GSM8K's training examples to calibrate on; with the built-in text, as much as the default samples take."""
+ARITHMETIC = "the source, in BF16"
+"""The row for what is computed in BF16 and not quantized at all."""
 OURS: Mapping[str, Mapping[str, Any]] = {
     "w8a8 rtn": {},
     "w8a8 smooth": {"recipe": "smooth"},
@@ -54,10 +63,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One way of quantizing: how long it took in seconds, the result's size in bytes, its score by kind of text."""
+    """One way of quantizing: how long it took in seconds, None where nothing was done, the result's size in bytes, its
+    score by kind of text."""
 
     name: str
-    seconds: float
+    seconds: float | None
     nbytes: int
     scores: Mapping[str, Score]
 
@@ -99,7 +109,9 @@ def bench(
     texts = _texts(gsm8k, prose)
     calibration = folder / "calibration.jsonl"
     calibration.write_text("".join(f"{json.dumps({'text': text})}\n" for text in _calibration(gsm8k)), encoding="utf-8")
-    rows: list[Row] = []
+    notice(ARITHMETIC)
+    arithmetic = {kind: _score(source, source, text, tokens, "bfloat16") for kind, text in texts.items()}
+    rows = [Row(ARITHMETIC, None, _size(source), arithmetic)]
     failed: dict[str, str] = {}
     jobs: dict[str, Callable[[], None]] = {
         **{name: _ours(source, out, calibration, samples, options) for name, options in OURS.items()},
@@ -114,7 +126,7 @@ def bench(
             seconds = time.monotonic() - start
             scores = {kind: _score(source, out, text, tokens) for kind, text in texts.items()}
             rows.append(Row(name, seconds, _size(out), scores))
-            notice(", ".join(f"{kind} {score.mean:.4f} nats, top-1 {score.top1:.1%}" for kind, score in scores.items()))
+            notice(", ".join(f"{kind} {score.mean:.5f} nats, top-1 {score.top1:.1%}" for kind, score in scores.items()))
         except (W8A8Error, subprocess.CalledProcessError) as error:
             if name in OURS:
                 raise
@@ -139,15 +151,15 @@ def show(result: QualityResult, say: Callable[[Any], None]) -> None:
             for kind in kinds
             for score in [row.scores[kind]]
             for cell in (
-                f"{score.mean:.4f}",
+                f"{score.mean:.5f}",
                 f"{score.mean / base.scores[kind].mean:.3f}",
                 f"{score.p99:.3f}",
                 f"{score.top1:.1%}",
             )
         ]
-        table.add_row(row.name, *cells, f"{row.nbytes / 1e6:.0f}", f"{row.seconds:.0f}")
+        table.add_row(row.name, *cells, f"{row.nbytes / 1e6:.0f}", "" if row.seconds is None else f"{row.seconds:.0f}")
     counted = ", ".join(f"{count:,} tokens of {kind}" for kind, count in result.tokens.items())
-    say(f"{result.model} against BF16: mean KL divergence in nats, over {counted}")
+    say(f"{result.model}, KL divergence from the source in nats, computed in float32, over {counted}")
     say(table)
     for name, reason in result.failed.items():
         say(f"{name} did not run: {reason}")
@@ -192,8 +204,8 @@ def _theirs(peer: Peer, folder: Path, source: Path, out: Path, calibration: Path
     return make
 
 
-def _score(source: Path, out: Path, text: Text, tokens: int) -> Score:
-    found = kld.run(kld.prepare(source, out, text, tokens=tokens))
+def _score(source: Path, out: Path, text: Text, tokens: int, dtype: "Dtype" = "float32") -> Score:
+    found = kld.run(kld.prepare(source, out, text, tokens=tokens, dtypes=("float32", dtype)))
     return Score(found.mean, found.p99, found.agreement)
 
 

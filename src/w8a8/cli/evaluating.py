@@ -101,6 +101,7 @@ Examples:
 - `w8a8 eval kld ./gemma ./gemma-W8A8`
 - `w8a8 eval kld google/gemma-3-270m ./gemma-3-270m-W8A8 --text book.txt --tokens 32768 --context 2048`
 - `w8a8 eval kld ./gemma ./gemma-W8A8 --data ./gsm8k --out kld.json`
+- `w8a8 eval kld ./gemma ./gemma-W8A8 --float32`
 - `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream`
 """,
 )
@@ -118,6 +119,9 @@ def eval_kld(
     context: Annotated[int, typer.Option(min=2, help="Tokens of a window at most.")] = 512,
     stream: Annotated[
         bool, typer.Option("--stream", help="Run layer by layer, as models larger than RAM are in any case.")
+    ] = False,
+    float32: Annotated[
+        bool, typer.Option("--float32", help="Compute in float32: BF16's own rounding does not count.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the result to, as JSON.")] = None,
     json: Json = False,
@@ -138,7 +142,16 @@ def eval_kld(
     terminal = Terminal(json=json, quiet=quiet)
     source = choose(text=text, jsonl=jsonl, data=data)
     with interruptible("nothing was written"):
-        job = prepare(reference, candidate, source, tokens=tokens, context=context, out=out, stream=stream)
+        job = prepare(
+            reference,
+            candidate,
+            source,
+            tokens=tokens,
+            context=context,
+            out=out,
+            stream=stream,
+            dtypes=("float32", "float32") if float32 else (None, None),
+        )
         with progress("steps" if job.streamed else "tokens", job.steps, quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:

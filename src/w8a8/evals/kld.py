@@ -1,7 +1,8 @@
 """`w8a8 eval kld`: how far a candidate's next-token distribution lies from the reference's on the same text.
 
 Both checkpoints are run side by side as the embedded engine runs them, in the dtypes they are stored in, so that what
-is measured is what is served. `prepare` checks what can be checked before weights are read: the text, that both
+is measured is what is served; or in float32, so that what BF16 arithmetic rounds does not hide what quantization does:
+logits of 20 are 1/8 apart in BF16. `prepare` checks what can be checked before weights are read: the text, that both
 have one vocabulary and cut the text into the same tokens, that both fit into memory. `run` measures.
 
 The intervals are percentile bootstrap intervals (Efron 1979), over blocks: tokens near each other share their context,
@@ -17,13 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import w8a8
-from w8a8.checkpoint import Checkpoint, resolve
+from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
 from w8a8.evals import kld_text
 from w8a8.evals.kld_text import Window
@@ -31,6 +32,9 @@ from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
 from w8a8.memory.ram import PROCESS_BYTES
 from w8a8.texts import Text, first_token
+
+if TYPE_CHECKING:
+    from w8a8.evals.kld_models import Dtype
 
 BLOCK = 128
 MIN_BLOCKS = 8
@@ -44,13 +48,14 @@ MAX_NLL = 709.0
 """Nats whose exponential a float still holds."""
 
 Floats = NDArray[np.float64]
+Dtypes = tuple["Dtype | None", "Dtype | None"]
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What is about to be measured: names and folders of both checkpoints, the text, its windows.
 
-    `streamed` says that both are run layer by layer.
+    `streamed` says that both are run layer by layer, `dtypes` what they compute in, None for as they are stored.
     """
 
     reference: str
@@ -62,6 +67,7 @@ class Job:
     context: int
     layers: int
     streamed: bool
+    dtypes: Dtypes
 
     @property
     def tokens(self) -> int:
@@ -95,6 +101,7 @@ class KldResult:
     text_tokens: int
     tokens: int
     context: int
+    dtypes: Dtypes
     mean: float
     median: float
     p99: float
@@ -121,6 +128,7 @@ class KldResult:
             "text": {"name": self.text, "sha256": self.text_sha256, "tokens": self.text_tokens},
             "tokens": self.tokens,
             "context": self.context,
+            "dtypes": list(self.dtypes),
             "kl": {
                 "mean": self.mean,
                 "median": self.median,
@@ -147,10 +155,12 @@ def prepare(
     context: int = 512,
     out: Path | None = None,
     stream: bool = False,
+    dtypes: Dtypes = (None, None),
 ) -> Job:
     """Check the request before weights are read; `tokens` at most are predicted, in windows of at most `context`.
 
-    They are streamed, layer by layer, if `stream` says so, or where both do not fit into RAM and there is no GPU.
+    `dtypes` are what the reference and the candidate compute in, None for what they are stored in. They are streamed,
+    layer by layer, if `stream` says so, or where both do not fit into RAM and there is no GPU.
 
     Raises UsageError, MissingExtraError, what opening a checkpoint raises, EngineError for a config or tokenizer that
     cannot be loaded, DoesNotFitError where not even that fits, and UnwritableError where `out` could not be written.
@@ -174,28 +184,42 @@ def prepare(
     if (documents, first) != ours:
         raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")
     windows = kld_text.windows(documents, first, context, tokens)
-    needed = sum(ram_needed(folder, context) for folder in folders) + CHUNK_BYTES
+    opened = [Checkpoint.open(folder) for folder in folders]
+    widened = sum(
+        _in_memory(t, dtype) - t.nbytes
+        for each, dtype in zip(opened, dtypes, strict=True)
+        for t in each.tensors.values()
+    )
+    needed = sum(ram_needed(each, context) for each in opened) + widened + CHUNK_BYTES
     streamed = stream or (not has_gpu() and needed > available_memory())
     if streamed and not has_gpu():
-        needed = CHUNK_BYTES + streamed_ram(folders, max(layers, 1), sum(window.scored for window in windows))
+        needed = CHUNK_BYTES + streamed_ram(opened, dtypes, max(layers, 1), sum(window.scored for window in windows))
         if needed > (free := available_memory()):
             raise DoesNotFitError(
                 f"both models, layer by layer, need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are "
                 "available; end other programs, or use a machine with more or a GPU"
             )
-    return Job(*names, folders, text, sum(map(len, documents)), tuple(windows), context, layers, streamed)
+    return Job(*names, folders, text, sum(map(len, documents)), tuple(windows), context, layers, streamed, dtypes)
 
 
-def streamed_ram(folders: Sequence[Path], layers: int, tokens: int) -> int:
+def streamed_ram(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int, tokens: int) -> int:
     """Bytes of RAM to run models of `layers` layers one layer at a time over `tokens` tokens; an estimate.
 
     Kept are both heads, and the states of all tokens; a layer is the rest of the larger model's share, twice.
     """
-    checkpoints = [Checkpoint.open(folder) for folder in folders]
-    heads = [max(checkpoint.tensors.values(), key=lambda t: t.nbytes) for checkpoint in checkpoints]
-    layer = max(each.nbytes - head.nbytes for each, head in zip(checkpoints, heads, strict=True)) // layers
-    states = sum(tokens * head.shape[-1] * 4 for head in heads)
-    return PROCESS_BYTES + sum(head.nbytes for head in heads) + 2 * layer + states
+    heads = states = layer = 0
+    for checkpoint, dtype in zip(checkpoints, dtypes, strict=True):
+        sizes = {name: _in_memory(tensor, dtype) for name, tensor in checkpoint.tensors.items()}
+        head = max(sizes, key=lambda name: sizes[name])
+        heads += sizes[head]
+        states += tokens * checkpoint.tensors[head].shape[-1] * 4
+        layer = max(layer, (sum(sizes.values()) - sizes[head]) // layers)
+    return PROCESS_BYTES + heads + 2 * layer + states
+
+
+def _in_memory(tensor: TensorSpec, dtype: "Dtype | None") -> int:
+    """Bytes that a tensor takes where the model computes in `dtype`."""
+    return tensor.numel * 4 if dtype == "float32" and tensor.dtype in {"BF16", "F16"} else tensor.nbytes
 
 
 def run(
@@ -209,10 +233,10 @@ def run(
 
     start = time.monotonic()
     loaded: list[Predictor] = []
-    for name, folder in zip((job.reference, job.candidate), job.folders, strict=True):
+    for name, folder, dtype in zip((job.reference, job.candidate), job.folders, job.dtypes, strict=True):
         notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}")
-        streamed = job.streamed and StreamedPredictor(name, folder, job.windows, advance)
-        loaded.append(streamed or Predictor(name, folder))
+        streamed = job.streamed and StreamedPredictor(name, folder, job.windows, advance, dtype)
+        loaded.append(streamed or Predictor(name, folder, dtype))
     reference, candidate = loaded
     scores = score(reference, candidate, job.windows, advance=advance)
     blocks = block_starts(job.windows)
@@ -226,6 +250,7 @@ def run(
         text_tokens=job.text_tokens,
         tokens=job.tokens,
         context=job.context,
+        dtypes=job.dtypes,
         mean=float(scores.kl.mean()),
         median=float(np.median(scores.kl)),
         p99=float(np.quantile(scores.kl, 0.99)),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ try:
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
 
+Dtype = Literal["float32", "bfloat16"]
+"""What a model may be made to compute in, whatever it is stored in."""
 CHUNK_VALUES = 2**24
 """Logits of one model that exist at once: 64 positions of a vocabulary of 262,144."""
 CHUNK_BYTES = CHUNK_VALUES * 24
@@ -52,8 +54,11 @@ class Scores:
 class Predictor:
     """A checkpoint as a model of the next token."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        """Load it onto the device there is. Raises EngineError, or what is wrong with the checkpoint."""
+    def __init__(self, name: str, folder: Path, dtype: Dtype | None = None) -> None:
+        """Load it onto the device there is, to compute in `dtype`, or as stored.
+
+        Raises EngineError, or what is wrong with the checkpoint.
+        """
         transformers.logging.set_verbosity_error()
         if not sys.stderr.isatty():
             transformers.logging.disable_progress_bar()
@@ -63,7 +68,7 @@ class Predictor:
             kind = getattr(transformers, architecture, None)
             if kind is None:
                 raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
-            self.model = kind.from_pretrained(folder, dtype="auto", device_map="auto").eval()
+            self.model = kind.from_pretrained(folder, dtype=dtype or "auto", device_map="auto").eval()
         except W8A8Error:
             raise
         except Exception as error:
@@ -104,11 +109,19 @@ class StreamedPredictor(Predictor):
     """A checkpoint too large for memory: its layers read all windows, one layer after another, before the head does."""
 
     def __init__(
-        self, name: str, folder: Path, windows: Sequence[Window], advance: Callable[[int], None] = lambda _: None
+        self,
+        name: str,
+        folder: Path,
+        windows: Sequence[Window],
+        advance: Callable[[int], None] = lambda _: None,
+        dtype: Dtype | None = None,
     ) -> None:
-        """Let each layer read, which `advance(tokens)` is told of. Raises EngineError, UnsupportedModelError."""
+        """Let each layer read, in `dtype` or as stored, which `advance(tokens)` is told of.
+
+        Raises EngineError, UnsupportedModelError.
+        """
         self.name = name
-        self._streamed = StreamedModel(name, Checkpoint.open(folder))
+        self._streamed = StreamedModel(name, Checkpoint.open(folder), getattr(torch, dtype) if dtype else None)
         self.model, self.device = self._streamed.model, self._streamed.device
         self._states = self._read({window.ids[:-1]: None for window in windows}, advance)
         self._streamed.fill_head()

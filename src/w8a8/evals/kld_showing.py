@@ -13,7 +13,8 @@ BAR = 40
 def show(result: KldResult, say: Callable[[Any], None]) -> None:
     """The result for a person; `say` prints what Rich can."""
     say(f"[bold]{clean(result.candidate)}[/bold] against {clean(result.reference)}")
-    say(f"{result.tokens:,} tokens of {clean(result.text)}, in windows of up to {result.context}, on {result.device}")
+    where = f"{result.device}, in {result.dtypes[0]}" if result.dtypes[0] else result.device
+    say(f"{result.tokens:,} tokens of {clean(result.text)}, in windows of up to {result.context}, on {where}")
     table = plain_table("", "", "95% interval", left=1)
     low, high = result.mean_interval
     table.add_row("mean KL divergence, nats", f"{result.mean:.5f}", f"{low:.5f} to {high:.5f}")
