@@ -29,7 +29,7 @@ from w8a8.checkpoint import Checkpoint, Shard, TensorSpec, resolve
 from w8a8.checkpoint.reader import INDEX, read_json
 from w8a8.errors import W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
-from w8a8.execute.stream import file_sha256, read_exactly, shard_blocks, stream
+from w8a8.execute.stream import file_sha256, read_exactly, shard_blocks, stream, tensor_bytes
 from w8a8.formats import Scheme, detect, section
 from w8a8.formats.arithmetic import decode
 from w8a8.plan import QUANTIZABLE, Rules, is_linear, module_name, scale_name
@@ -403,11 +403,7 @@ def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _FoldedTally | _CodesT
 
 
 def _read(checkpoint: Checkpoint, tensor: TensorSpec) -> NDArray[np.float32]:
-    raw = bytearray(tensor.nbytes)
-    path = checkpoint.path / tensor.shard
-    with path.open("rb", buffering=0) as file:
-        read_exactly(file.fileno(), memoryview(raw), tensor.offset, path)
-    return decode(raw, tensor.dtype)
+    return decode(tensor_bytes(checkpoint.path, tensor), tensor.dtype)
 
 
 class _CopyTally:

@@ -3,8 +3,9 @@
 The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights, in a checkpoint that is streamed as any
 other. Every contender is a process of its own, so that its peak memory is what the kernel accounts to it: one that only
 lets each layer read all samples in float32, then the recipes, by turns. A layer's time is from the end of the one
-before it to its own, reading its weights and writing what came of it included. Memory is shown as it is, and as
-multiples of a layer's float32 weights beyond what a process takes that has loaded the same libraries and no layer.
+before it to its own, reading its weights and writing what came of it included, and its share of measuring what errors
+cost before that. Memory is shown as it is, and as multiples of a layer's float32 weights beyond what a process takes
+that has loaded the same libraries and no layer.
 """
 
 import json
@@ -160,15 +161,19 @@ def contend(name: str, source: str, text: str, out: str, samples: str, tokens: s
                   samples=int(samples), tokens=int(tokens))  # fmt: skip
     if name in (EMPTY, PLAIN):
         return _plain(Path(source), int(samples), int(tokens), run=name == PLAIN)
-    marks: list[float] = []
+    steps: list[list[float]] = []
 
     @contextmanager
     def watch(_layers: int) -> Iterator[Callable[[int], None]]:
+        marks = [time.perf_counter()]
+        steps.append(marks)
         yield lambda _count: marks.append(time.perf_counter())
 
     with calibrated(job, out, progress=watch):
         pass
-    return [after - before for before, after in pairwise(marks)]
+    measuring, calibrating = steps
+    share = (measuring[-1] - measuring[0]) / (len(calibrating) - 1)
+    return [share + after - before for before, after in pairwise(calibrating[1:])]
 
 
 def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]:

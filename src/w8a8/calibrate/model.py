@@ -13,16 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from w8a8.checkpoint import Checkpoint, TensorSpec, reading
-from w8a8.checkpoint.reader import inside
+from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error, first_line
-from w8a8.execute.stream import read_exactly
+from w8a8.execute.stream import tensor_bytes
 from w8a8.recipes.costs import states_of
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.quantizer import fit_to
@@ -118,8 +116,11 @@ class StreamedModel:
         head = self.model.get_output_embeddings()
         place = next(place for place, module in self.model.named_modules() if module is head)
         spec = self._named.get(f"{place}.weight") or self._named[self._embedding]
+        width = spec.nbytes // spec.shape[0]
         for start in range(0, spec.shape[0], rows):
-            yield self.rows(spec, range(start, min(start + rows, spec.shape[0])), head.weight.dtype)
+            end = min(start + rows, spec.shape[0])
+            data = tensor_bytes(self.folder, spec, start * width, end * width)
+            yield self._tensor(data, spec, [end - start, *spec.shape[1:]], head.weight.dtype)
 
     def last_states(self, states: Tensor) -> None:
         """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
@@ -156,13 +157,13 @@ class StreamedModel:
 
     def rows(self, spec: TensorSpec, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The given rows of a matrix of the file, as `dtype`."""
-        path = inside(self._checkpoint.path, spec.shard)
         width = spec.nbytes // spec.shape[0]
-        data = np.empty((len(rows), width), np.uint8)
-        with reading(path), path.open("rb", buffering=0) as file:
-            for row, into in zip(rows, data, strict=True):
-                read_exactly(file.fileno(), into.data, spec.offset + row * width, path)
-        return torch.from_numpy(data).view(DTYPES[spec.dtype]).to(self.device, dtype)
+        parts = [tensor_bytes(self.folder, spec, row * width, (row + 1) * width) for row in rows]
+        return self._tensor(bytearray().join(parts), spec, [len(rows), *spec.shape[1:]], dtype)
+
+    def _tensor(self, data: bytearray, spec: TensorSpec, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        values = torch.frombuffer(data, dtype=DTYPES[spec.dtype])
+        return values.reshape(shape).to(self.device, dtype)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         """The tensor called `name` in the model, in the dtype and shape of `like`."""
@@ -172,11 +173,7 @@ class StreamedModel:
             raise UnsupportedModelError(
                 f"{self.name}: the layer's {name} is {list(like.shape)}, and the checkpoint has {found} in its place"
             )
-        path = inside(self._checkpoint.path, spec.shard)
-        data = np.empty(spec.nbytes, np.uint8)
-        with reading(path), path.open("rb", buffering=0) as file:
-            read_exactly(file.fileno(), data.data, spec.offset, path)
-        return torch.from_numpy(data).view(DTYPES[spec.dtype]).reshape(like.shape).to(self.device, like.dtype)
+        return self._tensor(tensor_bytes(self.folder, spec), spec, like.shape, like.dtype)
 
 
 def tokenizer(name: str, folder: Path) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from w8a8.checkpoint import Shard, TensorSpec, reading
+from w8a8.checkpoint.reader import inside
 from w8a8.errors import SourceChangedError
 
 if TYPE_CHECKING:
@@ -141,6 +142,18 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
         if count == 0:
             raise SourceChangedError(f"{path}: ends at byte {offset + done:,}; it became shorter while being read")
         done += count
+
+
+def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | None = None) -> bytearray:
+    """The bytes of a tensor of the checkpoint in `folder`, or those from `start` up to `end`.
+
+    Raises what `inside` and `read_exactly` raise.
+    """
+    path = inside(folder, tensor.shard)
+    data = bytearray((tensor.nbytes if end is None else end) - start)
+    with reading(path), path.open("rb", buffering=0) as file:
+        read_exactly(file.fileno(), memoryview(data), tensor.offset + start, path)
+    return data
 
 
 def file_sha256(path: Path, stop: threading.Event | None = None) -> str:

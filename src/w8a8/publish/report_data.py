@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Checkpoint, TensorSpec, reading
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.execute.stream import tensor_bytes
 from w8a8.formats.arithmetic import decode
 from w8a8.plan import Rules, module_name, scale_name
 from w8a8.verification import TensorError, sqnr
@@ -163,10 +164,7 @@ def _ridge(name: str, values: NDArray[np.float32], low: float, high: float) -> R
 
 
 def _read(out: Checkpoint, scale: TensorSpec) -> NDArray[np.float32]:
-    path = out.path / scale.shard
-    with reading(path), path.open("rb") as file:
-        file.seek(scale.offset)
-        return decode(file.read(scale.nbytes), scale.dtype)
+    return decode(tensor_bytes(out.path, scale), scale.dtype)
 
 
 def _order(projection: str) -> tuple[int, str]:
