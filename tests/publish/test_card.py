@@ -251,6 +251,13 @@ def test_results_stand_in_the_table_and_in_the_metadata(out: Path, files: Result
     assert [metric["value"] for metric in result["metrics"]] == [65.0]
 
 
+def test_a_divergence_computed_in_float32_says_so(out: Path, files: Results) -> None:
+    assert files.kld
+    assert "float32" not in make(out, results=files).text
+    files.kld.write_text(json.dumps(kld() | {"dtypes": ["float32", "float32"]}))
+    assert "of licence.txt, both computed in float32:" in make(out, results=files).text
+
+
 def test_one_result_alone_leaves_the_other_not_measured(out: Path, files: Results) -> None:
     text = make(out, results=Results(baseline=files.baseline)).text
     assert [row[2] for row in rows(text, "Accuracy")[1:]] == ["66.67%", "not measured"]

@@ -52,12 +52,14 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Kld:
-    """How far the candidate's next-token distribution lies from the reference's, in nats."""
+    """How far the candidate's next-token distribution lies from the reference's, in nats; both may have been computed in
+    float32, whatever they are stored in."""
 
     reference: str
     candidate: str
     text: str
     tokens: int
+    float32: bool
     mean: Interval
     median: float
     p99: float
@@ -94,7 +96,7 @@ def read_kld(path: Path) -> Kld:
             result = read_json(path)
         if result.get("kind") != "w8a8.kld" or result.get("schema") != 1:
             raise ValueError(f"kind is {result.get('kind')!r} and schema {result.get('schema')!r}")
-        return _kld(_Fields(result))
+        return _kld(_Fields(result), float32=result.get("dtypes") == ["float32", "float32"])
 
 
 @contextmanager
@@ -107,13 +109,14 @@ def _named(path: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _kld(result: "_Fields") -> Kld:
+def _kld(result: "_Fields", *, float32: bool) -> Kld:
     kl, perplexity = result.section("kl"), result.section("perplexity")
     return Kld(
         reference=result.text("reference"),
         candidate=result.text("candidate"),
         text=result.section("text").text("name"),
         tokens=result.whole("tokens"),
+        float32=float32,
         mean=kl.interval("mean"),
         median=kl.number("median"),
         p99=kl.number("p99"),
