@@ -52,8 +52,8 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Kld:
-    """How far the candidate's next-token distribution lies from the reference's, in nats; both may have been computed in
-    float32, whatever they are stored in."""
+    """How far the candidate's next-token distribution lies from the reference's, in nats; both as they are stored, or
+    computed in float32."""
 
     reference: str
     candidate: str
