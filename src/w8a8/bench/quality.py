@@ -140,27 +140,23 @@ def show(result: QualityResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
     from w8a8.terminal import plain_table
 
-    kinds = [*result.tokens]
-    table = plain_table(
-        "", *(f"{kind} {what}" for kind in kinds for what in ("KLD", "x rtn", "p99", "top-1")), "MB", "s", left=1
-    )
+    counted = ", ".join(f"{count:,} tokens of {kind}" for kind, count in result.tokens.items())
+    say(f"{result.model}, KL divergence from the source in nats, computed in float32, over {counted}")
     base = next(row for row in result.rows if row.name == BASELINE)
-    for row in result.rows:
-        cells = [
-            cell
-            for kind in kinds
-            for score in [row.scores[kind]]
-            for cell in (
+    for kind in result.tokens:
+        table = plain_table(kind, "KLD", "x rtn", "p99", "top-1", "MB", "s", left=1)
+        for row in result.rows:
+            score = row.scores[kind]
+            table.add_row(
+                row.name,
                 f"{score.mean:.5f}",
                 f"{score.mean / base.scores[kind].mean:.3f}",
                 f"{score.p99:.3f}",
                 f"{score.top1:.1%}",
+                f"{row.nbytes / 1e6:.0f}",
+                "" if row.seconds is None else f"{row.seconds:.0f}",
             )
-        ]
-        table.add_row(row.name, *cells, f"{row.nbytes / 1e6:.0f}", "" if row.seconds is None else f"{row.seconds:.0f}")
-    counted = ", ".join(f"{count:,} tokens of {kind}" for kind, count in result.tokens.items())
-    say(f"{result.model}, KL divergence from the source in nats, computed in float32, over {counted}")
-    say(table)
+        say(table)
     for name, reason in result.failed.items():
         say(f"{name} did not run: {reason}")
 
