@@ -3,9 +3,9 @@
 The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights, in a checkpoint that is streamed as any
 other. Every contender is a process of its own, so that its peak memory is what the kernel accounts to it: one that only
 lets each layer read all samples in float32, then the recipes, by turns. A layer's time is from the end of the one
-before it to its own, reading its weights and writing what came of it included, and its share of measuring what errors
-cost before that. Memory is shown as it is, and as multiples of a layer's float32 weights beyond what a process takes
-that has loaded the same libraries and no layer.
+before it to its own, reading its weights and writing what came of it included, both when it is calibrated and, before
+that, when it is measured what errors cost; what the head takes there, once for all layers, is left out. Memory is shown as it is, and as multiples of a layer's float32 weights beyond what a
+process takes that has loaded the same libraries and no layer.
 """
 
 import json
@@ -171,9 +171,13 @@ def contend(name: str, source: str, text: str, out: str, samples: str, tokens: s
 
     with calibrated(job, out, progress=watch):
         pass
-    measuring, calibrating = steps
-    share = (measuring[-1] - measuring[0]) / (len(calibrating) - 1)
-    return [share + after - before for before, after in pairwise(calibrating[1:])]
+    measuring, calibrating = ([after - before for before, after in pairwise(marks)] for marks in steps)
+    count = len(calibrating)
+    forwards, backwards = (
+        measuring[1:count],
+        measuring[count + 1 :],
+    )  # the first ones are the embedding's and the head's
+    return [sum(each) for each in zip(forwards, backwards, calibrating[1:], strict=True)]
 
 
 def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]:
