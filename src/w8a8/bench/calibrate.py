@@ -4,8 +4,9 @@ The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights,
 other. Every contender is a process of its own, so that its peak memory is what the kernel accounts to it: one that only
 lets each layer read all samples in float32, then the recipes, by turns. A layer's time is from the end of the one
 before it to its own, reading its weights and writing what came of it included, both when it is calibrated and, before
-that, when it is measured what errors cost; what the head takes there, once for all layers, is left out. Memory is shown as it is, and as multiples of a layer's float32 weights beyond what a
-process takes that has loaded the same libraries and no layer.
+that, when it is measured what errors cost; what the head takes there, once for all layers, is left out. Memory is shown
+as it is, and as multiples of a layer's float32 weights beyond what a process takes that has loaded the same libraries
+and no layer.
 """
 
 import json
