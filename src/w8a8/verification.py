@@ -399,10 +399,11 @@ def _tally(tensor: TensorSpec, job: Job) -> "_CopyTally | _FoldedTally | _CodesT
     if not _is_quantized(tensor, job) or scale is None or any(_scale_shape_problems(tensor, scale)):
         return None
     kind = _ChangedTally if tensor.name in job.calibrated("changed") else _CodesTally
-    return kind(tensor, made, _read(job.out, scale))
+    return kind(tensor, made, read_values(job.out, scale))
 
 
-def _read(checkpoint: Checkpoint, tensor: TensorSpec) -> NDArray[np.float32]:
+def read_values(checkpoint: Checkpoint, tensor: TensorSpec) -> NDArray[np.float32]:
+    """A tensor's values, flat. Raises what `tensor_bytes` raises."""
     return decode(tensor_bytes(checkpoint.path, tensor), tensor.dtype)
 
 
@@ -534,7 +535,7 @@ class _ChangedTally(_CodesTally):
 def _fold_problems(job: Job, factors: Mapping[str, tuple[folds.Floats, folds.Floats]]) -> Iterator[str]:
     """Norms that do not undo what was folded into the weights behind them."""
     for fold in job.folds:
-        before, after = _read(job.source, fold.before), _read(job.out, fold.after)
+        before, after = read_values(job.source, fold.before), read_values(job.out, fold.after)
         for name in fold.readers:
             columns, energy = factors.get(name, (np.ones(len(before)), np.ones(len(before))))
             if (

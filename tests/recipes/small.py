@@ -104,9 +104,8 @@ def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outlier
     paths = [path for group in groups_of(config_of(made), layer) for path in group.consumers]
     found = []
     for n, each in enumerate(states):
-        direction = torch.randn(each.shape, generator=generator) / costs.states_of(layer(each, **seen)).norm(
-            dim=-1, keepdim=True
-        )
+        size = costs.states_of(layer(each, **seen)).norm(dim=-1, keepdim=True)
+        direction = torch.randn(each.shape, generator=generator) / size
         _, gradients = costs.backwards(layer, paths, each, seen, direction)
         found.append(Batch(each, seen, n % 4 == 3, {path: Cost.of([gradient]) for path, gradient in gradients.items()}))
     return found

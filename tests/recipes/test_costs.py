@@ -1,13 +1,11 @@
 """Costs: the direction of the logits is Fisher's, and costs foretell the divergence that rounding makes."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
 from tests.recipes import small
-from w8a8.recipes.costs import Cost, backwards, direction
+from w8a8.recipes.costs import Cost, backwards, direction, states_of
 from w8a8.recipes.groups import groups_of
 
 HIDDEN, VOCABULARY, TOKENS = 12, 50, 7
@@ -15,19 +13,15 @@ FORETOLD = 0.002
 """Nats of a whole text: little enough for what is of second order."""
 
 
-def pieces(weight: Tensor, rows: int) -> Iterator[Tensor]:
-    yield from weight.split(rows)
-
-
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("rows", [1, 7, VOCABULARY])
 def test_a_direction_is_what_the_whole_vocabulary_gives_at_once(cap: float | None, rows: int) -> None:
     torch.manual_seed(0)
     states, weight = torch.randn(TOKENS, HIDDEN) * 3, torch.randn(VOCABULARY, HIDDEN)
-    found = direction(states, pieces(weight, rows), cap, torch.Generator().manual_seed(1))
+    found = direction(states, weight.split(rows), cap, torch.Generator().manual_seed(1))
 
     generator = torch.Generator().manual_seed(1)
-    z = torch.cat([torch.randn(TOKENS, len(piece), generator=generator) for piece in pieces(weight, rows)], 1)
+    z = torch.cat([torch.randn(TOKENS, len(piece), generator=generator) for piece in weight.split(rows)], 1)
     states.requires_grad_()
     logits = states @ weight.T
     logits = logits if cap is None else cap * torch.tanh(logits / cap)
@@ -40,7 +34,7 @@ def test_a_direction_is_what_the_whole_vocabulary_gives_at_once(cap: float | Non
 def test_directions_have_the_covariance_of_the_fisher_information() -> None:
     torch.manual_seed(0)
     states, weight = torch.randn(1, HIDDEN), torch.randn(VOCABULARY, HIDDEN)
-    found = direction(states.expand(40_000, -1), pieces(weight, 9), None, torch.Generator().manual_seed(1))
+    found = direction(states.expand(40_000, -1), weight.split(9), None, torch.Generator().manual_seed(1))
     p = (states @ weight.T).softmax(-1)[0]
     expected = weight.T @ (p.diag() - torch.outer(p, p)) @ weight
     assert (found.T @ found / len(found) - expected).norm() < 0.03 * expected.norm()
@@ -63,8 +57,7 @@ def test_costs_foretell_the_divergence_that_small_errors_make(kind: str) -> None
 
     parts: dict[str, list[Tensor]] = {path: [] for path in paths}
     for seed in range(40):
-        leaving = decoder.layers[2](states[2], **kwargs[2])
-        leaving = (leaving[0] if isinstance(leaving, tuple) else leaving).detach().requires_grad_()
+        leaving = states_of(decoder.layers[2](states[2], **kwargs[2])).detach().requires_grad_()
         read = decoder.norm(leaving)
         by_read = direction(read.detach()[0], [made.lm_head.weight], cap, torch.Generator().manual_seed(seed))
         (gradient,) = torch.autograd.grad(read, leaving, by_read[None])

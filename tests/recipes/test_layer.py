@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.recipes import small
+from w8a8.recipes.costs import states_of
 from w8a8.recipes.groups import groups_of
 from w8a8.recipes.layer import Codes, LayerResult, Recipe, RecipeName, calibrate_layer, quantized
 from w8a8.runtime.linear import W8A8Linear
@@ -21,8 +22,7 @@ def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.Bat
 
 def error(layer: nn.Module, made: nn.Module, batches: list[small.Batch]) -> float:
     def states(module: nn.Module, batch: small.Batch) -> Tensor:
-        out = module(batch.hidden.clone(), **batch.kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return states_of(module(batch.hidden.clone(), **batch.kwargs))
 
     pairs = [(states(layer, batch), states(made, batch)) for batch in batches]
     return sum(float((a - b).square().sum() / a.square().sum()) for a, b in pairs)

@@ -174,10 +174,7 @@ def contend(name: str, source: str, text: str, out: str, samples: str, tokens: s
         pass
     measuring, calibrating = ([after - before for before, after in pairwise(marks)] for marks in steps)
     count = len(calibrating)
-    forwards, backwards = (
-        measuring[1:count],
-        measuring[count + 1 :],
-    )  # the first ones are the embedding's and the head's
+    forwards, backwards = measuring[1:count], measuring[count + 1 :]  # the first is the embedding's, or the head's
     return [sum(each) for each in zip(forwards, backwards, calibrating[1:], strict=True)]
 
 

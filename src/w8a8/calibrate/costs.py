@@ -68,7 +68,7 @@ def _forwards(model: StreamedModel, probe: Probe, folder: Path, done: Callable[[
         Activations(folder / f"states-{number:05}.bin", len(probe.samples), len(probe.samples[0]), size)
         for number in range(model.count + 1)
     ]
-    entering[0].write(model.embed(ids)[0] for ids in probe.samples)
+    entering[0].write(model.embed_all(probe.samples, probe.kwargs))
     for number in range(model.count):
         with model.layer(number) as layer:
             states = entering[number].states(model.device)

@@ -8,7 +8,7 @@ is needed to call the real layers one after another.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,17 @@ class StreamedModel:
             raise UnsupportedModelError(f"{self.name}: {len(self._calls)} of its {self.count} layers were run")
         return self._calls[0][0], [kwargs for _, kwargs in self._calls]
 
+    def embed_all(self, samples: Iterable[Sequence[int]], kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+        """The states that enter the first layer, of each sample.
+
+        Raises UnsupportedModelError where the layers are told something besides that is not `kwargs` for all samples.
+        """
+        for sample in samples:
+            states, own = self.embed(sample)
+            if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
+                raise UnsupportedModelError(f"{self.name}: its layers read more of a token than its states")
+            yield states
+
     def hollow(self, number: int) -> nn.Module:
         """The `number`th layer without weights."""
         found: nn.Module = self._layers[number]
@@ -105,22 +116,24 @@ class StreamedModel:
     def fill_head(self) -> None:
         """Load what turns the last layer's states into logits."""
         head = self.model.get_output_embeddings()
-        place = next(place for place, module in self.model.named_modules() if module is head)
-        tied = f"{place}.weight" not in self._named
         for name, value in head.state_dict().items():
-            source = self._embedding if tied and name == "weight" else f"{place}.{name}"
-            setattr(head, name, frozen(self._read(source, value)))
+            setattr(head, name, frozen(self._read(self._head_tensor(name), value)))
 
     def head_rows(self, rows: int) -> Iterator[Tensor]:
         """The head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
-        head = self.model.get_output_embeddings()
-        place = next(place for place, module in self.model.named_modules() if module is head)
-        spec = self._named.get(f"{place}.weight") or self._named[self._embedding]
+        dtype, spec = self.model.get_output_embeddings().weight.dtype, self._named[self._head_tensor("weight")]
         width = spec.nbytes // spec.shape[0]
         for start in range(0, spec.shape[0], rows):
             end = min(start + rows, spec.shape[0])
             data = tensor_bytes(self.folder, spec, start * width, end * width)
-            yield self._tensor(data, spec, [end - start, *spec.shape[1:]], head.weight.dtype)
+            yield self._tensor(data, spec, [end - start, *spec.shape[1:]], dtype)
+
+    def _head_tensor(self, name: str) -> str:
+        """What `name` of the head is called; a head without a weight of its own has the embedding's."""
+        head = self.model.get_output_embeddings()
+        place = next(place for place, module in self.model.named_modules() if module is head)
+        tied = name == "weight" and f"{place}.weight" not in self._named
+        return self._embedding if tied else f"{place}.{name}"
 
     def last_states(self, states: Tensor) -> None:
         """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
@@ -174,6 +187,14 @@ class StreamedModel:
                 f"{self.name}: the layer's {name} is {list(like.shape)}, and the checkpoint has {found} in its place"
             )
         return self._tensor(tensor_bytes(self.folder, spec), spec, like.shape, like.dtype)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
 
 
 def tokenizer(name: str, folder: Path) -> Any:

@@ -59,13 +59,14 @@ class Calibrated:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is the same for all layers and passes."""
+    """What is the same for all layers and passes; `kwargs` are what each layer's forward takes besides the states."""
 
     model: StreamedModel
     checkpoint: Checkpoint
     request: Request
     text: CalibrationText
     samples: Sequence[Sequence[int]]
+    kwargs: Sequence[Mapping[str, Any]]
     notice: Callable[[str], None]
 
     def states(self, path: Path) -> Activations:
@@ -105,7 +106,8 @@ def calibrated(
     if not groups_of(checkpoint.config, model.hollow(0)):
         kind = checkpoint.config.get("model_type")
         raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
-    setup = Setup(model, checkpoint, request, text, _samples(name, model, text, request, notice), notice)
+    samples = _samples(name, model, text, request, notice)
+    setup = Setup(model, checkpoint, request, text, samples, model.embed(samples[0])[1], notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
     with lock_folder(home, out):
         plan, kept, folder = make(), dict[str, str](), home / "first"
@@ -180,7 +182,7 @@ def _measure(folder: Path, plan: Plan, setup: Setup, progress: Progress) -> Meas
     numbers = costs.probed(len(setup.samples), tokens)
     groups = [groups_of(setup.checkpoint.config, model.hollow(number)) for number in range(model.count)]
     paths = [[path for group in each for path in group.consumers] for each in groups]
-    probe = Probe(numbers, [setup.samples[n] for n in numbers], model.embed(setup.samples[0])[1], paths)
+    probe = Probe(numbers, [setup.samples[n] for n in numbers], setup.kwargs, paths)
     path, job = folder / "costs.safetensors", _job(plan, setup)
     layers = costs.load(path, probe, job)
     if layers is None:
@@ -201,9 +203,8 @@ def _pass(
     model = setup.model
     chosen = {module_name(d.tensor.name) for d in plan.decisions if d.quantize}
     journal = Journal(folder, _job(plan, setup), setup.states(folder).nbytes)
-    kwargs = model.embed(setup.samples[0])[1]
     if not journal.begun:
-        setup.states(journal.states(0)).write(_embedded(setup, kwargs))
+        setup.states(journal.states(0)).write(model.embed_all(setup.samples, setup.kwargs))
         journal.begin()
     elif journal.gains:
         setup.notice(f"resuming: {len(journal.gains)} of {model.count} layers are calibrated already")
@@ -211,7 +212,7 @@ def _pass(
     for number in range(len(journal.gains), model.count):
         entering, leaving = (setup.states(journal.states(n)) for n in (number, number + 1))
         token_costs = measured.token_costs(number, model.device)
-        batches = Batches(entering, kwargs[number], token_costs, model.device)
+        batches = Batches(entering, setup.kwargs[number], token_costs, model.device)
         row_costs = measured.row_costs(number, model.device)
         journal.record(_calibrate(number, batches, row_costs, leaving, chosen, journal, setup))
         done(1)
@@ -229,26 +230,6 @@ def _job(plan: Plan, setup: Setup) -> dict[str, Any]:
         "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
         "device": setup.model.device.type,
     }
-
-
-def _embedded(setup: Setup, kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
-    """What enters the first layer, of each sample.
-
-    Raises UnsupportedModelError where the layers are told something besides that is not the same for all samples.
-    """
-    for sample in setup.samples:
-        states, own = setup.model.embed(sample)
-        if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
-            raise UnsupportedModelError(f"{setup.model.name}: its layers read more of a token than its states")
-        yield states
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one, other)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

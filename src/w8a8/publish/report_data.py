@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.execute.stream import tensor_bytes
-from w8a8.formats.arithmetic import decode
+from w8a8.checkpoint import Checkpoint
 from w8a8.plan import Rules, module_name, scale_name
-from w8a8.verification import TensorError, sqnr
+from w8a8.verification import TensorError, read_values, sqnr
 
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 BINS = 90
@@ -140,7 +138,7 @@ def ridges(out: Checkpoint) -> tuple[tuple[Ridge, ...], float, float]:
     for tensor in out.tensors.values():
         scale = out.tensors.get(scale_name(tensor.name))
         if tensor.dtype == "I8" and scale is not None:
-            values = _read(out, scale)
+            values = read_values(out, scale)
             groups[place(tensor.name).projection].append(values[np.isfinite(values) & (values > 0)])
     found = {name: np.concatenate(values) for name, values in groups.items()}
     found = {name: values for name, values in found.items() if values.size}
@@ -161,10 +159,6 @@ def db_range(cells: Iterable[Cell | TensorError]) -> tuple[float, float]:
 def _ridge(name: str, values: NDArray[np.float32], low: float, high: float) -> Ridge:
     counts, _ = np.histogram(np.log10(values.astype(np.float64)), bins=BINS, range=(low, high))
     return Ridge(name, tuple(counts.tolist()), float(values.min()), float(np.median(values)), float(values.max()))
-
-
-def _read(out: Checkpoint, scale: TensorSpec) -> NDArray[np.float32]:
-    return decode(tensor_bytes(out.path, scale), scale.dtype)
 
 
 def _order(projection: str) -> tuple[int, str]:
