@@ -12,7 +12,7 @@ milliseconds: neither torch nor Numba is touched before a weight is.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from w8a8.version import __version__
 
 if TYPE_CHECKING:
     from w8a8.checkpoint import Checkpoint
@@ -46,6 +46,7 @@ __all__ = [
     "QuantizeResult",
     "VerifyResult",
     "W8A8Error",
+    "__version__",
     "dry_run",
     "fit",
     "inspect",

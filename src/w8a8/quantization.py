@@ -11,12 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import w8a8
 from w8a8.calibrate.request import SAMPLES, TOKENS, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format, get_format
 from w8a8.plan import Plan, make_plan
+from w8a8.version import __version__
 
 if TYPE_CHECKING:
     from w8a8.execute.shard import Finished
@@ -71,7 +71,7 @@ def prepare(
     found = resolve(source)
     checkpoint = Checkpoint.open(found.path)
     fmt = get_format(format, compat, checkpoint.config)
-    metadata = {"w8a8_version": w8a8.__version__, "w8a8_source": _label(found), "w8a8_format": fmt.label}
+    metadata = {"w8a8_version": __version__, "w8a8_source": _label(found), "w8a8_format": fmt.label}
     name = asked.recipe if asked else "rtn"
     make = partial(
         make_plan,

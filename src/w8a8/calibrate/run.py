@@ -24,7 +24,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-import w8a8
 from w8a8.calibrate import costs
 from w8a8.calibrate import text as texts
 from w8a8.calibrate.activations import Activations, Batches
@@ -44,6 +43,7 @@ from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
+from w8a8.version import __version__
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
 """Shows how many of a number of layers are done: a context, whose value is called with how many more."""
@@ -224,7 +224,7 @@ def _job(plan: Plan, setup: Setup) -> dict[str, Any]:
     files = {shard.name: Identity.of(setup.checkpoint.path / shard.name) for shard in setup.checkpoint.shards}
     values = [list(map(list, setup.samples)), [[d.tensor.name, d.quantize] for d in plan.decisions]]
     return {
-        "version": w8a8.__version__,
+        "version": __version__,
         "recipe": setup.request.recipe,
         "samples and plan": hashlib.sha256(json.dumps(values).encode()).hexdigest(),
         "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},

@@ -11,9 +11,9 @@ from typing import Annotated
 
 import typer
 
-import w8a8
 from w8a8.cli.common import app
 from w8a8.errors import W8A8Error
+from w8a8.version import __version__
 
 # Importing these adds their commands, in the order of `--help`.
 # isort: off
@@ -43,7 +43,7 @@ def main() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        print(f"w8a8 {w8a8.__version__}")
+        print(f"w8a8 {__version__}")
         raise typer.Exit
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import w8a8
 from w8a8.errors import UsageError
 from w8a8.evals.journal import Journal, open_journal
 from w8a8.evals.questions import ANSWER_FORMAT, DATASET, Data, Question, prompt_sha256, request
@@ -23,6 +22,7 @@ from w8a8.evals.runner import Model, Reply, Server, ask_all, find_model
 from w8a8.evals.scoring import flexible, strict
 from w8a8.evals.statistics import wilson
 from w8a8.evals.storing import store
+from w8a8.version import __version__
 
 KIND = "w8a8.gsm8k"
 SCORES = ("strict", "flexible")
@@ -110,7 +110,7 @@ class Result:
         return {
             "kind": KIND,
             "schema": 1,
-            "w8a8": w8a8.__version__,
+            "w8a8": __version__,
             "model": self.model,
             "base_url": self.base_url,
             "protocol": asdict(self.protocol),
@@ -236,7 +236,7 @@ def _ask(
 
 def _versions(model: Model) -> dict[str, str]:
     return {
-        "w8a8": w8a8.__version__,
+        "w8a8": __version__,
         "openai": version("openai"),
         "python": platform.python_version(),
         "server": model.owner,

@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-import w8a8
 from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
 from w8a8.evals import kld_text
@@ -32,6 +31,7 @@ from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
 from w8a8.memory.ram import PROCESS_BYTES
 from w8a8.texts import Text, first_token
+from w8a8.version import __version__
 
 if TYPE_CHECKING:
     from w8a8.evals.kld_models import Dtype
@@ -122,7 +122,7 @@ class KldResult:
         return {
             "kind": "w8a8.kld",
             "schema": 1,
-            "w8a8": w8a8.__version__,
+            "w8a8": __version__,
             "reference": self.reference,
             "candidate": self.candidate,
             "text": {"name": self.text, "sha256": self.text_sha256, "tokens": self.text_tokens},

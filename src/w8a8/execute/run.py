@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import w8a8
 from w8a8.checkpoint import Checkpoint, Shard, reading
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
@@ -23,6 +22,7 @@ from w8a8.execute.stream import Identity, Stopped
 from w8a8.execute.writer import disk_errors
 from w8a8.formats import Arithmetic
 from w8a8.plan import Plan, ShardPlan
+from w8a8.version import __version__
 
 PROVENANCE = "w8a8.json"
 SLACK_BYTES = 16 << 20
@@ -83,7 +83,7 @@ def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
     """What decides the result's bytes: the plan, this version, and the source files as they are now."""
     files = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
     return {
-        "version": w8a8.__version__,
+        "version": __version__,
         "format": plan.format,
         "recipe": plan.recipe,
         "plan": plan.fingerprint(),
@@ -159,7 +159,7 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
     """What `w8a8.json` says. No times and no paths: the same job gives the same bytes anywhere."""
     return {
         "tool": "w8a8",
-        "version": w8a8.__version__,
+        "version": __version__,
         "source": {
             "name": plan.source,
             "revision": plan.revision,

@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import w8a8
 from w8a8 import verification
 from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import HubError, UsageError, W8A8Error
 from w8a8.publish.made import Made
 from w8a8.terminal import clean, plural, printable, size
+from w8a8.version import __version__
 
 HIDDEN = (".*", "*/.*")
 """What is not uploaded, as globs over relative paths."""
@@ -95,7 +95,7 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    api = HfApi(library_name="w8a8", library_version=w8a8.__version__)
+    api = HfApi(library_name="w8a8", library_version=__version__)
     with _explained(job.repo):
         api.whoami()
         try:

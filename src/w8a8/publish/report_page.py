@@ -13,12 +13,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-import w8a8
 from w8a8.plan import module_name
 from w8a8.publish.report import Report
 from w8a8.publish.report_data import BINS, Cell, Ridge, db_range, short
 from w8a8.publish.report_results import Bar
 from w8a8.terminal import count, plural, size
+from w8a8.version import __version__
 
 COLOURS = "viridis"
 """Of matplotlib: perceptually uniform, readable with any colour vision, and in grey."""
@@ -47,7 +47,7 @@ def render(report: Report) -> str:
     low, high = db_range(cell for stack in report.stacks for cell in stack.cells)
     return environment.get_template("report.html.jinja").render(
         r=report,
-        version=w8a8.__version__,
+        version=__version__,
         plural=plural,
         position=position,
         ticks=ticks,

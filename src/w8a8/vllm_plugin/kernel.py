@@ -24,8 +24,8 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, 
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.platforms import current_platform
 
-import w8a8
 from w8a8.kernels.quantize_gpu import ONE_PASS
+from w8a8.version import __version__
 from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
 from w8a8.vllm_plugin.registering import interpreted
 from w8a8.vllm_plugin.rule import OURS_BEGINS
@@ -99,4 +99,4 @@ def _tell_compile_cache() -> None:
     """
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):
-        config.additional_config["w8a8_plugin"] = w8a8.__version__
+        config.additional_config["w8a8_plugin"] = __version__
