@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from w8a8.memory import Fit, fit
     from w8a8.plan import Plan
     from w8a8.quantization import QuantizeResult, dry_run, quantize
-    from w8a8.verification import VerifyResult, verify
+    from w8a8.verification.run import VerifyResult, verify
 
 _HOME = {
     "Checkpoint": "w8a8.checkpoint",
@@ -29,13 +29,13 @@ _HOME = {
     "Inspection": "w8a8.inspection",
     "Plan": "w8a8.plan",
     "QuantizeResult": "w8a8.quantization",
-    "VerifyResult": "w8a8.verification",
+    "VerifyResult": "w8a8.verification.run",
     "W8A8Error": "w8a8.errors",
     "dry_run": "w8a8.quantization",
     "fit": "w8a8.memory",
     "inspect": "w8a8.inspection",
     "quantize": "w8a8.quantization",
-    "verify": "w8a8.verification",
+    "verify": "w8a8.verification.run",
 }
 
 __all__ = [

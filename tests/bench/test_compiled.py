@@ -17,7 +17,7 @@ from w8a8.bench import compiled
 from w8a8.bench.compiled import ARCHITECTURES, CompileResult, Loop, Machine, Row, bench, inner_loop, machine, ours, show
 from w8a8.cli import app
 from w8a8.errors import MissingExtraError, UsageError
-from w8a8.kernels.tiles import family, shipped
+from w8a8.kernels.gpu.tiles import family, shipped
 
 INSTRUCTIONS = {
     "gfx11": "v_wmma_i32_16x16x16_iu8",
@@ -81,7 +81,7 @@ def test_the_table_shows_every_row(beside_vllm: CompileResult) -> None:
 @pytest.mark.parametrize("arch", ["gfx1100", "gfx942", "sm_80", "sm_90"])
 def test_nothing_of_the_epilogue_is_contracted(arch: str) -> None:
     """A fused multiply-add would round once where the layer rounds twice."""
-    from w8a8.kernels.int8_gpu import scaled_int8_mm
+    from w8a8.kernels.gpu.int8 import scaled_int8_mm
 
     x, w, x_scale, w_scale = compiled._shapes(64, 512, 512)
     bias = torch.empty(512, dtype=torch.bfloat16, device="meta")
@@ -99,7 +99,7 @@ def test_nothing_of_the_epilogue_is_contracted(arch: str) -> None:
 
 @pytest.mark.parametrize("arch", ["gfx1100", "gfx942", "sm_80", "sm_90"])
 def test_quantizing_rounds_by_an_addition_that_is_not_folded_away(arch: str) -> None:
-    from w8a8.kernels.quantize_gpu import quantize_per_token
+    from w8a8.kernels.gpu.quantize import quantize_per_token
 
     with compiled.target(arch) as kernels:
         quantize_per_token(torch.empty(4, 5376, dtype=torch.bfloat16, device="meta"))
@@ -113,7 +113,7 @@ def test_quantizing_rounds_by_an_addition_that_is_not_folded_away(arch: str) -> 
 
 
 def test_bf16_results_are_rounded_by_the_hardware() -> None:
-    from w8a8.kernels.int8_gpu import scaled_int8_mm
+    from w8a8.kernels.gpu.int8 import scaled_int8_mm
 
     with compiled.target("sm_90") as kernels:
         scaled_int8_mm(*compiled._shapes(64, 512, 512))

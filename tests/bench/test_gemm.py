@@ -16,8 +16,8 @@ from w8a8.bench import gemm
 from w8a8.bench.gemm import GemmResult, GemmRow, QuantizeRow, candidates, race, shapes, show
 from w8a8.cli import app
 from w8a8.errors import NoDeviceError, SelfCheckError
-from w8a8.kernels import tiles
-from w8a8.kernels.tiles import Tile
+from w8a8.kernels.gpu import tiles
+from w8a8.kernels.gpu.tiles import Tile
 
 
 def run_small(vllm: Path | None, cache: Path | None) -> GemmResult:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 import w8a8.runtime  # so that the whole models load too
 from tests.calibrate.checkpoints import KINDS, make
-from w8a8.calibrate.model import StreamedModel, forward
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, UnsupportedModelError
 from w8a8.formats import FORMATS
+from w8a8.runtime.streamed import StreamedModel, forward
 
 IDS = list(range(3, 60))
 

@@ -19,12 +19,12 @@ import w8a8
 from tests.calibrate.checkpoints import KINDS, make, write_text
 from tests.checkpoint.command import python
 from tests.checkpoints import folder_bytes
-from w8a8.calibrate.text import cut, load
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
 from w8a8.inspection import inspect
 from w8a8.quantization import calibrated, prepare, run
 from w8a8.runtime import W8A8Linear
+from w8a8.texts.samples import cut, load
 
 SIZES: dict[str, Any] = {"samples": 9, "tokens": 48}
 

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from tests.calibrate.checkpoints import make
 from w8a8.calibrate.activations import held_out
 from w8a8.calibrate.request import BUILT_IN
-from w8a8.calibrate.text import CalibrationText, cut, load
 from w8a8.errors import SourceNotFoundError, UsageError
+from w8a8.texts.samples import CalibrationText, cut, load
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 

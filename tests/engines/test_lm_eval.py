@@ -13,7 +13,7 @@ import pytest
 
 from tests.engines.serving import Server, served
 from tests.evals.api import write_data
-from w8a8.evals.scoring import flexible, strict
+from w8a8.evals.gsm8k.scoring import flexible, strict
 
 TASK = "gsm8k_local"
 QUESTIONS = 4

@@ -39,7 +39,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 import w8a8.vllm_plugin
-from w8a8.kernels import tiles
+from w8a8.kernels.gpu import tiles
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 HIDDEN, INTERMEDIATE, HEADS = 128, 192, 2

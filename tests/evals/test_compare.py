@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w8a8.errors import InvalidResultError, UsageError
-from w8a8.evals.compare import compare
-from w8a8.evals.gsm8k import Outcome, Protocol, Result
-from w8a8.evals.questions import Question
-from w8a8.evals.results import read
-from w8a8.evals.runner import Reply
+from w8a8.evals.gsm8k.asking import Reply
+from w8a8.evals.gsm8k.compare import compare
+from w8a8.evals.gsm8k.questions import Question
+from w8a8.evals.gsm8k.results import read
+from w8a8.evals.gsm8k.run import Outcome, Protocol, Result
 
 PROTOCOL: dict[str, Any] = {
     "shots": 8,

@@ -16,11 +16,11 @@ import pytest
 
 from tests.evals.api import KEY, MODEL, answer, running_api, write_data
 from w8a8.errors import HubError, InvalidResultError, ServerError, TargetBusyError, UnwritableError, UsageError
-from w8a8.evals.gsm8k import Progress, Result, evaluate
-from w8a8.evals.journal import open_journal
-from w8a8.evals.questions import INSTRUCTION, load
-from w8a8.evals.results import read
-from w8a8.evals.runner import Server
+from w8a8.evals.gsm8k.asking import Server
+from w8a8.evals.gsm8k.journal import open_journal
+from w8a8.evals.gsm8k.questions import INSTRUCTION, load
+from w8a8.evals.gsm8k.results import read
+from w8a8.evals.gsm8k.run import Progress, Result, evaluate
 from w8a8.evals.statistics import wilson
 
 QUESTIONS = 20

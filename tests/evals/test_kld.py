@@ -30,13 +30,13 @@ from w8a8.errors import (
     UnwritableError,
     UsageError,
 )
-from w8a8.evals import kld
-from w8a8.evals.kld import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
-from w8a8.evals.kld_models import CHUNK_BYTES, Predictor, score
-from w8a8.evals.kld_text import Window, choose, windows
+from w8a8.evals.kld import run as kld
+from w8a8.evals.kld.models import CHUNK_BYTES, Predictor, score
+from w8a8.evals.kld.run import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
+from w8a8.evals.kld.windows import Window, choose, windows
 from w8a8.evals.storing import store
 from w8a8.memory import ram_needed
-from w8a8.texts import Text
+from w8a8.texts.files import Text
 
 PROSE = """\
 In the valley the harvest had been gathered early that year, and the carts stood empty behind the mill. The miller, \

@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.metrics import exact_match_fn
 from lm_eval.filters import build_filter_ensemble
 
-from w8a8.evals.scoring import flexible, strict
+from w8a8.evals.gsm8k.scoring import flexible, strict
 
 TASK: Any = yaml.safe_load((Path(lm_eval.tasks.__file__).parent / "gsm8k" / "gsm8k.yaml").read_text())
 THEIR_NAMES = {"strict": "strict-match", "flexible": "flexible-extract"}

@@ -16,10 +16,9 @@ from safetensors import safe_open
 from tests.checkpoints import LLAMA, Array, folder_bytes, tensor_bytes, write_checkpoint, write_shard
 from tests.execute.runs import names
 from w8a8 import quantize
-from w8a8.checkpoint import Checkpoint, Shard
+from w8a8.checkpoint import Checkpoint, Shard, stream
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import NonFiniteWeightError, SourceChangedError, UnreadableError
-from w8a8.execute import stream
 from w8a8.execute.shard import ShardRecord, quantize_shard
 from w8a8.formats.arithmetic import EXACT, round_to
 from w8a8.plan import ShardPlan

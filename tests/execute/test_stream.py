@@ -10,9 +10,9 @@ import pytest
 
 from tests.checkpoints import Array, write_shard
 from w8a8.checkpoint import Shard, TensorSpec, read_header
+from w8a8.checkpoint import stream as module
+from w8a8.checkpoint.stream import BUFFERS, Block, Stopped, file_sha256, shard_blocks, stream
 from w8a8.errors import SourceChangedError, UnreadableError
-from w8a8.execute import stream as module
-from w8a8.execute.stream import BUFFERS, Block, Stopped, file_sha256, shard_blocks, stream
 
 BLOCK = 64
 

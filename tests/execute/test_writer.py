@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from w8a8.errors import DiskFullError, UnwritableError
-from w8a8.execute import writer as module
-from w8a8.execute.writer import PAGE, SequentialWriter, disk_errors
+from w8a8.storage import writer as module
+from w8a8.storage.writer import PAGE, SequentialWriter, disk_errors
 
 LARGEST = 3 * PAGE + 5
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from w8a8.kernels import int8_cpu
-from w8a8.kernels.int8_cpu import DEPTH, DOT_TOKENS, FLOOR, ROWS, SLAB
+from w8a8.kernels.cpu import int8 as int8_cpu
+from w8a8.kernels.cpu.int8 import DEPTH, DOT_TOKENS, FLOOR, ROWS, SLAB
 
 BITS = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
 Bits = NDArray[Any]

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.interpreter import Interpreted
-from w8a8.kernels.tiles import FAMILIES, SAFE, Tile
+from w8a8.kernels.gpu.tiles import FAMILIES, SAFE, Tile
 
-MODULE = "w8a8.kernels.int8_gpu"
+MODULE = "w8a8.kernels.gpu.int8"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = Tile(16, 16, 32)
 TABLED = sorted({tile for family in (*FAMILIES.values(), SAFE) for _, tile in family.bands}, key=str)
@@ -112,7 +112,7 @@ def test_a_tokens_result_does_not_depend_on_its_batch(interpreted: Interpreted) 
     for arch in ("gfx1100", "gfx942", "sm_90"):
         for part in (slice(0, 1), slice(7, 20), slice(40, 80)):
             m = part.stop - part.start
-            tile = interpreted("w8a8.kernels.tiles", "choose", arch, m, 70, 512)
+            tile = interpreted("w8a8.kernels.gpu.tiles", "choose", arch, m, 70, 512)
             y = interpreted(
                 MODULE, "scaled_int8_mm", x[part], w, x_scale[part], w_scale, bias, torch.bfloat16, tile=tile
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.interpreter import Interpreted
 from w8a8.runtime.linear import quantize_tokens
 
-MODULE = "w8a8.kernels.quantize_gpu"
+MODULE = "w8a8.kernels.gpu.quantize"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
@@ -92,7 +92,7 @@ def test_behind_a_norm_it_equals_the_norm_and_then_quantizing(
 
 def _with_residual(x: Tensor, weight: Tensor, residual: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Runs where kernels are interpreted, and brings the overwritten residual back."""
-    from w8a8.kernels.quantize_gpu import rms_norm_quantize
+    from w8a8.kernels.gpu.quantize import rms_norm_quantize
 
     return rms_norm_quantize(x, weight, 1e-6, residual=residual), residual
 

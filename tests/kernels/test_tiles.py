@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from w8a8.bench.compiled import ARCHITECTURES
-from w8a8.kernels import tiles
-from w8a8.kernels.tiles import FAMILIES, SAFE, Tile, Tuned, choose, faster, shipped, store, store_path, stored
+from w8a8.kernels.gpu import tiles
+from w8a8.kernels.gpu.tiles import FAMILIES, SAFE, Tile, Tuned, choose, faster, shipped, store, store_path, stored
 
 
 @pytest.fixture(autouse=True)

@@ -32,9 +32,9 @@ from w8a8.errors import (
 from w8a8.evals.statistics import wilson
 from w8a8.machine import describe
 from w8a8.memory import fit
-from w8a8.publish.card import make, write
-from w8a8.publish.card_facts import Results
-from w8a8.terminal import count, size
+from w8a8.publish.card.facts import Results
+from w8a8.publish.card.write import make, write
+from w8a8.terminal.output import count, size
 
 CONFIG = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
 SECTIONS = [
@@ -167,7 +167,7 @@ def test_gpus_too_small_for_it_are_refused(out: Path) -> None:
 def test_a_model_for_several_gpus_gets_an_example_with_as_many(
     gemma3_w8a8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w8a8.publish.card_facts.ONE_GPU", "0.5GiB")
+    monkeypatch.setattr("w8a8.publish.card.facts.ONE_GPU", "0.5GiB")
     assert "--tensor-parallel-size 4" in make(gemma3_w8a8).text
 
 
@@ -493,7 +493,7 @@ HOSTILE = st.one_of(
 )
 @given(name=HOSTILE, architecture=HOSTILE)
 def test_names_are_shown_and_do_nothing_else(out: Path, name: str, architecture: str) -> None:
-    from w8a8.terminal import printable
+    from w8a8.terminal.output import printable
 
     made, config = json.loads((out / "w8a8.json").read_text()), json.loads((out / "config.json").read_text())
     made["source"]["name"] = name.replace("/", "_").encode(errors="replace").decode()

@@ -22,11 +22,11 @@ from playwright.sync_api import Browser, Page, sync_playwright
 import w8a8
 from tests.publish import results
 from w8a8.errors import InvalidResultError, MissingExtraError, UnsupportedSchemeError, UsageError
-from w8a8.publish import report as reports
-from w8a8.publish.report import Report, Written
-from w8a8.publish.report_data import Place, place, short
-from w8a8.publish.report_page import SHOWN_CHARACTERS, number, render
-from w8a8.publish.report_results import read_gsm8k, read_kld
+from w8a8.publish.report import write as reports
+from w8a8.publish.report.data import Place, place, short
+from w8a8.publish.report.page import SHOWN_CHARACTERS, number, render
+from w8a8.publish.report.write import Report, Written
+from w8a8.publish.results import read_gsm8k, read_kld
 
 HOSTILE = (
     "<script>document.title = 'taken'</script>",

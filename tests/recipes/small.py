@@ -11,6 +11,7 @@ from torch import Tensor
 from w8a8.recipes import costs
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import groups_of
+from w8a8.runtime.streamed import states_of
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 96,
@@ -104,7 +105,7 @@ def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outlier
     paths = [path for group in groups_of(config_of(made), layer) for path in group.consumers]
     found = []
     for n, each in enumerate(states):
-        size = costs.states_of(layer(each, **seen)).norm(dim=-1, keepdim=True)
+        size = states_of(layer(each, **seen)).norm(dim=-1, keepdim=True)
         direction = torch.randn(each.shape, generator=generator) / size
         _, gradients = costs.backwards(layer, paths, each, seen, direction)
         found.append(Batch(each, seen, n % 4 == 3, {path: Cost.of([gradient]) for path, gradient in gradients.items()}))

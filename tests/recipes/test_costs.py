@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from tests.recipes import small
-from w8a8.recipes.costs import Cost, backwards, direction, states_of
+from w8a8.recipes.costs import Cost, backwards, direction
 from w8a8.recipes.groups import groups_of
+from w8a8.runtime.streamed import states_of
 
 HIDDEN, VOCABULARY, TOKENS = 12, 50, 7
 FORETOLD = 0.002

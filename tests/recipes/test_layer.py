@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.recipes import small
-from w8a8.recipes.costs import states_of
 from w8a8.recipes.groups import groups_of
 from w8a8.recipes.layer import Codes, LayerResult, Recipe, RecipeName, calibrate_layer, quantized
 from w8a8.runtime.linear import W8A8Linear
+from w8a8.runtime.streamed import states_of
 
 
 def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.Batch]) -> LayerResult:

@@ -10,7 +10,8 @@ import pytest
 from train_small import KINDS, Size, provoke_outliers, read, train, train_tokenizer
 
 import w8a8
-from w8a8.evals import kld, kld_text
+from w8a8.evals.kld import run as kld
+from w8a8.evals.kld import windows as kld_text
 
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k"
 SIZE = Size(hidden=128, layers=3, vocabulary=512)

@@ -29,7 +29,7 @@ TEMPLATE = (
 SERVE = """
 import sys
 from pathlib import Path
-from w8a8.serve.embedded import run
+from w8a8.serve.embedded.server import run
 name, folder, port, key, context = sys.argv[1:]
 run(name, Path(folder), host="127.0.0.1", port=int(port), api_key=key or None,
     max_model_len=int(context) or None, ready=lambda name: print("ready", name, flush=True))

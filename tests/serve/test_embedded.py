@@ -22,8 +22,8 @@ from PIL import Image
 
 from tests.serve.embedded_server import KEY, Server, make_checkpoint, message, prompt, serving
 from w8a8.errors import EngineError, PortInUseError
-from w8a8.serve import guard
-from w8a8.serve.protocol import ChatRequest
+from w8a8.serve.embedded import guard
+from w8a8.serve.embedded.protocol import ChatRequest
 
 NAME = "some/model@main:8"
 CHAT = "/v1/chat/completions"
@@ -292,7 +292,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
 
 
 def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Path) -> None:
-    from w8a8.serve.embedded import run
+    from w8a8.serve.embedded.server import run
 
     settings: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": None, "ready": print}
     broken = tmp_path / "broken"
@@ -309,14 +309,14 @@ def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Pa
 
 
 def test_a_port_that_is_taken_is_known_before_anything_is_loaded(server: Server, tmp_path: Path) -> None:
-    from w8a8.serve.embedded import run
+    from w8a8.serve.embedded.server import run
 
     with pytest.raises(PortInUseError, match=f"127.0.0.1:{server.port}"):
         run("none", tmp_path, host="127.0.0.1", port=server.port, api_key=None, ready=print)
 
 
 def test_without_the_extra_the_error_names_it() -> None:
-    program = "import sys; sys.modules['uvicorn'] = None; import w8a8.serve.embedded"
+    program = "import sys; sys.modules['uvicorn'] = None; import w8a8.serve.embedded.server"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert "MissingExtraError" in done.stderr
     assert "pip install 'w8a8[serve]'" in done.stderr

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.real.test_gemma4 import TEXT, TOKENS, VISION
-from w8a8.serve import batching
-from w8a8.serve.batching import Batcher, StopStrings, joinable
+from w8a8.serve.embedded import batching
+from w8a8.serve.embedded.batching import Batcher, StopStrings, joinable
 
 VOCABULARY = 320
 EOS = 7

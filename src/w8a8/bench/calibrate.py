@@ -113,7 +113,7 @@ def bench(
 
 def show(result: CalibrateResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     table = plain_table("", "seconds a layer", "x plain", "goal", "peak MiB", "in layers", left=1)
     for row in result.rows:
@@ -183,8 +183,8 @@ def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]
     import torch
 
     from w8a8.calibrate import run as libraries  # noqa: F401 - what every contender loads
-    from w8a8.calibrate.model import StreamedModel, forward
     from w8a8.checkpoint import Checkpoint
+    from w8a8.runtime.streamed import StreamedModel, forward
 
     model = StreamedModel("bench", Checkpoint.open(source), torch.float32)
     states, kwargs = model.embed([number % len(string.ascii_letters) for number in range(tokens)])

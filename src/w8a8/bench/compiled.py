@@ -31,7 +31,7 @@ from w8a8.bench.quantize import HIDDEN, INTERMEDIATE
 from w8a8.errors import MissingExtraError, UsageError
 
 if TYPE_CHECKING:
-    from w8a8.kernels.tiles import Tile
+    from w8a8.kernels.gpu.tiles import Tile
 
 ARCHITECTURES = ("gfx1100", "gfx1151", "gfx1201", "gfx942", "sm_80", "sm_90", "sm_100", "sm_120")
 SHAPES = ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
@@ -209,8 +209,8 @@ def ours(arch: str, tokens: int, outputs: int, inputs: int, tile: "Tile | None" 
     """This project's kernel with `tile`, or with the one that the tables choose."""
     import torch
 
-    from w8a8.kernels.int8_gpu import scaled_int8_mm
-    from w8a8.kernels.tiles import shipped
+    from w8a8.kernels.gpu.int8 import scaled_int8_mm
+    from w8a8.kernels.gpu.tiles import shipped
 
     tile = tile or shipped(arch, tokens, outputs, inputs)
     x, weight, x_scale, weight_scale = _shapes(tokens, outputs, inputs)
@@ -462,7 +462,7 @@ def _load_alone(path: Path) -> ModuleType:
 
 def show(result: CompileResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     peer = f"vLLM {result.vllm}" if result.vllm else "no vLLM here, so its column is missing"
     say(f"Triton {result.triton}; {peer}; {result.analyzer or 'no llvm-mca here, so no cycles'}")

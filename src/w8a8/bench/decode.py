@@ -104,7 +104,7 @@ def bench(
 
 def show(result: DecodeResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     table = plain_table("", "W8A8 tokens/s", "BF16 tokens/s", "speedup", left=1)
     values = result.to_dict()

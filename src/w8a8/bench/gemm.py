@@ -10,7 +10,7 @@ Results are checked in the same run: ours must equal the integer reference to th
 number that does not come from a right result is not shown.
 
 `tune` tries the tiles of `candidates` on each shape, keeps the fastest, and stores it with what the kernel that vLLM
-itself would choose took in the same turns (`w8a8.kernels.tiles` reads it back).
+itself would choose took in the same turns (`w8a8.kernels.gpu.tiles` reads it back).
 """
 
 import importlib.util
@@ -29,10 +29,10 @@ from torch import Tensor
 from w8a8.bench.compiled import Vllm, find_vllm
 from w8a8.bench.quantize import HIDDEN, INTERMEDIATE, KV, Q
 from w8a8.errors import NoDeviceError, SelfCheckError
-from w8a8.kernels import tiles
-from w8a8.kernels.int8_gpu import scaled_int8_mm
-from w8a8.kernels.quantize_gpu import quantize_per_token
-from w8a8.kernels.tiles import Tile, Tuned
+from w8a8.kernels.gpu import tiles
+from w8a8.kernels.gpu.int8 import scaled_int8_mm
+from w8a8.kernels.gpu.quantize import quantize_per_token
+from w8a8.kernels.gpu.tiles import Tile, Tuned
 from w8a8.runtime.linear import padded_int_mm, quantize_tokens
 from w8a8.vllm_plugin.rule import cutlass_fails
 
@@ -426,7 +426,7 @@ def _tuned(arch: str, problem: Problem, peer: Vllm | None, clock: Clock, notice:
 
 def show(result: GemmResult, say: Callable[[Any], None]) -> None:
     """The tables for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     known = ", ".join(f"{name} {version}" for name, version in result.versions.items() if version)
     say(f"{result.device} ({result.arch}), {known}; copies at {result.copy_gb_s:.0f} GB/s")

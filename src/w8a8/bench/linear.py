@@ -102,7 +102,7 @@ def bench(
 
 def show(result: LinearResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     table = plain_table(
         "out x in", "tokens", "W8A8 ms", "BF16 ms", "speedup", "GB/s", "of read", "us/token", "TOPS", left=1

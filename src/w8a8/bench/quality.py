@@ -27,16 +27,17 @@ from typing import TYPE_CHECKING, Any
 import w8a8
 from w8a8.bench.peers import CALIBRATED_PEERS, PEERS, Peer
 from w8a8.bench.process import timed
-from w8a8.calibrate import text as calibration_text
 from w8a8.calibrate.request import SAMPLES, TOKENS
 from w8a8.checkpoint import resolve
 from w8a8.errors import W8A8Error
-from w8a8.evals import kld, kld_text
-from w8a8.evals.questions import load
-from w8a8.texts import Text
+from w8a8.evals.gsm8k.questions import load
+from w8a8.evals.kld import run as kld
+from w8a8.evals.kld import windows as kld_text
+from w8a8.texts import samples as calibration_text
+from w8a8.texts.files import Text
 
 if TYPE_CHECKING:
-    from w8a8.evals.kld_models import Dtype
+    from w8a8.evals.kld.models import Dtype
 
 EXAMPLES = 150
 """GSM8K's training examples to calibrate on; with the built-in text, as much as the default samples take."""
@@ -138,7 +139,7 @@ def bench(
 
 def show(result: QualityResult, say: Callable[[Any], None]) -> None:
     """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal import plain_table
+    from w8a8.terminal.output import plain_table
 
     counted = ", ".join(f"{count:,} tokens of {kind}" for kind, count in result.tokens.items())
     say(f"{result.model}, KL divergence from the source in nats, computed in float32, over {counted}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from w8a8.checkpoint import reading
-from w8a8.execute.writer import SequentialWriter
+from w8a8.storage.writer import SequentialWriter
 
 HELD_OUT_EVERY = 8
 """Every so manieth sample is kept from choosing, to judge by."""

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from w8a8.calibrate.activations import Activations, spread
-from w8a8.calibrate.model import StreamedModel, forward
-from w8a8.execute.writer import disk_errors
 from w8a8.recipes.costs import Cost, backwards, direction
+from w8a8.runtime.streamed import StreamedModel, forward
+from w8a8.storage.writer import disk_errors
 
 SEARCHED, JUDGED = 6144, 4096
 """Of so many tokens that choose, and so many that judge, it is known what their errors cost."""

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.execute.staging import sync_folder
-from w8a8.execute.writer import disk_errors
 from w8a8.recipes.layer import Gain
+from w8a8.storage.writer import disk_errors
 
 
 class Journal:

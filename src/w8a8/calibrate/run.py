@@ -25,24 +25,24 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from w8a8.calibrate import costs
-from w8a8.calibrate import text as texts
 from w8a8.calibrate.activations import Activations, Batches
 from w8a8.calibrate.costs import Probe
 from w8a8.calibrate.journal import Journal
-from w8a8.calibrate.model import DTYPES, StreamedModel, forward, tokenizer
 from w8a8.calibrate.request import Request
-from w8a8.calibrate.text import CalibrationText
 from w8a8.checkpoint import Checkpoint, read_header
+from w8a8.checkpoint.stream import Identity
 from w8a8.errors import DiskFullError, NonFiniteWeightError, UnsupportedModelError, UsageError
 from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging, lock_folder
-from w8a8.execute.stream import Identity
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
+from w8a8.runtime.streamed import DTYPES, StreamedModel, forward, tokenizer
+from w8a8.texts import samples as texts
+from w8a8.texts.samples import CalibrationText
 from w8a8.version import __version__
 
 Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]

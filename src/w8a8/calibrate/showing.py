@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from w8a8.terminal import PLAIN_INTERVAL_SECONDS
+from w8a8.terminal.output import PLAIN_INTERVAL_SECONDS
 
 SPEED_SECONDS = 86_400
 """How far back the time left is estimated from: a layer may take many minutes."""

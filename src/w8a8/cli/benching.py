@@ -37,7 +37,7 @@ def bench_quantize(
 ) -> None:
     """Quantize a checkpoint of Gemma 4 31B's layers, timed against `cp -r` of the same files."""
     from w8a8.bench.quantize import bench
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.benched(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
@@ -59,7 +59,7 @@ def bench_linear(
 ) -> None:
     """Time one linear layer of Gemma 4 31B, W8A8 against BF16, for 1 to 512 tokens. Needs 2 GB of memory."""
     from w8a8.bench.linear import bench, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(runs=runs, notice=terminal.notice), show)
@@ -85,7 +85,7 @@ def bench_decode(
 ) -> None:
     """Prefill and decode with layers of Gemma 4 31B in transformers, W8A8 against BF16, random weights."""
     from w8a8.bench.decode import bench, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(layers=layers, tokens=tokens, runs=runs, notice=terminal.notice), show)
@@ -112,7 +112,7 @@ def bench_gemm(
 ) -> None:
     """Time the INT8 kernels on this machine's GPU, against vLLM's Triton kernel, torch._int_mm and BF16."""
     from w8a8.bench.compiled import import_triton
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     import_triton()
     from w8a8.bench.gemm import bench, show
@@ -139,7 +139,7 @@ def bench_compile(
 ) -> None:
     """Compile the INT8 kernels for GPUs that need not be here, and show what their inner loops are made of."""
     from w8a8.bench.compiled import ARCHITECTURES, bench, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(archs or ARCHITECTURES, vllm=vllm, notice=terminal.notice), show)
@@ -177,7 +177,7 @@ def bench_quality(
 ) -> None:
     """Quantize a model by every recipe, and compare their KL divergences from BF16 on GSM8K and on prose."""
     from w8a8.bench.quality import bench, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     result = bench(
@@ -216,7 +216,7 @@ def bench_calibrate(
 ) -> None:
     """Calibrate layers of Gemma 4 31B's shape: time against one plain forward of the same tokens, and peak memory."""
     from w8a8.bench.calibrate import bench, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     found = bench(

@@ -54,11 +54,11 @@ def eval_gsm8k(
     Every answer is kept as it comes, in a .jsonl beside the result: a run that was stopped, and requests that failed,
     go on when the same command is given again.
     """
-    from w8a8.evals.gsm8k import evaluate
-    from w8a8.evals.questions import load
+    from w8a8.evals.gsm8k.questions import load
+    from w8a8.evals.gsm8k.run import evaluate
+    from w8a8.evals.gsm8k.showing import live, show_gsm8k
     from w8a8.evals.server import connected
-    from w8a8.evals.showing import live, show_gsm8k
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     if (base_url is None) == (ckpt is None):
@@ -133,11 +133,11 @@ def eval_kld(
     not hold both, they run one decoder layer at a time.
     """
     from w8a8.calibrate.showing import progress
-    from w8a8.evals.kld import prepare, run
-    from w8a8.evals.kld_showing import show
-    from w8a8.evals.kld_text import choose
+    from w8a8.evals.kld.run import prepare, run
+    from w8a8.evals.kld.showing import show
+    from w8a8.evals.kld.windows import choose
     from w8a8.evals.storing import store
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     source = choose(text=text, jsonl=jsonl, data=data)
@@ -180,10 +180,10 @@ def compare(
 
     Both must have been asked the same questions in the same way.
     """
-    from w8a8.evals.compare import compare as compare_
-    from w8a8.evals.results import read
-    from w8a8.evals.showing import show_comparison
-    from w8a8.terminal import Terminal
+    from w8a8.evals.gsm8k.compare import compare as compare_
+    from w8a8.evals.gsm8k.results import read
+    from w8a8.evals.gsm8k.showing import show_comparison
+    from w8a8.terminal.output import Terminal
 
     found = compare_(read(base), read(quant), score="flexible" if flexible else "strict")
     Terminal(json=json).table(found, lambda found, say: show_comparison(found, say, flips=flips))

@@ -106,7 +106,7 @@ def quantize(
     """
     from w8a8.calibrate.showing import progress
     from w8a8.quantization import calibrated, prepare, run
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     if not source:
         raise UsageError("no source: give SRC, or set MODEL_IN")
@@ -160,8 +160,8 @@ def verify(
     Every source tensor must be accounted for, copies identical, quantized ones near; scales finite and positive;
     config, index, shards and checksums in agreement. Exits with 1 if anything is wrong.
     """
-    from w8a8.terminal import Terminal
-    from w8a8.verification import prepare, run
+    from w8a8.terminal.output import Terminal
+    from w8a8.verification.run import prepare, run
 
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, source)
@@ -192,6 +192,6 @@ def inspect(
 ) -> None:
     """Show what a checkpoint is, quantized or not, from its headers alone."""
     from w8a8.inspection import inspect as inspect_
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     Terminal(json=json).inspected(inspect_(checkpoint), tensors=tensors)

@@ -55,9 +55,9 @@ def card(
 
     What is not measured says so. What you add between lines marked `yours` stays when it is written again.
     """
-    from w8a8.publish.card import make, show, write
-    from w8a8.publish.card_facts import Results
-    from w8a8.terminal import Terminal
+    from w8a8.publish.card.facts import Results
+    from w8a8.publish.card.write import make, show, write
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     results = Results(baseline=baseline, quant=quant, kld=kld)
@@ -105,8 +105,8 @@ def report(
     Sizes, errors of every matrix, weight scales, and the results of the evaluations that are given. The page needs
     no network and no script, and opens anywhere.
     """
-    from w8a8.publish.report import prepare, run, show, write
-    from w8a8.terminal import Terminal
+    from w8a8.publish.report.write import prepare, run, show, write
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
@@ -149,7 +149,7 @@ def push(
     interruption, the same command sends only what is missing.
     """
     from w8a8.publish.push import check, planned, prepare, run, show
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     if not repo:
         raise UsageError("no repository: give REPO, or set HF_REPO_ID")

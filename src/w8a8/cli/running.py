@@ -44,7 +44,7 @@ def fit(
     from w8a8.errors import DoesNotFitError
     from w8a8.machine import find
     from w8a8.memory import fit as fit_
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     found = fit_(
         checkpoint,
@@ -121,7 +121,7 @@ def serve(
     from w8a8.machine import describe as describe_
     from w8a8.serve.launch import prepare, run
     from w8a8.serve.vllm import Options
-    from w8a8.terminal import Terminal
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json)
     options = Options(
@@ -174,8 +174,8 @@ def chat(
 
     Without a terminal, or with --prompt or --json, prints one answer and ends.
     """
-    from w8a8.chat import Settings, connected, converse, data_url, once, piped
-    from w8a8.terminal import Terminal
+    from w8a8.serve.chat import Settings, connected, converse, data_url, once, piped
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     images = [data_url(path) for path in image or ()]

@@ -15,13 +15,13 @@ from typing import Any
 
 from w8a8.checkpoint import Checkpoint, Shard, reading
 from w8a8.checkpoint.reader import INDEX, inside
+from w8a8.checkpoint.stream import Identity, Stopped
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardRecord, quantize_shard
 from w8a8.execute.staging import Staging
-from w8a8.execute.stream import Identity, Stopped
-from w8a8.execute.writer import disk_errors
 from w8a8.formats import Arithmetic
 from w8a8.plan import Plan, ShardPlan
+from w8a8.storage.writer import disk_errors
 from w8a8.version import __version__
 
 PROVENANCE = "w8a8.json"

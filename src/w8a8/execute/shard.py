@@ -17,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.checkpoint import Shard, TensorSpec, read_header, reading
+from w8a8.checkpoint.stream import Block, Identity, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
-from w8a8.execute.stream import Block, Identity, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
-from w8a8.execute.writer import SequentialWriter
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
-from w8a8.kernels.cpu import BITS, Bits, row_amax, row_codes
+from w8a8.kernels.cpu.rows import BITS, Bits, row_amax, row_codes
 from w8a8.plan import ShardPlan, Write
+from w8a8.storage.writer import SequentialWriter
 
 Scales = NDArray[np.float32]
 

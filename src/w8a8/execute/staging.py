@@ -22,7 +22,7 @@ from typing import Any, Self
 
 from w8a8.errors import TargetBusyError, TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
-from w8a8.execute.writer import disk_errors
+from w8a8.storage.writer import disk_errors
 
 
 @dataclass

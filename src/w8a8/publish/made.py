@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, read_json
+from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import UnsupportedSchemeError, W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
-from w8a8.execute.stream import file_sha256
 from w8a8.formats import Scheme, detect, section
-from w8a8.terminal import printable
+from w8a8.terminal.output import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 """Weights by their names: beside a checkpoint's own they have no business."""

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from w8a8.runtime.streamed import states_of
+
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -81,8 +83,3 @@ def backwards(
         leaving = states_of(layer(entering, **kwargs))
         found = torch.autograd.grad(leaving, [entering, *(outputs[path] for path in paths)], gradient)
     return found[0], {path: each.flatten(0, -2) for path, each in zip(paths, found[1:], strict=True)}
-
-
-def states_of(output: Any) -> Tensor:
-    """The states that a decoder layer gives: some give them in a tuple."""
-    return output[0] if isinstance(output, tuple) else output

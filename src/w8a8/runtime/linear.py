@@ -13,7 +13,7 @@ token whose values are all subnormal comes out near zero instead of as garbage. 
 comes out as NaN, all of it, and alone.
 
 The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it. On a CPU
-one call of `w8a8.kernels.int8_cpu` does all of the above; on a GPU two of Triton's do, from `w8a8.kernels`; elsewhere,
+one call of `w8a8.kernels.cpu.int8` does all of the above; on a GPU two of Triton's do, from `w8a8.kernels`; elsewhere,
 and without Triton, it is composed of torch operators around `torch._int_mm`.
 """
 
@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.kernels import int8_cpu
-from w8a8.kernels.int8_cpu import FLOOR
+from w8a8.kernels.cpu import int8 as int8_cpu
+from w8a8.kernels.cpu.int8 import FLOOR
 
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 """What a layer takes and gives, as `int8_cpu` calls it."""
@@ -106,8 +106,8 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
 
 def by_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The layer on a GPU, by Triton's kernels: `x` [..., in] to [..., out]."""
-    from w8a8.kernels.int8_gpu import scaled_int8_mm
-    from w8a8.kernels.quantize_gpu import quantize_per_token
+    from w8a8.kernels.gpu.int8 import scaled_int8_mm
+    from w8a8.kernels.gpu.quantize import quantize_per_token
 
     codes, scale = quantize_per_token(x.detach().reshape(-1, weight.shape[1]))
     y = scaled_int8_mm(codes, weight, scale, weight_scale, bias, x.dtype)

@@ -127,7 +127,7 @@ def run(launch: Launch, ready: Callable[[Call, float], None]) -> None:
             seconds = engine.wait_until_ready(*address)
             ready(replace(launch.call, chat=_chats(launch.checkpoint, launch.argv)), seconds)
             engine.wait()
-    from w8a8.serve import embedded
+    from w8a8.serve.embedded import server as embedded
 
     folder = resolve(launch.checkpoint).path
     call = replace(launch.call, chat=can_chat(str(folder)))
@@ -280,7 +280,7 @@ def _embedded(asked: _Asked) -> Launch:
         )
     context = _in_ram(headers, asked)
     if not asked.dry_run:
-        from w8a8.serve import embedded  # noqa: F401 - raises MissingExtraError before anything is downloaded
+        from w8a8.serve.embedded import server as embedded  # noqa: F401 - raises MissingExtraError before anything is downloaded
     listen = ("--host", host, "--port", str(port))
     return Launch(
         "transformers",

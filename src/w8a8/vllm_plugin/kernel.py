@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import QuantKey, 
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import convert_to_channelwise
 from vllm.platforms import current_platform
 
-from w8a8.kernels.quantize_gpu import ONE_PASS
+from w8a8.kernels.gpu.quantize import ONE_PASS
 from w8a8.version import __version__
 from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
 from w8a8.vllm_plugin.registering import interpreted

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from w8a8.kernels import int8_gpu, quantize_gpu
+from w8a8.kernels.gpu import int8 as int8_gpu
+from w8a8.kernels.gpu import quantize as quantize_gpu
 
 _LIBRARY = torch.library.Library("w8a8", "FRAGMENT")
 

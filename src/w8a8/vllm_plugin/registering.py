@@ -56,6 +56,6 @@ def _architecture() -> str:
 
 
 def _measured_faster(arch: str) -> bool:
-    from w8a8.kernels.tiles import faster
+    from w8a8.kernels.gpu.tiles import faster
 
     return faster(arch)

@@ -1,0 +1,1 @@
+"""GSM8K over an OpenAI-compatible API: ask, score, compare."""

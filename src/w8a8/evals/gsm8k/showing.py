@@ -1,0 +1,135 @@
+"""How evaluations look on a terminal: a live line while they run, then a table; flipped answers side by side."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich import progress as rich_progress
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from w8a8.evals.gsm8k.compare import Comparison, Flip
+from w8a8.evals.gsm8k.run import SCORES, Progress, Result
+from w8a8.terminal.output import PLAIN_INTERVAL_SECONDS, clean, plain_table, printable
+
+
+@contextmanager
+def live(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """A bar with the accuracy so far and tokens/s on standard error; plain lines where that is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    if quiet:
+        yield lambda _: None
+    elif console.is_terminal:
+        with rich_progress.Progress(
+            rich_progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            rich_progress.BarColumn(),
+            rich_progress.TextColumn("{task.description}"),
+            rich_progress.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as bar:
+            task = bar.add_task("", total=None, visible=False)
+            yield lambda now: bar.update(
+                task, completed=now.done, total=now.total, description=_so_far(now), visible=True
+            )
+    else:
+        yield _Plain(console)
+
+
+class _Plain:
+    """A line now and then, for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._last = time.monotonic()
+
+    def __call__(self, now: Progress) -> None:
+        if now.done == now.total or time.monotonic() - self._last >= PLAIN_INTERVAL_SECONDS:
+            self._last = time.monotonic()
+            self._console.print(f"{now.done:,} of {now.total:,}: {_so_far(now)}", soft_wrap=True)
+
+
+def _so_far(now: Progress) -> str:
+    return f"{now.right / now.done:.1%} right, {now.tokens / max(now.seconds, 1e-9):.0f} tokens/s"
+
+
+def show_gsm8k(result: Result, say: Callable[[Any], None]) -> None:
+    """Both accuracies with their intervals, what went wrong, and where the result lies."""
+    found = result.to_dict()
+    protocol = result.protocol
+    say(
+        f"[bold]{clean(result.model)}[/bold]: GSM8K, {found['questions']:,} questions, {protocol.shots}-shot, "
+        f"{protocol.endpoint}, temperature {protocol.temperature:g}, at most {protocol.max_tokens} tokens"
+    )
+    table = plain_table("", "right", "accuracy", "95% interval", "the answer is", left=1)
+    table.columns[-1].justify = "left"
+    for score, what in zip(SCORES, ("the number after the last ####", "the last number"), strict=True):
+        low, high = found[score]["interval"]
+        row = found[score]
+        table.add_row(score, f"{row['correct']:,}", f"{row['accuracy']:.1%}", f"{low:.1%} to {high:.1%}", what)
+    say(table)
+    say(f"cut off by max_tokens: {found['cut_off']:,}; empty: {found['empty']:,}; errors: {found['errors']:,}")
+    if found["errors"]:
+        say("[yellow]failed requests count as not right; the same command asks them again[/yellow]")
+    tokens, seconds = found["tokens"], found["seconds"]
+    say(
+        f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out, {seconds:.0f} s "
+        f"({tokens['completion'] / max(seconds, 1e-9):.0f} tokens/s)"
+    )
+    say(clean(str(result.path)))
+
+
+def show_comparison(found: Comparison, say: Callable[[Any], None], *, flips: int) -> None:
+    """The paired counts, the test, `flips` flipped questions to read, and the verdict."""
+    for flip in found.flips[:flips]:
+        say(_side_by_side(flip))
+    say(f"base       [bold]{clean(found.base)}[/bold]\nquantized  [bold]{clean(found.quant)}[/bold]")
+    table = plain_table("", "quantized right", "quantized wrong", "in all", left=1)
+    counts = ((found.both_right, found.only_base), (found.only_quant, found.both_wrong))
+    for name, row in zip(("base right", "base wrong"), counts, strict=True):
+        table.add_row(name, *(_share(number, found.questions) for number in (*row, sum(row))))
+    columns = [sum(column) for column in zip(*counts, strict=True)]
+    table.add_row(
+        "in all", *(_share(number, found.questions) for number in columns), f"{found.questions:,}", style="dim"
+    )
+    say(table)
+    low, high = (f"{100 * bound:+.1f}" for bound in found.interval)
+    say(
+        f"difference {100 * found.difference:+.1f} points, 95% bootstrap interval {low} to {high};\n"
+        f"exact McNemar p = {found.p_value:.3g}; overlap of what they get right (Jaccard) {found.jaccard:.3f}"
+    )
+    for name, errors in zip(("base", "quantized"), found.errors, strict=True):
+        if errors:
+            say(f"[yellow]{name}: failed requests, which count as not right: {errors:,}; run it again[/yellow]")
+    if len(found.flips) > flips:
+        say(f"[dim]{len(found.flips)} questions flipped; --flips {len(found.flips)} shows them all[/dim]")
+    say(f"[bold]{clean(found.verdict)}[/bold]")
+
+
+def _share(number: int, of: int) -> str:
+    return f"{number:,} ({number / of:.1%})"
+
+
+def _side_by_side(flip: Flip) -> Panel:
+    """A question and both answers to it, in two columns."""
+    answers = Table.grid(expand=True, padding=(0, 2))
+    heads = []
+    for name, right in (("base", flip.right == "base"), ("quantized", flip.right == "quant")):
+        answers.add_column(ratio=1, overflow="fold")
+        heads.append(f"[bold]{name}[/bold], [{'green]right' if right else 'red]wrong'}[/]")
+    answers.add_row(*heads)
+    answers.add_row(_text(flip.base_answer), _text(flip.quant_answer))
+    question = Text.assemble((_lines(flip.question), "italic"), f"\nThe answer is {printable(flip.gold)}.\n")
+    return Panel(Group(question, answers), title=f"question {flip.index}", title_align="left", border_style="dim")
+
+
+def _text(answer: str) -> Text:
+    return Text(_lines(answer.strip())) if answer.strip() else Text("(empty)", style="dim")
+
+
+def _lines(text: str) -> str:
+    """`text` with its lines, but without what could move the cursor."""
+    return "\n".join(printable(line) for line in text.split("\n"))

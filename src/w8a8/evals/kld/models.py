@@ -1,0 +1,235 @@
+"""The two models of `w8a8 eval kld`, and how far their next-token distributions lie apart.
+
+Logits are the model's own: its body reads a window once, then its own `forward` runs for a few positions at a time on
+what the body gave, so that the head, and whatever an architecture does to its logits (Gemma's soft cap, Cohere's
+scale), are as they are when it serves, and no more than `CHUNK_VALUES` logits exist at once.
+
+With logits p and q, KL is the mean of p - q weighted by exp(p - max p), less the difference of their log-sum-exps.
+Element by element that is float32, which is exact for what BF16 logits differ by; sums are carried on in float64,
+because a log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models differ.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w8a8.checkpoint import Checkpoint
+from w8a8.errors import EngineError, MissingExtraError, W8A8Error, first_line
+from w8a8.evals.kld.windows import Window
+
+try:
+    import torch
+    import transformers
+
+    import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
+    from w8a8.runtime.streamed import StreamedModel, forward
+except ImportError as missing:
+    raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
+
+Dtype = Literal["float32", "bfloat16"]
+"""What a model may be made to compute in, whatever it is stored in."""
+CHUNK_VALUES = 2**24
+"""Logits of one model that exist at once: 64 positions of a vocabulary of 262,144."""
+CHUNK_BYTES = CHUNK_VALUES * 24
+"""What a chunk takes: both models' logits, and up to four arrays in float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Per predicted token, in order `[tokens]`: its position in its window, KL(ref || cand) and both models'
+    negative log-likelihoods of the true token in nats (float64), whether both think the same token likeliest."""
+
+    position: NDArray[np.int64]
+    kl: NDArray[np.float64]
+    reference_nll: NDArray[np.float64]
+    candidate_nll: NDArray[np.float64]
+    agree: NDArray[np.bool_]
+
+
+class Predictor:
+    """A checkpoint as a model of the next token."""
+
+    def __init__(self, name: str, folder: Path, dtype: Dtype | None = None) -> None:
+        """Load it onto the device there is, to compute in `dtype`, or as stored.
+
+        Raises EngineError, or what is wrong with the checkpoint.
+        """
+        transformers.logging.set_verbosity_error()
+        if not sys.stderr.isatty():
+            transformers.logging.disable_progress_bar()
+        self.name = name
+        try:
+            architecture = (_config(folder).architectures or ["none"])[0]
+            kind = getattr(transformers, architecture, None)
+            if kind is None:
+                raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
+            self.model = kind.from_pretrained(folder, dtype=dtype or "auto", device_map="auto").eval()
+        except W8A8Error:
+            raise
+        except Exception as error:
+            raise EngineError(f"{name}: transformers cannot load it: {first_line(error)}") from error
+        if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
+            raise EngineError(f"{name}: {architecture} predicts no tokens; a model that generates text is needed")
+        self.device = self.model.device
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
+        """The logits `[at most rows, vocabulary]` that follow each of `ids`, in order, in the model's dtype.
+
+        One reading at a time: the model is not itself before the last is taken. Raises EngineError, out of memory
+        included.
+        """
+        body = self.model.base_model
+        read = body.forward
+        whole: Any = None
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal whole
+            whole = read(*args, **kwargs) if whole is None else whole
+            return type(whole)(**{**whole, "last_hidden_state": whole.last_hidden_state[:, now]})
+
+        body.forward = forward
+        try:
+            inputs = torch.tensor([ids], device=self.device)
+            for at in range(0, len(ids), rows):
+                now = slice(at, at + rows)
+                yield self.model(input_ids=inputs, use_cache=False).logits[0]
+        except (RuntimeError, IndexError, MemoryError) as error:
+            raise EngineError(f"{self.name}: {first_line(error)}") from error
+        finally:
+            body.forward = read
+
+
+class StreamedPredictor(Predictor):
+    """A checkpoint too large for memory: its layers read all windows, one layer after another, before the head does."""
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        windows: Sequence[Window],
+        advance: Callable[[int], None] = lambda _: None,
+        dtype: Dtype | None = None,
+    ) -> None:
+        """Let each layer read, in `dtype` or as stored, which `advance(tokens)` is told of.
+
+        Raises EngineError, UnsupportedModelError.
+        """
+        self.name = name
+        self._streamed = StreamedModel(name, Checkpoint.open(folder), getattr(torch, dtype) if dtype else None)
+        self.model, self.device = self._streamed.model, self._streamed.device
+        self._states = self._read({window.ids[:-1]: None for window in windows}, advance)
+        self._streamed.fill_head()
+
+    def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
+        """As a `Predictor`'s, of the windows that were read."""
+        self._streamed.last_states(self._states[tuple(ids)])
+        found: Iterator[Any] = super().logits(ids, rows)
+        return found
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _read(self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None]) -> dict[tuple[int, ...], Any]:
+        """The states [1, tokens, hidden] that leave the last layer, by the ids that were read."""
+        states: dict[tuple[int, ...], Any] = {}
+        kwargs: dict[int, Any] = {}  # depend on the length alone
+        for ids in readings:
+            states[ids], kwargs[len(ids)] = self._streamed.embed(ids)
+        for number in range(self._streamed.count):
+            with self._streamed.layer(number) as layer:
+                for ids in states:
+                    states[ids] = forward(layer, states[ids], kwargs[len(ids)][number])
+                    advance(len(ids))
+        return states
+
+
+def limits(name: str, folder: Path) -> tuple[int, int | None, int]:
+    """How many tokens a checkpoint's model tells apart, and reads at most, if it says so; and how many layers it has.
+
+    Raises EngineError.
+    """
+    try:
+        config = _config(folder).get_text_config(decoder=True)
+        return int(config.vocab_size), getattr(config, "max_position_embeddings", None), int(config.num_hidden_layers)
+    except Exception as error:
+        raise EngineError(f"{name}: its config cannot be read: {first_line(error)}") from error
+
+
+def has_gpu() -> bool:
+    """Whether models will be put on a GPU."""
+    return bool(torch.cuda.is_available())
+
+
+def score(
+    reference: Predictor,
+    candidate: Predictor,
+    windows: Sequence[Window],
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    chunk_values: int = CHUNK_VALUES,
+) -> Scores:
+    """Let both models predict the windows; `advance(tokens)` is called as it goes.
+
+    Raises EngineError, naming model and place, where logits are no numbers or rule out what the other holds possible.
+    """
+    rows = max(1, chunk_values // reference.model.config.get_text_config(decoder=True).vocab_size)
+    parts = []
+    for number, window in enumerate(windows):
+        ids = window.ids[:-1]
+        for i, pair in enumerate(zip(reference.logits(ids, rows), candidate.logits(ids, rows), strict=True)):
+            place = _Place(number, window.document, at := i * rows)
+            names = (reference.name, candidate.name)
+            parts.append((np.arange(at, at + len(pair[0])), *_compare(names, pair, window.ids[at + 1 :], place)))
+            advance(len(pair[0]))
+    return Scores(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a chunk begins."""
+
+    window: int
+    document: int
+    position: int
+
+    def check(self, values: Any, problem: str) -> None:
+        """Raises EngineError at the first of `values` `[rows]` that is not finite."""
+        bad = (~values.isfinite()).nonzero()
+        if len(bad):
+            at = self.position + int(bad[0, 0])
+            raise EngineError(f"{problem} at position {at} of window {self.window} (document {self.document})")
+
+
+@torch.inference_mode()  # type: ignore[untyped-decorator]
+def _compare(names: tuple[str, str], pair: tuple[Any, Any], labels: Sequence[int], place: _Place) -> Iterator[Any]:
+    """KL, both negative log-likelihoods, agreement `[rows]`, of logits `[rows, vocabulary]` and as many true tokens."""
+    device, rows = pair[0].device, len(pair[0])
+    true = torch.tensor(labels[:rows], device=device)[:, None]
+    p, q = (logits.to(device).float() for logits in pair)
+    agree = p.argmax(-1) == q.argmax(-1)
+    weight, total, p_norm = _exponentials(names[0], p, place)
+    _, _, q_norm = _exponentials(names[1], q, place)
+    nll = [norm - logits.gather(-1, true)[:, 0].double() for norm, logits in ((p_norm, p), (q_norm, q))]
+    difference = p.sub_(q).mul_(weight).masked_fill_(weight == 0, 0).sum(-1).double() / total
+    kl = (difference - (p_norm - q_norm)).clamp_(min=0)
+    for values in (kl, *nll):
+        place.check(values, f"{' and '.join(names)}: one rules out a token that the other, or the text, has")
+    return (values.cpu().numpy() for values in (kl, *nll, agree))
+
+
+def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]:
+    """exp(logits - largest) `[rows, vocabulary]`, its sum `[rows]`, and the log-sum-exp of the logits `[rows]`."""
+    largest = logits.amax(-1, keepdim=True)
+    weight = (logits - largest).exp_()
+    total = weight.sum(-1).double()
+    norm = total.log() + largest[:, 0].double()
+    place.check(norm, f"{name}: the logits are not numbers (NaN or infinity)")
+    return weight, total, norm
+
+
+def _config(folder: Path) -> Any:
+    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

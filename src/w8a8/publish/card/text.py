@@ -1,0 +1,135 @@
+"""The text of a card: the template, escaping, and what a person wrote into the card before.
+
+Every name may hold anything, so what the template prints is escaped unless it is `Verbatim`.
+"""
+
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from w8a8.checkpoint import reading
+from w8a8.errors import MissingExtraError, UsageError
+from w8a8.terminal.output import count, plural, printable, size
+
+README = "README.md"
+STAMP = "<!-- Written by `w8a8 card`, and written anew by it: only what stands between `yours` lines is kept. -->"
+
+_MARKER = re.compile(r"<!-- yours: (?P<what>begin|end) (?P<place>[a-z]+) -->")
+_MEND = "mend the marked lines, and nothing you wrote is lost (the file is as it was)"
+
+
+class Verbatim(str):
+    """Text that is Markdown already."""
+
+    __slots__ = ()
+
+
+def _escaped(value: Any) -> str:
+    """A value as Markdown that shows just that, in a table too."""
+    if isinstance(value, Verbatim):
+        return value
+    text = printable(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_{}\[\]|~$])", r"\\\1", text)
+    return re.sub(r"^(\s*)(\d*)([#+=.)-])(?=\s|\3|$)", r"\1\2\\\3", text)  # or a heading or a list would begin
+
+
+def _code(text: str, language: str) -> str:
+    """A fenced block that nothing in `text` can close."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return Verbatim(f"{fence}{language}\n{text}\n{fence}")
+
+
+def render(context: Mapping[str, Any]) -> str:
+    """The template with all of `context`; a name it lacks is an error. Raises `MissingExtraError`."""
+    try:
+        from jinja2 import Environment, StrictUndefined
+    except ImportError as error:
+        raise MissingExtraError("`w8a8 card` needs Jinja: pip install 'w8a8[publish]'") from error
+    environment = Environment(
+        undefined=StrictUndefined,
+        finalize=_escaped,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.globals.update(code=_code)
+    environment.filters.update(size=size, count=count, plural=plural)
+    template = files("w8a8.publish.card").joinpath("card.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(context)
+
+
+def with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
+    """The whole README, read back as the Hub reads it."""
+    from huggingface_hub import CardData, ModelCard
+
+    card = ModelCard(f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}")
+    return str(card)
+
+
+# --- what was there -----------------------------------------------------------------------------------------------
+
+
+def read_text(path: Path) -> str:
+    """A README, empty where there is none. Raises `UsageError` where it is no text."""
+    try:
+        with reading(path):
+            return path.read_text(encoding="utf-8") if path.exists() else ""
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: is not UTF-8 text ({error}); move it away") from error
+
+
+def is_ours(text: str) -> bool:
+    """Whether `w8a8 card` wrote this README."""
+    return STAMP in text.splitlines()
+
+
+def kept(text: str) -> dict[str, str]:
+    """What a person wrote, by place. Raises `UsageError` where the marked lines do not come in pairs."""
+    kept: dict[str, str] = {}
+    place, lines = "", list[str]()
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
+        marker = _MARKER.fullmatch(line.strip())
+        if marker is None and not line.strip().startswith("<!-- yours:"):
+            lines.append(line)
+            continue
+        beginning = marker is not None and marker["what"] == "begin" and not place and marker["place"] not in kept
+        ending = marker is not None and marker["what"] == "end" and place == marker["place"]
+        if marker is None or not (beginning or ending):
+            raise UsageError(f"{README}: line {number}, {line.strip()[:80]!r}, has no partner; {_MEND}")
+        if ending:
+            kept[place] = "".join(lines)
+        place, lines = (marker["place"] if beginning else ""), []
+    if place:
+        raise UsageError(f"{README}: `yours: begin {place}` has no end; {_MEND}")
+    return kept
+
+
+class Places:
+    """The places for a person's text, filled as the template comes by them."""
+
+    def __init__(self, kept: Mapping[str, str]) -> None:
+        self._kept = dict(kept)
+
+    def __call__(self, place: str) -> str:
+        """A place's marked lines, with what was kept between them."""
+        return Verbatim(f"<!-- yours: begin {place} -->\n{self._kept.pop(place, '')}<!-- yours: end {place} -->")
+
+    @property
+    def unused(self) -> list[str]:
+        """Places with text that the template did not come by."""
+        return [place for place, text in self._kept.items() if text.strip()]
+
+
+def metadata_of(text: str) -> Mapping[str, Any]:
+    """The metadata of a README. Raises `UsageError` where they are none."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+    from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
+
+    block = REGEX_YAML_BLOCK.search(text)
+    try:
+        values = safe_load(block.group(2)) if block else {}
+    except YAMLError as error:
+        raise UsageError(f"{README}: its metadata are no YAML ({' '.join(str(error).split())[:200]})") from error
+    return values if isinstance(values, dict) else {}

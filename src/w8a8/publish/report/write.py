@@ -1,0 +1,214 @@
+"""`w8a8 report`: what became of a checkpoint, as one HTML page to look at, and its figures as PNG.
+
+Everything is gathered first (`report_data` from the checkpoints, `report_results` from the result files) into one
+value, `Report`; the page (`report_page`) and the figures (`report_figures`) are two drawings of it. What was not given
+is not drawn, and the page says so.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.checkpoint import Checkpoint
+from w8a8.checkpoint.reader import inside, read_json
+from w8a8.checkpoint.source import cached, hub_id
+from w8a8.errors import MissingExtraError, UnsupportedSchemeError, W8A8Error
+from w8a8.evals.gsm8k.compare import SIGNIFICANCE, Comparison, compare
+from w8a8.execute.run import PROVENANCE
+from w8a8.formats import Scheme, detect, section
+from w8a8.publish.report.data import Ridge, Size, Stack, ridges, sizes, stacks
+from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
+from w8a8.storage.writer import disk_errors
+from w8a8.terminal.output import size
+from w8a8.verification import run as verification
+from w8a8.verification.run import TensorError, VerifyResult, sqnr
+
+WORST = 12
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is drawn. `scale_range` is in log10; `before` and `errors` are none without the source."""
+
+    name: str
+    model: str
+    scheme: str
+    before: int | None
+    after: int
+    sizes: tuple[Size, ...]
+    errors: VerifyResult | None
+    stacks: tuple[Stack, ...]
+    ridges: tuple[Ridge, ...]
+    scale_range: tuple[float, float]
+    baseline: Gsm8k | None
+    quant: Gsm8k | None
+    paired: Comparison | None
+    kld: Kld | None
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal to quantization noise over all quantized tensors; none without the source."""
+        if self.errors is None:
+            return None
+        return sqnr(sum(t.signal for t in self.errors.tensors), sum(t.noise for t in self.errors.tensors))
+
+    @property
+    def worst(self) -> tuple[TensorError, ...]:
+        """The quantized tensors with the lowest SQNR."""
+        return self.errors.tensors[:WORST] if self.errors else ()
+
+    @property
+    def headline(self) -> str:
+        """The main thing, as one sentence."""
+        parts = [size(self.after) + (f" instead of {size(self.before)}" if self.before else "")]
+        if self.sqnr_db is not None and math.isfinite(self.sqnr_db):
+            parts.append(f"{self.sqnr_db:.1f} dB SQNR")
+        if self.quant and self.baseline and self.paired:
+            scores = f"{self.quant.strict.value:.1%} against {self.baseline.strict.value:.1%}"
+            parts.append(f"GSM8K {scores}: {_shown(self.paired)}")
+        elif self.quant:
+            parts.append(f"GSM8K {self.quant.strict.value:.1%}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a report is made from, open and checked; no weight read yet."""
+
+    out: Checkpoint
+    scheme: Scheme
+    verification: verification.Job | None
+    baseline: Gsm8k | None
+    quant: Gsm8k | None
+    paired: Comparison | None
+    kld: Kld | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that will be read for the errors."""
+        return sum(shard.size for shard in self.verification.source.shards) if self.verification else 0
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the page, and the figures."""
+
+    headline: str
+    page: Path
+    figures: tuple[Path, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"headline": self.headline, "page": str(self.page), "figures": [str(path) for path in self.figures]}
+
+
+def prepare(
+    out: str | Path,
+    source: str | Path | None = None,
+    *,
+    baseline: Path | None = None,
+    quant: Path | None = None,
+    kld: Path | None = None,
+) -> Job:
+    """Open all that a report on the checkpoint `out` is made from.
+
+    Without `source`, the one that w8a8.json names is used where it lies beside `out` or in the Hub's cache. Raises
+    `UnsupportedSchemeError` where `out` is no INT8 W8A8, `MissingExtraError`, `InvalidResultError` for a result file
+    that is none, `UsageError` for two that do not compare, and the source errors of `w8a8.errors`.
+    """
+    _require_extra()
+    checkpoint = Checkpoint.open(out)
+    scheme = detect(checkpoint.config)
+    if not scheme.w8a8:
+        raise UnsupportedSchemeError(f"{out}: {scheme.summary}; a report is about what `w8a8 quantize` writes")
+    first, second = (read_gsm8k(path) if path else None for path in (baseline, quant))
+    return Job(
+        checkpoint,
+        scheme,
+        verification.prepare(out, source) if source is not None else _beside(checkpoint),
+        first,
+        second,
+        compare(first.raw, second.raw) if first and second else None,
+        read_kld(kld) if kld else None,
+    )
+
+
+def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
+    """Gather all that is shown; reads the source and the result once where the source is known."""
+    errors = verification.run(job.verification, workers=workers, advance=advance) if job.verification else None
+    source = job.verification.source if job.verification else None
+    found, low, high = ridges(job.out)
+    architectures = job.out.config.get("architectures")
+    return Report(
+        name=job.out.path.resolve().name,
+        model=", ".join(map(str, architectures)) if isinstance(architectures, list) else "",
+        scheme=job.scheme.summary,
+        before=source.nbytes if source else None,
+        after=job.out.nbytes,
+        sizes=sizes(job.out, source),
+        errors=errors,
+        stacks=stacks(errors.tensors) if errors else (),
+        ridges=found,
+        scale_range=(low, high),
+        baseline=job.baseline,
+        quant=job.quant,
+        paired=job.paired,
+        kld=job.kld,
+    )
+
+
+def write(report: Report, page: Path, figures: Path) -> Written:
+    """Write the HTML to `page` and the PNGs into `figures`. Raises `UnwritableError` or `DiskFullError`."""
+    from w8a8.publish.report.figures import draw
+    from w8a8.publish.report.page import render
+
+    html = render(report)
+    for folder in (page.parent, figures):
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with disk_errors(page):
+        page.write_text(html, encoding="utf-8")
+    with disk_errors(figures):
+        return Written(report.headline, page, draw(report, figures))
+
+
+def show(written: Written, say: Callable[[Any], None]) -> None:
+    """Print where the report is, for a person."""
+    from rich.text import Text
+
+    say(Text(written.headline, style="bold"))
+    say(Text(f"{written.page}\n{len(written.figures)} figures in {written.figures[0].parent}"))
+
+
+def _shown(paired: Comparison) -> str:
+    """What the paired answers show, in few words; `Comparison.verdict` has the figures."""
+    if paired.p_value >= SIGNIFICANCE:
+        return "no difference shown"
+    return "a loss shown" if paired.difference < 0 else "a gain shown"
+
+
+def _beside(out: Checkpoint) -> verification.Job | None:
+    """The verification against the source that w8a8.json names, if that is at hand."""
+    try:
+        recorded = section(read_json(out.path / PROVENANCE), "source")
+    except (OSError, ValueError):
+        return None
+    name, revision = str(recorded.get("name", "")), recorded.get("revision")
+    try:
+        if "/" in name:
+            folder = cached(hub_id(name)[0], str(revision) if revision else None)
+        else:
+            folder = inside(out.path.resolve().parent, name)
+        return verification.prepare(out.path, folder) if folder is not None and folder.is_dir() else None
+    except W8A8Error:
+        return None
+
+
+def _require_extra() -> None:
+    try:
+        import jinja2  # noqa: F401
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(f"a report needs {error.name}: pip install 'w8a8[publish]'") from error

@@ -1,0 +1,248 @@
+"""A checkpoint as a model of which one decoder layer at a time has weights.
+
+The model is transformers' own, built without weights. What surrounds the layers is loaded for good, but for the
+embedding, of which only the rows of the tokens at hand are read, and the head, which is loaded when asked for. The
+layers have a stand-in for their `forward` that notes what the model's own `forward` calls it with (masks, rotary
+tables) and lets the states through unchanged; so one reading of a sample by the hollow model tells everything that
+is needed to call the real layers one after another.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint.stream import tensor_bytes
+from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error, first_line
+from w8a8.runtime.linear import frozen
+from w8a8.runtime.quantizer import fit_to
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
+"""Of what the tensors of such a model may be."""
+
+
+class StreamedModel:
+    """A causal language model of `count` layers, hollow: `layer(i)` fills one with its weights.
+
+    `model` is the transformers model, `device` where layers are put and run.
+    """
+
+    def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
+        """Build it in `dtype`, by default that of the checkpoint. Raises EngineError or UnsupportedModelError."""
+        self.name, self._checkpoint = name, checkpoint
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = _hollow(name, checkpoint, dtype)
+        self._named = fit_to(self.model, list(checkpoint.tensors.values()))
+        decoder = self.model.get_decoder()
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"{name}: {type(self.model).__name__} is no stack of decoder layers with a head"
+            )
+        self._layers: Any = layers
+        if getattr(decoder.config, "num_kv_shared_layers", 0):
+            raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
+        places = {id(module): place for place, module in self.model.named_modules()}
+        self._prefix = places[id(self._layers)]
+        self._calls: list[tuple[Tensor, dict[str, Any]]] = []
+        for layer in self._layers:
+            self._hollow_out(layer)
+        self._fill_surroundings(decoder, places[id(decoder)])
+
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._checkpoint.path
+
+    @property
+    def count(self) -> int:
+        """How many decoder layers there are."""
+        return len(self._layers)
+
+    def tensor(self, layer: int, name: str) -> TensorSpec:
+        """The tensor of the file that is `name` inside the `layer`th decoder layer."""
+        return self._named[f"{self._prefix}.{layer}.{name}"]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
+        """The states [1, tokens, hidden] that enter the first layer, and what each layer's `forward` takes besides."""
+        self._calls.clear()
+        try:
+            self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
+            raise UnsupportedModelError(f"{self.name}: cannot be run without its layers: {error}") from error
+        if len(self._calls) != self.count:
+            raise UnsupportedModelError(f"{self.name}: {len(self._calls)} of its {self.count} layers were run")
+        return self._calls[0][0], [kwargs for _, kwargs in self._calls]
+
+    def embed_all(self, samples: Iterable[Sequence[int]], kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
+        """The states that enter the first layer, of each sample.
+
+        Raises UnsupportedModelError where the layers are told something besides that is not `kwargs` for all samples.
+        """
+        for sample in samples:
+            states, own = self.embed(sample)
+            if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
+                raise UnsupportedModelError(f"{self.name}: its layers read more of a token than its states")
+            yield states
+
+    def hollow(self, number: int) -> nn.Module:
+        """The `number`th layer without weights."""
+        found: nn.Module = self._layers[number]
+        return found
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """The `number`th layer with its weights, in evaluation mode, for as long as the context lasts."""
+        layer = self._layers[number]
+        hollow = layer.state_dict()
+        tensors = {name: self._read(f"{self._prefix}.{number}.{name}", value) for name, value in hollow.items()}
+        layer.load_state_dict(tensors, assign=True)
+        del layer.forward, tensors
+        try:
+            yield layer
+        finally:
+            layer.load_state_dict(hollow, assign=True)
+            self._hollow_out(layer)
+
+    def fill_head(self) -> None:
+        """Load what turns the last layer's states into logits."""
+        head = self.model.get_output_embeddings()
+        for name, value in head.state_dict().items():
+            setattr(head, name, frozen(self._read(self._head_tensor(name), value)))
+
+    def head_rows(self, rows: int) -> Iterator[Tensor]:
+        """The head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
+        dtype, spec = self.model.get_output_embeddings().weight.dtype, self._named[self._head_tensor("weight")]
+        width = spec.nbytes // spec.shape[0]
+        for start in range(0, spec.shape[0], rows):
+            end = min(start + rows, spec.shape[0])
+            data = tensor_bytes(self.folder, spec, start * width, end * width)
+            yield self._tensor(data, spec, [end - start, *spec.shape[1:]], dtype)
+
+    def _head_tensor(self, name: str) -> str:
+        """What `name` of the head is called; a head without a weight of its own has the embedding's."""
+        head = self.model.get_output_embeddings()
+        place = next(place for place, module in self.model.named_modules() if module is head)
+        tied = name == "weight" and f"{place}.weight" not in self._named
+        return self._embedding if tied else f"{place}.{name}"
+
+    def last_states(self, states: Tensor) -> None:
+        """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
+        self._calls.clear()
+        self._layers[-1].forward = lambda *_, **__: states
+
+    def _hollow_out(self, layer: nn.Module) -> None:
+        signature = inspect.signature(type(layer).forward)
+
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
+            extra = bound.pop("kwargs", {})
+            self._calls.append((hidden_states, {**dict(list(bound.items())[2:]), **extra}))
+            return hidden_states
+
+        layer.forward = note
+
+    def _fill_surroundings(self, decoder: nn.Module, place: str) -> None:
+        """Give the decoder all weights that are no layer's, but read the embedding's rows as they are needed."""
+        embedding = self.model.get_input_embeddings()
+        self._embedding = next(name for name, p in self.model.named_parameters() if p is embedding.weight)
+        spec = self._named.get(self._embedding)
+        if not isinstance(embedding, nn.Embedding) or spec is None:
+            raise UnsupportedModelError(f"{self.name}: {self._embedding} is no embedding of the checkpoint")
+        embedding.forward = _by_rows(embedding, self, spec)
+        for module in decoder.modules():
+            for name, value in module.named_buffers(recurse=False):
+                setattr(module, name, value.to(self.device))
+        prefix = f"{place}." if place else ""
+        for name, value in list(decoder.named_parameters()):
+            if value is not embedding.weight and not (prefix + name).startswith(f"{self._prefix}."):
+                module, _, leaf = name.rpartition(".")
+                setattr(decoder.get_submodule(module), leaf, frozen(self._read(prefix + name, value)))
+
+    def rows(self, spec: TensorSpec, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """The given rows of a matrix of the file, as `dtype`."""
+        width = spec.nbytes // spec.shape[0]
+        parts = [tensor_bytes(self.folder, spec, row * width, (row + 1) * width) for row in rows]
+        return self._tensor(bytearray().join(parts), spec, [len(rows), *spec.shape[1:]], dtype)
+
+    def _tensor(self, data: bytearray, spec: TensorSpec, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        values = torch.frombuffer(data, dtype=DTYPES[spec.dtype])
+        return values.reshape(shape).to(self.device, dtype)
+
+    def _read(self, name: str, like: Tensor) -> Tensor:
+        """The tensor called `name` in the model, in the dtype and shape of `like`."""
+        spec = self._named.get(name)
+        if spec is None or spec.dtype not in DTYPES or spec.numel != like.numel():
+            found = "nothing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+            raise UnsupportedModelError(
+                f"{self.name}: the layer's {name} is {list(like.shape)}, and the checkpoint has {found} in its place"
+            )
+        return self._tensor(tensor_bytes(self.folder, spec), spec, like.shape, like.dtype)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one is other or torch.equal(one, other)
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
+
+
+def tokenizer(name: str, folder: Path) -> Any:
+    """The tokenizer of a checkpoint. Raises EngineError."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise EngineError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+
+
+def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """What a decoder layer makes of `states` [samples, tokens, hidden]."""
+    return states_of(layer(states, **kwargs))
+
+
+def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+    """The model without weights: parameters on the meta device, buffers as computed."""
+    transformers.logging.set_verbosity_error()
+    try:
+        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        architecture = (config.architectures or ["none"])[0]
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
+            raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
+        with init_empty_weights(include_buffers=False):
+            model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
+        return model.eval().requires_grad_(requires_grad=False)
+    except W8A8Error:
+        raise
+    except Exception as error:
+        raise EngineError(f"{name}: transformers cannot build it: {first_line(error)}") from error
+
+
+def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) -> Any:
+    """A `forward` for `embedding` that reads no more of it than the rows it looks up."""
+    hollow, embedding.padding_idx = embedding.weight, None
+
+    def look_up(ids: Tensor) -> Tensor:
+        rows, places = ids.unique(return_inverse=True)
+        embedding.weight = frozen(model.rows(spec, rows.tolist(), hollow.dtype))
+        try:
+            found: Tensor = type(embedding).forward(embedding, places)
+            return found
+        finally:
+            embedding.weight = hollow
+
+    return look_up
+
+
+def states_of(output: Any) -> Tensor:
+    """The states that a decoder layer gives: some give them in a tuple."""
+    return output[0] if isinstance(output, tuple) else output

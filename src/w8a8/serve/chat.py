@@ -1,0 +1,307 @@
+"""`w8a8 chat`: a small terminal chat with any OpenAI-compatible server, or with a checkpoint.
+
+A checkpoint is served by the embedded engine on a thread of this process, on a port of localhost that nobody else has
+the key to, and from there on the two are the same: the `openai` client streams answers from an address. A model without
+a chat template, which its server says by refusing, has the text completed instead.
+"""
+
+import base64
+import json
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from w8a8.errors import MissingExtraError, ServerError, UsageError, W8A8Error
+from w8a8.serve.client import explained
+from w8a8.serve.client import message as error_message
+
+COMPLETION_TOKENS = 256
+"""Of a text that is completed: a base model does not know when to end."""
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+
+HELP = """\
+/image PATH   send an image with the next message (more than one: again)
+/system TEXT  set the system prompt; without TEXT, none
+/clear        forget the conversation
+/exit         end, as does Ctrl-D; Ctrl-C stops an answer"""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to answer; `None` leaves it to the server."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What came back. `tokens_per_second` counts from the first token to the last, without reading the prompt."""
+
+    model: str
+    text: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    tokens_per_second: float | None
+
+    @property
+    def speed(self) -> str:
+        """One line about it."""
+        rate = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
+        why = " (max tokens)" if self.finish_reason == "length" else ""
+        return f"{self.completion_tokens} tokens{why} in {self.seconds:.1f} s{rate}"
+
+
+@dataclass
+class Chat:
+    """A conversation with one model of one server."""
+
+    client: Any
+    model: str
+    notice: Callable[[str], None]
+    settings: Settings = Settings()
+    system: str | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    completes: bool = False
+    """Whether the model has no chat template, so that text is completed instead."""
+
+    answer: Answer | None = None
+    """The last one, complete or stopped."""
+
+    def ask(self, text: str, images: Sequence[str] = ()) -> Iterator[str]:
+        """Send a message with images as data: URLs; yields the answer piece by piece.
+
+        An answer that is not read to its end stands in the conversation as far as it came. Raises `ServerError`.
+        """
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+        message = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
+        with _explained(str(self.client.base_url)):
+            stream = self._send(message, text)
+            yield from self._read(stream, message)
+
+    def _send(self, message: dict[str, Any], text: str) -> Any:
+        import openai
+
+        if not self.completes:
+            system = [{"role": "system", "content": self.system}] if self.system else []
+            try:
+                return self.client.chat.completions.create(
+                    messages=[*system, *self.messages, message], **self._options(self.settings.max_tokens)
+                )
+            except openai.BadRequestError as error:
+                if "chat template" not in error_message(error) or not isinstance(message["content"], str):
+                    raise
+            self.completes = True
+            self.notice(f"{self.model} has no chat template: it completes the text, one message at a time")
+        if not isinstance(message["content"], str):
+            raise UsageError(f"{self.model} has no chat template, and so takes no images")
+        return self.client.completions.create(
+            prompt=text, **self._options(self.settings.max_tokens or COMPLETION_TOKENS)
+        )
+
+    def _options(self, max_tokens: int | None) -> dict[str, Any]:
+        given = {"max_tokens": max_tokens, "temperature": self.settings.temperature}
+        return {
+            "model": self.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **{name: value for name, value in given.items() if value is not None},
+        }
+
+    def _read(self, stream: Any, message: dict[str, Any]) -> Iterator[str]:
+        start, first, last = time.perf_counter(), 0.0, 0.0
+        text, reason, usage, pieces = "", None, None, 0
+        try:
+            for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices:
+                    reason = choice.finish_reason or reason
+                    piece = choice.text if self.completes else choice.delta.content
+                    if piece:
+                        last = time.perf_counter()
+                        first = first or last
+                        text, pieces = text + piece, pieces + 1
+                        yield piece
+        finally:
+            stream.close()
+            tokens = usage.completion_tokens if usage else pieces
+            self.answer = Answer(
+                model=self.model,
+                text=text,
+                finish_reason=reason,
+                prompt_tokens=usage.prompt_tokens if usage else 0,
+                completion_tokens=tokens,
+                seconds=round(time.perf_counter() - start, 3),
+                tokens_per_second=round((tokens - 1) / (last - first), 2) if last > first and tokens > 1 else None,
+            )
+            if text and not self.completes:
+                self.messages += [message, {"role": "assistant", "content": text}]
+
+
+@contextmanager
+def connected(
+    target: str,
+    *,
+    api_key: str | None = None,
+    settings: Settings | None = None,
+    system: str | None = None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> Iterator[Chat]:
+    """A chat with the first model of the server at `target`, or with the checkpoint (folder or Hub id) `target`.
+
+    Raises `ServerError` where a server cannot be reached or refuses, what `serve` raises for a checkpoint.
+    """
+    try:
+        import openai
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError("chat needs the openai client: pip install 'w8a8[serve]'") from missing
+
+    @contextmanager
+    def reach(base_url: str, key: str) -> Iterator[Chat]:
+        with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
+            with _explained(base_url):
+                models = client.models.list().data
+            if not models:
+                raise ServerError(f"{base_url}: the server lists no model")
+            yield Chat(client, models[0].id, notice, settings or Settings(), system)
+
+    if target.startswith(("http://", "https://")):
+        base_url = target.rstrip("/").removesuffix("/v1") + "/v1"
+        with reach(base_url, api_key or "none") as chat:
+            yield chat
+        return
+    from w8a8.checkpoint import resolve
+
+    folder = resolve(target).path
+    notice(f"loading {target} ...")
+    from w8a8.serve.embedded.server import running
+
+    key = secrets.token_urlsafe()
+    with running(target, folder, api_key=key) as base_url, reach(base_url, key) as chat:
+        yield chat
+
+
+def once(chat: Chat, prompt: str, images: Sequence[str], *, as_json: bool) -> None:
+    """One answer on standard output: its text as it comes, or JSON."""
+    pieces = chat.ask(prompt, images)
+    if as_json:
+        for _ in pieces:
+            pass
+        print(json.dumps(asdict(_answered(chat)), ensure_ascii=False))
+    else:
+        _print(pieces)
+
+
+def converse(chat: Chat, images: Sequence[str]) -> None:
+    """Read messages and commands from the terminal until it ends."""
+    import readline  # noqa: F401 - gives input() its history and its keys
+
+    chat.notice(f"{chat.model}: /help for commands, Ctrl-D ends")
+    waiting = list(images)
+    while True:
+        try:
+            line = input("> ").strip()
+        except KeyboardInterrupt:
+            print()
+            continue
+        except EOFError:
+            print()
+            return
+        try:
+            if line == "/exit":
+                return
+            if line.startswith("/"):
+                _command(chat, line, waiting)
+            elif line:
+                _exchange(chat, line, waiting)
+        except W8A8Error as error:
+            chat.notice(f"error: {error}")
+
+
+def data_url(path: Path) -> str:
+    """The image in `path` as a data: URL. Raises `UsageError` if it is none that a model could be sent."""
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError("images need Pillow: pip install 'w8a8[serve]'") from missing
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            image.load()
+            kind = Image.MIME[str(image.format)]
+        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+    except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UsageError(f"{path}: not an image in {', '.join(IMAGE_FORMATS)}") from error
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror or error}") from error
+
+
+def _command(chat: Chat, line: str, waiting: list[str]) -> None:
+    name, _, argument = line.partition(" ")
+    argument = argument.strip()
+    match name:
+        case "/help":
+            print(HELP)
+        case "/clear":
+            chat.messages.clear()
+            waiting.clear()
+        case "/system":
+            chat.system = argument or None
+        case "/image" if argument:
+            waiting.append(data_url(Path(argument).expanduser()))
+            chat.notice(f"{len(waiting)} to send with the next message")
+        case _:
+            raise UsageError(f"{line}: no such command; /help lists them")
+
+
+def _exchange(chat: Chat, line: str, waiting: list[str]) -> None:
+    pieces = chat.ask(line, tuple(waiting))
+    waiting.clear()  # sent, or refused: the next message starts anew
+    stopped = ""
+    try:
+        _print(pieces)
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        stopped = "stopped; "
+        print()
+    if chat.answer:
+        chat.notice(stopped + chat.answer.speed)
+
+
+def _print(pieces: Iterator[str]) -> None:
+    """Show text as it comes, without what could move the cursor or start a control sequence."""
+    for piece in pieces:
+        print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), end="", flush=True)
+    print()
+
+
+def _answered(chat: Chat) -> Answer:
+    if chat.answer is None:
+        raise ServerError(f"{chat.client.base_url}: the server gave no answer")
+    return chat.answer
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Turn the client's errors into `ServerError`: one line, and what to do."""
+    import openai
+
+    with explained(url):
+        try:
+            yield
+        except openai.NotFoundError as error:
+            raise ServerError(
+                f"{url}: not found ({error_message(error)}); is it an OpenAI-compatible server?"
+            ) from error
+
+
+def piped() -> str | None:
+    """What was piped into standard input, if something was."""
+    return None if sys.stdin.isatty() else sys.stdin.read()

@@ -1,0 +1,131 @@
+"""Writing a file once, front to back, hashed on the way and synced at the end.
+
+The result must be on the disk before it is published, so the page cache would only be a detour: where the platform has
+O_DIRECT, whole pages go straight from an aligned buffer to the disk, which costs a fraction of the processor time of
+buffered writes and leaves the cache to the source. Elsewhere the same bytes are written the ordinary way.
+"""
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from w8a8.checkpoint.stream import BLOCK_BYTES
+from w8a8.errors import DiskFullError, UnwritableError
+
+PAGE = 4096
+_O_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what a disk says while it is written into `DiskFullError` or `UnwritableError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            raise DiskFullError(
+                f"{path}: the disk is full. What is finished is kept; free some space and run the same command again"
+            ) from error
+        raise UnwritableError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+class SequentialWriter:
+    """Appends to a new file at `path`. After `finish`, `sha256` and `size` describe what is on the disk."""
+
+    def __init__(self, path: Path, largest: int = BLOCK_BYTES) -> None:
+        """`largest` is the most that `reserve` will be asked for."""
+        self._path = path
+        self._buffer = mmap.mmap(-1, -(-(2 * BLOCK_BYTES + largest) // PAGE) * PAGE)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._written = 0
+        self._digest = hashlib.sha256()
+        with disk_errors(path):
+            self._fd = _open_direct(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        os.close(self._fd)
+
+    @property
+    def size(self) -> int:
+        """Bytes appended so far."""
+        return self._written + self._filled
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was flushed, in hex; of the whole file after `finish`."""
+        return self._digest.hexdigest()
+
+    def reserve(self, nbytes: int) -> memoryview:
+        """Append `nbytes` bytes, to be filled in by the caller before the next call."""
+        if self._filled + nbytes > len(self._view) or self._filled >= 2 * BLOCK_BYTES:
+            self._flush()
+        view = self._view[self._filled : self._filled + nbytes]
+        self._filled += nbytes
+        return view
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Append `data`, of any length."""
+        for start in range(0, len(data), BLOCK_BYTES):
+            part = data[start : start + BLOCK_BYTES]
+            self.reserve(len(part))[:] = part
+
+    def finish(self) -> None:
+        """Write what is left, cut the file to its true length and sync it."""
+        self._flush()
+        size, rest = self.size, self._filled
+        if rest:
+            self._digest.update(self._view[:rest])
+            self._write(-(-rest // PAGE) * PAGE)
+        with disk_errors(self._path):
+            os.ftruncate(self._fd, size)
+            os.fsync(self._fd)
+        self._written, self._filled = size, 0
+
+    def _flush(self) -> None:
+        """Write all whole pages; what is left of the last one moves to the front."""
+        whole = self._filled // PAGE * PAGE
+        if not whole:
+            return
+        self._digest.update(self._view[:whole])
+        self._write(whole)
+        self._written += whole
+        self._filled -= whole
+        self._buffer.move(0, whole, self._filled)
+
+    def _write(self, nbytes: int) -> None:
+        done = 0
+        with disk_errors(self._path):
+            while done < nbytes:
+                done += self._write_some(self._view[done:nbytes], self._written + done)
+
+    def _write_some(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.pwrite(self._fd, view, offset)
+        except OSError as error:
+            flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & _O_DIRECT:
+                raise
+            # The file system took the flag but wants another alignment, or wrote part of a page before.
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~_O_DIRECT)
+            return os.pwrite(self._fd, view, offset)
+
+
+def _open_direct(path: Path) -> int:
+    flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | _O_DIRECT, 0o666)
+    except OSError as error:
+        if not _O_DIRECT or error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
