@@ -3,8 +3,8 @@
 Strict is the number after the last `####`, the format that was asked for. Flexible is the last number anywhere, which
 also finds the result of a model that did not keep to the format. `$1,080.00`, `1080` and `1080.` are one number.
 
-On answers that keep to the format both agree with lm-evaluation-harness's `gsm8k` filters (tests/evals/test_scoring.py
-runs those, and lists where the two differ and why).
+On answers that keep to the format both agree with lm-evaluation-harness's `gsm8k` filters
+(`tests/evals/gsm8k/test_scoring.py` runs those, and lists where the two differ and why).
 """
 
 import re

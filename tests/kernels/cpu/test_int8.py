@@ -147,7 +147,7 @@ def test_callers_at_the_same_time_do_not_disturb_each_other() -> None:
 def test_a_cpu_without_vnni_computes_the_same(tmp_path: Any) -> None:
     program = (
         "from numba.core.registry import cpu_target\n"
-        "from tests.kernels.test_int8_cpu import check\n"
+        "from tests.kernels.cpu.test_int8 import check\n"
         "assert 'avx512' not in cpu_target.target_context.codegen().magic_tuple()[2]\n"
         "for tokens in (1, 2, 3, 8, 17, 40, 64):\n"
         "    check(tokens, 53, 132, 'BF16')\n"

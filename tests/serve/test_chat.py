@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.listening import free_port
-from tests.serve.embedded_server import KEY, Server, make_checkpoint, serving
+from tests.serve.embedded.servers import KEY, Server, make_checkpoint, serving
 from w8a8.errors import ServerError, UsageError
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "120"}

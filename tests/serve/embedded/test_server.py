@@ -20,7 +20,7 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from tests.serve.embedded_server import KEY, Server, make_checkpoint, message, prompt, serving
+from tests.serve.embedded.servers import KEY, Server, make_checkpoint, message, prompt, serving
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
 from w8a8.serve.embedded.protocol import ChatRequest
