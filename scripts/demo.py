@@ -18,7 +18,7 @@ from rich.table import Table
 
 from w8a8.bench.process import timed
 from w8a8.evals.server import serving
-from w8a8.terminal.output import size
+from w8a8.terminal.wording import size
 
 GSM8K = Path(__file__).parent / "gsm8k"
 """The first 8 training examples and the first 12 test questions of GSM8K (MIT, OpenAI)."""

@@ -16,7 +16,9 @@ import numpy as np
 
 from tests.checkpoints import Array, write_checkpoint
 from w8a8.execute import staging
+from w8a8.storage import folders, journal
 
+STAGING = {staging.__file__, folders.__file__, journal.__file__}
 FORK = multiprocessing.get_context("fork")
 
 
@@ -85,7 +87,7 @@ def signal_after_a_shard(number: signal.Signals, source: Path, out: Path) -> sub
 
 
 def at_line_of_staging(number: int, action: Callable[[], None], work: Callable[[], object]) -> int:
-    """Do `work` in a child that does `action` before the `number`-th line of staging.py it comes to; its exit code.
+    """Do `work` in a child that does `action` before its `number`-th line of staging code; return its exit code.
 
     The code is 0 where the work has fewer lines.
     """
@@ -101,7 +103,7 @@ def at_line_of_staging(number: int, action: Callable[[], None], work: Callable[[
             return in_staging
 
         def trace(frame: FrameType, _event: str, _arg: object) -> Any:
-            return in_staging if frame.f_code.co_filename == staging.__file__ else None
+            return in_staging if frame.f_code.co_filename in STAGING else None
 
         sys.settrace(trace)
         try:

@@ -34,7 +34,7 @@ from w8a8.machine import describe
 from w8a8.memory import fit
 from w8a8.publish.card.facts import Results
 from w8a8.publish.card.write import make, write
-from w8a8.terminal.output import count, size
+from w8a8.terminal.wording import count, size
 
 CONFIG = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
 SECTIONS = [
@@ -493,7 +493,7 @@ HOSTILE = st.one_of(
 )
 @given(name=HOSTILE, architecture=HOSTILE)
 def test_names_are_shown_and_do_nothing_else(out: Path, name: str, architecture: str) -> None:
-    from w8a8.terminal.output import printable
+    from w8a8.terminal.wording import printable
 
     made, config = json.loads((out / "w8a8.json").read_text()), json.loads((out / "config.json").read_text())
     made["source"]["name"] = name.replace("/", "_").encode(errors="replace").decode()

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from w8a8.execute.staging import sync_folder
 from w8a8.recipes.layer import Gain
+from w8a8.storage.folders import sync_folder
 from w8a8.storage.writer import disk_errors
 
 

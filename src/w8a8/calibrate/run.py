@@ -34,13 +34,14 @@ from w8a8.checkpoint.stream import Identity
 from w8a8.errors import DiskFullError, NonFiniteWeightError, UnsupportedModelError, UsageError
 from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
-from w8a8.execute.staging import Staging, lock_folder
+from w8a8.execute.staging import Staging
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
 from w8a8.runtime.streamed import DTYPES, StreamedModel, forward, tokenizer
+from w8a8.storage.folders import lock_folder
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
 from w8a8.version import __version__

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         app()
     except W8A8Error as error:
-        from w8a8.terminal.output import printable
+        from w8a8.terminal.wording import printable
 
         if "--json" in sys.argv:
             print(json.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}))

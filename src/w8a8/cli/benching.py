@@ -37,10 +37,11 @@ def bench_quantize(
 ) -> None:
     """Quantize a checkpoint of Gemma 4 31B's layers, timed against `cp -r` of the same files."""
     from w8a8.bench.quantize import bench
+    from w8a8.cli.tables import show_bench
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    terminal.benched(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
+    show_bench(terminal, bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
 
 
 @bench_app.command(

@@ -132,12 +132,12 @@ def eval_kld(
     Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text. Where RAM does
     not hold both, they run one decoder layer at a time.
     """
-    from w8a8.calibrate.showing import progress
     from w8a8.evals.kld.run import prepare, run
     from w8a8.evals.kld.showing import show
     from w8a8.evals.kld.windows import choose
     from w8a8.evals.storing import store
     from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet)
     source = choose(text=text, jsonl=jsonl, data=data)
@@ -152,7 +152,7 @@ def eval_kld(
             stream=stream,
             dtypes=("float32", "float32") if float32 else (None, None),
         )
-        with progress("steps" if job.streamed else "tokens", job.steps, quiet=quiet) as advance:
+        with live("reading", job.steps, unit="steps" if job.streamed else "tokens", quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
             store(result.to_dict(), out)

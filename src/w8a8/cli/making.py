@@ -104,9 +104,10 @@ def quantize(
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
     there is one. OUT is as large and as fast as without, and closer to SRC.
     """
-    from w8a8.calibrate.showing import progress
+    from w8a8.cli.tables import show_plan, show_quantized
     from w8a8.quantization import calibrated, prepare, run
     from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
 
     if not source:
         raise UsageError("no source: give SRC, or set MODEL_IN")
@@ -126,17 +127,21 @@ def quantize(
         keep_bf16=keep_bf16,
     )
     if dry_run or out is None:
-        terminal.plan(job.plan)
+        show_plan(terminal, job.plan)
         return
     with (
         interruptible("the same command goes on from here"),
         calibrated(
-            job, out, overwrite=overwrite, progress=partial(progress, "layers", quiet=quiet), notice=terminal.notice
+            job,
+            out,
+            overwrite=overwrite,
+            progress=partial(live, "calibrating", unit="layers", quiet=quiet),
+            notice=terminal.notice,
         ) as job,
-        terminal.bytes("quantizing", sum(s.size for s in job.checkpoint.shards)) as advance,
+        live("quantizing", sum(s.size for s in job.checkpoint.shards), quiet=quiet) as advance,
     ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
-    terminal.quantized(result)
+    show_quantized(terminal, result)
 
 
 @app.command(
@@ -160,17 +165,19 @@ def verify(
     Every source tensor must be accounted for, copies identical, quantized ones near; scales finite and positive;
     config, index, shards and checksums in agreement. Exits with 1 if anything is wrong.
     """
+    from w8a8.cli.tables import show_verified
     from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
     from w8a8.verification.run import prepare, run
 
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, source)
     with (
         interruptible("nothing was decided"),
-        terminal.bytes("verifying", sum(s.size for s in job.source.shards)) as advance,
+        live("verifying", sum(s.size for s in job.source.shards), quiet=quiet) as advance,
     ):
         result = run(job, workers=workers, advance=advance)
-    terminal.verified(result, top)
+    show_verified(terminal, result, top)
     if not result.ok:
         raise typer.Exit(1)
 
@@ -191,7 +198,8 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Show what a checkpoint is, quantized or not, from its headers alone."""
+    from w8a8.cli.tables import show_inspected
     from w8a8.inspection import inspect as inspect_
     from w8a8.terminal.output import Terminal
 
-    Terminal(json=json).inspected(inspect_(checkpoint), tensors=tensors)
+    show_inspected(Terminal(json=json), inspect_(checkpoint), tensors=tensors)

@@ -107,11 +107,12 @@ def report(
     """
     from w8a8.publish.report.write import prepare, run, show, write
     from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
     page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
-    with interruptible("nothing was written"), terminal.bytes("reading", job.nbytes) as advance:
+    with interruptible("nothing was written"), live("reading", job.nbytes, quiet=quiet) as advance:
         found = run(job, workers=workers, advance=advance)
     terminal.table(write(found, page, png or page.parent), show)
 
@@ -150,13 +151,14 @@ def push(
     """
     from w8a8.publish.push import check, planned, prepare, run, show
     from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
 
     if not repo:
         raise UsageError("no repository: give REPO, or set HF_REPO_ID")
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, repo, public=public, source=source)
     with interruptible("the same command goes on from here"):
-        with terminal.bytes("checking", job.bytes_to_check) as advance:
+        with live("checking", job.bytes_to_check, quiet=quiet) as advance:
             check(job, advance)
         result = planned(job) if dry_run else run(job, notice=terminal.notice)
     terminal.table(result, show)

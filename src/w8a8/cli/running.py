@@ -41,6 +41,7 @@ def fit(
     Counts what vLLM allocates: weights, rotary tables, KV cache; estimates what it measures when it starts. Exits with
     52 if it does not fit.
     """
+    from w8a8.cli.tables import show_fit
     from w8a8.errors import DoesNotFitError
     from w8a8.machine import find
     from w8a8.memory import fit as fit_
@@ -55,7 +56,7 @@ def fit(
         utilization=utilization,
         text_only=text_only,
     )
-    Terminal(json=json).fitted(found)
+    show_fit(Terminal(json=json), found)
     if not found.fits:
         raise typer.Exit(DoesNotFitError.exit_code)
 
@@ -118,6 +119,7 @@ def serve(
     What can be checked is checked before minutes of loading. Says when it is ready and how to call it; Ctrl-C or
     SIGTERM ends all it started.
     """
+    from w8a8.cli.tables import show_command, show_ready, show_start
     from w8a8.machine import describe as describe_
     from w8a8.serve.launch import prepare, run
     from w8a8.serve.vllm import Options
@@ -139,10 +141,10 @@ def serve(
     with interruptible("all it started has ended"):
         launch = prepare(checkpoint, engine=engine, options=options, api_key=api_key, gpus=gpus, dry_run=dry_run)
         if dry_run:
-            terminal.command(launch)
+            show_command(terminal, launch)
         else:
-            terminal.starting(launch)
-            run(launch, lambda call, seconds: terminal.ready(launch, call, seconds))
+            show_start(terminal, launch)
+            run(launch, lambda call, seconds: show_ready(terminal, launch, call, seconds))
 
 
 @app.command(

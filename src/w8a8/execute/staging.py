@@ -9,19 +9,18 @@ A run that finds a journal with its own first line goes on behind the shards it 
 because nothing finer would be quicker: the source's SHA-256 has to pass over every byte again either way.
 """
 
-import fcntl
-import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from w8a8.errors import TargetBusyError, TargetExistsError, UnwritableError, UsageError
+from w8a8.errors import TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
+from w8a8.storage.folders import acquire, sync_folder
+from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors
 
 
@@ -42,7 +41,7 @@ class Staging:
         remove something that is not a checkpoint.
         """
         home = out.parent / f".{out.name}.w8a8"
-        staging = cls(out, home, _lock(home, out))
+        staging = cls(out, home, acquire(home, out))
         try:
             staging._recover()
             staging._check_target(overwrite=overwrite)
@@ -58,7 +57,7 @@ class Staging:
         """Finish or undo a publishing, remove what is not worth resuming, and drop the lock."""
         try:
             self._recover()
-            if not self.folder.exists() or len(self._read_journal()) < 2:
+            if not self.folder.exists() or not self._journal.read()[1]:
                 shutil.rmtree(self.home, ignore_errors=True)
         finally:
             os.close(self.lock)
@@ -74,26 +73,26 @@ class Staging:
         All else in the folder is removed. Returns, where an unfinished run was of another job, a sentence saying what
         differs.
         """
-        entries = self._read_journal()
-        resuming = bool(entries) and entries[0] == job
+        before, entries = self._journal.read()
+        resuming = before == job
         if resuming:
-            records = [ShardRecord(**entry) for entry in entries[1:]]
+            records = [ShardRecord(**entry) for entry in entries]
             self.finished = {record.name: record for record in records if self._is_whole(record)}
         with disk_errors(self.home):
             if not resuming:
-                self._journal.unlink(missing_ok=True)
+                self._journal.forget()
                 shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(exist_ok=True)
             for file in [path for path in self.folder.rglob("*") if path.is_file()]:
                 if str(file.relative_to(self.folder)) not in self.finished:
                     file.unlink()
             if not resuming:
-                self._append(job)
-        return _difference(entries[0], job) if entries and not resuming else None
+                self._journal.begin(job)
+        return _difference(before, job) if before is not None and not resuming else None
 
     def record(self, shard: ShardRecord) -> None:
         """Note that `shard` is whole and synced."""
-        self._append(asdict(shard))
+        self._journal.append(asdict(shard))
         self.finished[shard.name] = shard
 
     def publish(self) -> None:
@@ -108,11 +107,11 @@ class Staging:
 
     def discard(self) -> None:
         """Forget all shards, so that the next run starts over."""
-        self._journal.unlink(missing_ok=True)
+        self._journal.forget()
 
     @property
-    def _journal(self) -> Path:
-        return self.home / "journal.jsonl"
+    def _journal(self) -> Journal:
+        return Journal(self.home / "journal.jsonl")
 
     @property
     def _old(self) -> Path:
@@ -149,57 +148,6 @@ class Staging:
             raise TargetExistsError(f"{self.out}: exists already; --overwrite replaces it once the new one is whole")
         if "config.json" not in names:
             raise UsageError(f"{self.out}: is not a checkpoint (no config.json), so --overwrite will not remove it")
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
-        # The newline comes first: behind an entry that a full disk cut short, this one still has its own line.
-        with disk_errors(self._journal), self._journal.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(entry))
-            file.flush()
-            os.fsync(file.fileno())
-
-    def _read_journal(self) -> list[dict[str, Any]]:
-        """The journal's entries, without any that was not written whole."""
-        entries: list[dict[str, Any]] = []
-        if self._journal.exists():
-            for line in self._journal.read_text(encoding="utf-8", errors="replace").splitlines():
-                with suppress(ValueError):
-                    entries.append(json.loads(line))
-        return entries
-
-
-def _lock(home: Path, out: Path) -> int:
-    """Make and lock the folder `home`; the lock lasts until the returned descriptor is closed."""
-    with disk_errors(home):
-        home.mkdir(parents=True, exist_ok=True)
-        # It is gone, or another by now, where a run has just ended and removed it.
-        with suppress(BlockingIOError, FileNotFoundError):
-            lock = os.open(home, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(lock), home.stat()):
-                    return os.dup(lock)  # shares the lock
-            finally:
-                os.close(lock)
-    raise TargetBusyError(f"{out}: another run is writing it now; wait for it, or stop it first")
-
-
-@contextmanager
-def lock_folder(home: Path, out: Path) -> Iterator[None]:
-    """Make and lock the folder `home`, on which `out` depends. Raises `TargetBusyError` or `UnwritableError`."""
-    lock = _lock(home, out)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-def sync_folder(folder: Path) -> None:
-    """Sync a folder's own entries (names, not contents)."""
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

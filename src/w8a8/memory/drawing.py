@@ -11,7 +11,7 @@ from rich.text import Text
 
 from w8a8.machine import Gpu, gigabytes
 from w8a8.memory.fit import Fit
-from w8a8.terminal.output import plural, printable
+from w8a8.terminal.wording import plural, printable
 
 MAX_BARS = 8
 MAX_WIDTH = 100

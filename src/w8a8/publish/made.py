@@ -17,7 +17,7 @@ from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import UnsupportedSchemeError, W8A8Error
 from w8a8.execute.run import PROVENANCE, worker_count
 from w8a8.formats import Scheme, detect, section
-from w8a8.terminal.output import printable
+from w8a8.terminal.wording import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 """Weights by their names: beside a checkpoint's own they have no business."""

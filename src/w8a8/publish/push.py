@@ -16,7 +16,7 @@ from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import HubError, UsageError, W8A8Error
 from w8a8.publish.made import Made
-from w8a8.terminal.output import clean, plural, printable, size
+from w8a8.terminal.wording import clean, plural, printable, size
 from w8a8.verification import run as verification
 from w8a8.version import __version__
 

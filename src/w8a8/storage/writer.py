@@ -1,4 +1,4 @@
-"""Writing a file once, front to back, hashed on the way and synced at the end.
+"""Writing files: large ones once, front to back, hashed on the way; small ones whole or not at all.
 
 The result must be on the disk before it is published, so the page cache would only be a detour: where the platform has
 O_DIRECT, whole pages go straight from an aligned buffer to the disk, which costs a fraction of the processor time of
@@ -8,13 +8,14 @@ buffered writes and leaves the cache to the source. Elsewhere the same bytes are
 import errno
 import fcntl
 import hashlib
+import json
 import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from w8a8.checkpoint.stream import BLOCK_BYTES
 from w8a8.errors import DiskFullError, UnwritableError
@@ -34,6 +35,28 @@ def disk_errors(path: Path) -> Iterator[None]:
                 f"{path}: the disk is full. What is finished is kept; free some space and run the same command again"
             ) from error
         raise UnwritableError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file whole or not at all: what stood there stays until the new content is on the disk.
+
+    Raises `DiskFullError` or `UnwritableError`, and leaves no temporary file behind.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        try:
+            with unfinished.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+    """Write `value` as JSON in UTF-8, with a newline at its end; see `write_whole`."""
+    write_whole(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
 
 
 class SequentialWriter:

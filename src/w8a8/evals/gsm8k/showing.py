@@ -13,7 +13,9 @@ from rich.text import Text
 
 from w8a8.evals.gsm8k.compare import Comparison, Flip
 from w8a8.evals.gsm8k.run import SCORES, Progress, Result
-from w8a8.terminal.output import PLAIN_INTERVAL_SECONDS, clean, plain_table, printable
+from w8a8.terminal.output import plain_table
+from w8a8.terminal.progress import PLAIN_INTERVAL_SECONDS
+from w8a8.terminal.wording import clean, printable
 
 
 @contextmanager

@@ -5,7 +5,8 @@ from itertools import dropwhile
 from typing import Any
 
 from w8a8.evals.kld.run import KldResult
-from w8a8.terminal.output import clean, plain_table
+from w8a8.terminal.output import plain_table
+from w8a8.terminal.wording import clean
 
 BAR = 40
 

@@ -25,7 +25,7 @@ from w8a8.publish.made import Made
 from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
 from w8a8.serve.launch import Launch
 from w8a8.serve.launch import prepare as prepare_serve
-from w8a8.terminal.output import plural, printable
+from w8a8.terminal.wording import plural, printable
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

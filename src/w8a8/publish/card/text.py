@@ -11,7 +11,7 @@ from typing import Any
 
 from w8a8.checkpoint import reading
 from w8a8.errors import MissingExtraError, UsageError
-from w8a8.terminal.output import count, plural, printable, size
+from w8a8.terminal.wording import count, plural, printable, size
 
 README = "README.md"
 STAMP = "<!-- Written by `w8a8 card`, and written anew by it: only what stands between `yours` lines is kept. -->"

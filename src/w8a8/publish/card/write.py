@@ -32,7 +32,7 @@ from w8a8.publish.card.text import (
 )
 from w8a8.publish.made import Made
 from w8a8.storage.writer import disk_errors
-from w8a8.terminal.output import clean, printable
+from w8a8.terminal.wording import clean, printable
 
 ASIDE = "README.before.md"
 

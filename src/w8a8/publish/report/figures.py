@@ -13,7 +13,7 @@ from w8a8.publish.report.data import db_range, short
 from w8a8.publish.report.page import COLOURS, LIGHT, bar_marks, ink, number, score_range
 from w8a8.publish.report.write import Report
 from w8a8.publish.results import Gsm8k, Interval, Kld
-from w8a8.terminal.output import printable, size
+from w8a8.terminal.wording import printable, size
 
 NUMBERED = 24
 """Layers, up to which a cell has room for its number."""

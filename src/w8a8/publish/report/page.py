@@ -17,7 +17,7 @@ from w8a8.plan import module_name
 from w8a8.publish.report.data import BINS, Cell, Ridge, db_range, short
 from w8a8.publish.report.write import Report
 from w8a8.publish.results import Bar
-from w8a8.terminal.output import count, plural, size
+from w8a8.terminal.wording import count, plural, size
 from w8a8.version import __version__
 
 COLOURS = "viridis"

@@ -21,7 +21,7 @@ from w8a8.formats import Scheme, detect, section
 from w8a8.publish.report.data import Ridge, Size, Stack, ridges, sizes, stacks
 from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
 from w8a8.storage.writer import disk_errors
-from w8a8.terminal.output import size
+from w8a8.terminal.wording import size
 from w8a8.verification import run as verification
 from w8a8.verification.run import TensorError, VerifyResult, sqnr
 

@@ -1,0 +1,233 @@
+"""How the results of quantize, verify, inspect, fit and serve look: tables for a person, JSON for a machine."""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from w8a8.plan import module_name
+from w8a8.terminal.output import Terminal, plain_table
+from w8a8.terminal.wording import clean, count, first_few, plural, size
+
+if TYPE_CHECKING:
+    from w8a8.bench.quantize import BenchResult
+    from w8a8.inspection import Inspection
+    from w8a8.memory import Fit
+    from w8a8.plan import Plan
+    from w8a8.quantization import QuantizeResult
+    from w8a8.serve.calling import Call
+    from w8a8.serve.launch import Launch
+    from w8a8.verification.run import VerifyResult
+
+SHOWN = 10
+"""Problems or warnings listed before the rest is only counted."""
+
+
+def show_plan(terminal: Terminal, plan: "Plan") -> None:
+    """What `quantize` would do."""
+    if terminal.json:
+        terminal.print_json({**plan.to_dict(), "totals": _totals(plan)})
+        return
+    terminal.say(f"[bold]{clean(plan.source)}[/bold]: {clean(plan.architecture)} to {plan.format}, {plan.recipe}")
+    terminal.print(_component_table(plan, why=True))
+    terminal.say(
+        f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), "
+        f"{plural(len(plan.shards), 'shard')}; needs {size(plan.bytes_out)} of disk"
+    )
+    terminal.say(f"config.json will exclude {plural(len(plan.exclude), 'linear layer')}: {first_few(plan.exclude)}")
+    _not_copied(terminal, plan)
+    for warning in plan.warnings:
+        terminal.say(f"[yellow]warning:[/yellow] {clean(warning)}")
+
+
+def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
+    """What `quantize` did."""
+    plan = result.plan
+    if terminal.json:
+        terminal.print_json(
+            {
+                "out": str(result.out),
+                "source": plan.source,
+                "revision": plan.revision,
+                "format": plan.format,
+                "seconds": round(result.seconds, 3),
+                "gb_per_second": round(result.gb_per_second, 3),
+                "resumed_shards": result.resumed,
+                "not_copied": dict(plan.left_out),
+                "warnings": list(plan.warnings),
+                "totals": _totals(plan),
+            }
+        )
+        return
+    if not terminal.quiet:
+        terminal.print(_component_table(plan))
+        _not_copied(terminal, plan)
+    terminal.say(
+        f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
+        f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
+    )
+
+
+def show_verified(terminal: Terminal, result: "VerifyResult", top: int) -> None:
+    """What `verify` found."""
+    if terminal.json:
+        terminal.print_json(result.to_dict())
+        return
+    if not terminal.quiet:
+        if result.tensors and top:
+            terminal.print(_error_table(result, top))
+        for warning in result.warnings[:SHOWN]:
+            terminal.say(f"[yellow]warning:[/yellow] {clean(warning)}")
+        _more(terminal, len(result.warnings), "warning")
+    for problem in result.problems[:SHOWN]:
+        terminal.say(f"[red]problem:[/red] {clean(problem)}")
+    _more(terminal, len(result.problems), "problem")
+    terminal.say(f"[{'green' if result.ok else 'red'} bold]{clean(result.verdict)}[/]")
+
+
+def show_inspected(terminal: Terminal, found: "Inspection", *, tensors: bool) -> None:
+    """What `inspect` saw."""
+    if terminal.json:
+        terminal.print_json(found.to_dict(tensors=tensors))
+        return
+    terminal.say(f"[bold]{clean(found.name)}[/bold]: {clean(', '.join(found.architectures) or found.model_type)}")
+    table = plain_table("component", "dtype", "tensors", "parameters", "bytes", "share", left=2)
+    for row in found.components:
+        table.add_row(
+            row.component,
+            row.dtype,
+            f"{row.tensors:,}",
+            count(row.parameters),
+            size(row.nbytes),
+            f"{row.nbytes / max(found.nbytes, 1):.1%}",
+        )
+    table.add_row("total", "", f"{found.tensors:,}", count(found.parameters), size(found.nbytes), "", style="bold")
+    terminal.print(table)
+    recipe = f"; recipe {clean(found.recipe)}" if found.recipe else ""
+    terminal.say(f"{plural(found.shards, 'shard')}; {clean(found.scheme)}{recipe}")
+    if found.excludes:
+        terminal.say(f"excludes {len(found.excludes)}: {first_few(found.excludes)}")
+    if tensors:
+        for t in found.specs:
+            terminal.say(clean(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
+
+
+def show_fit(terminal: Terminal, found: "Fit") -> None:
+    """Whether a checkpoint fits."""
+    if terminal.json:
+        terminal.print_json(found.to_dict())
+        return
+    from w8a8.memory.drawing import draw
+
+    draw(found, terminal.out)
+
+
+def show_command(terminal: Terminal, launch: "Launch") -> None:
+    """What `serve` would start, and how to call it then."""
+    if terminal.json:
+        terminal.print_json(launch.to_dict())
+        return
+    for notice in launch.notices:
+        terminal.notice(notice)
+    if launch.engine == "vllm" and "--host" in launch.argv:
+        print("# --host: vLLM's own default is every network this machine is in")
+    print(f"{launch.shell}\n\n# once it is ready:\n{launch.call.curl}")
+
+
+def show_start(terminal: Terminal, launch: "Launch") -> None:
+    """What `serve` starts."""
+    for notice in launch.notices:
+        terminal.notice(notice)
+    terminal.notice(" ".join(launch.shell.replace("\\\n", "").split()))
+
+
+def show_ready(terminal: Terminal, launch: "Launch", call: "Call", seconds: float) -> None:
+    """That a server answers, and how to call it."""
+    if terminal.json:
+        terminal.print_json({**launch.to_dict(), "url": call.url, "seconds": round(seconds, 1)})
+        sys.stdout.flush()
+    terminal.notice(f"ready in {seconds:.0f} s: {call.url}")
+    print(f"\n{call.curl}\n\nin Python: {call.python}\n", file=sys.stderr, flush=True)
+
+
+def show_bench(terminal: Terminal, result: "BenchResult") -> None:
+    """What a benchmark measured."""
+    if terminal.json:
+        terminal.print_json(result.to_dict())
+        return
+    table = plain_table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
+    for row in result.rows:
+        table.add_row(
+            f"{row.seconds:.2f}",
+            f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}",
+            f"{row.seconds / result.baseline:.2f}",
+            f"{row.peak_mib:.0f}",
+            row.name,
+        )
+    terminal.say(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians of {len(result.rows[0].all_seconds)}")
+    terminal.print(table)
+    for name, reason in result.failed.items():
+        terminal.say(f"[yellow]{clean(name)} did not run:[/yellow] {clean(reason)}")
+
+
+def _more(terminal: Terminal, number: int, what: str) -> None:
+    if number > SHOWN:
+        terminal.say(f"... and {plural(number - SHOWN, what)} more (--json lists all)")
+
+
+def _not_copied(terminal: Terminal, plan: "Plan") -> None:
+    for name, reason in plan.left_out:
+        terminal.say(f"[dim]not copied: {clean(name)} ({clean(reason)})[/dim]")
+
+
+def _component_table(plan: "Plan", *, why: bool = False) -> Table:
+    table = plain_table("component", "becomes", "tensors", "parameters", "bytes in", "bytes out", left=2)
+    if why:
+        table.add_column("why")
+    reasons = _reasons(plan)
+    for row in plan.components():
+        cells = (
+            row.component,
+            "INT8" if row.quantized else "as it is",
+            f"{row.tensors:,}",
+            count(row.parameters),
+            size(row.bytes_in),
+            size(row.bytes_out),
+        )
+        table.add_row(*cells, *([clean(reasons[row.component, row.quantized])] if why else []))
+    return table
+
+
+def _error_table(result: "VerifyResult", top: int) -> Table:
+    table = plain_table("SQNR dB", "error/scale", "saturated", "zeroed rows", "worst quantized tensors", left=0)
+    for t in result.tensors[:top]:
+        table.add_row(
+            f"{t.sqnr_db:.2f}",
+            f"{t.max_error:.3f}",
+            f"{t.saturated:,}",
+            f"{t.zeroed_rows:,}",
+            clean(module_name(t.name)),
+        )
+    return table
+
+
+def _reasons(plan: "Plan") -> dict[tuple[str, bool], str]:
+    """Why each component fares as it does: its tensors' reasons, the most frequent first."""
+    tally: dict[tuple[str, bool], dict[str, int]] = {}
+    for d in plan.decisions:
+        reasons = tally.setdefault((d.component, d.quantize), {})
+        reasons[d.reason] = reasons.get(d.reason, 0) + 1
+    return {
+        key: "; ".join(sorted(reasons, key=lambda r: -reasons[r])[:2]) + (" …" if len(reasons) > 2 else "")
+        for key, reasons in tally.items()
+    }
+
+
+def _totals(plan: "Plan") -> dict[str, Any]:
+    return {
+        "bytes_in": plan.bytes_in,
+        "bytes_out": plan.bytes_out,
+        "disk_needed": plan.bytes_out,
+        "ratio": plan.ratio,
+        "components": plan.components(),
+    }
