@@ -30,8 +30,19 @@ def test_mcnemar_is_the_exact_binomial_test_of_the_pairs_that_differ(first: int,
 def test_the_bootstrap_interval_is_near_scipys_and_the_same_each_time() -> None:
     values = np.repeat([-1, 0, 1], [40, 900, 25])
     theirs = scipy_bootstrap((values,), np.mean, method="percentile", rng=1).confidence_interval
-    assert bootstrap(values) == pytest.approx((theirs.low, theirs.high), abs=2e-3)
-    assert bootstrap(values) == bootstrap(values)
+    (ours,) = bootstrap(values[np.newaxis], resamples=10_000)
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=2e-3)
+    assert bootstrap(values[np.newaxis], resamples=10_000) == [ours]
+
+
+def test_the_interval_is_wider_where_neighbours_are_alike() -> None:
+    rng = np.random.default_rng(1)
+    alike = np.repeat(rng.exponential(size=64), 128)
+    single = rng.permutation(alike)
+    starts = np.arange(0, len(alike), 128)
+    (a, b), (c, d) = bootstrap(np.stack([alike, single]), starts, resamples=2000)
+    assert (b - a) > 5 * (d - c)
+    assert b - a == pytest.approx(2 * 1.96 * alike[::128].std() / 8, rel=0.2)
 
 
 def test_jaccard_is_the_share_of_what_either_has() -> None:

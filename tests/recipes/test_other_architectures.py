@@ -11,7 +11,7 @@ from train_small import KINDS, Size, provoke_outliers, read, train, train_tokeni
 
 import w8a8
 from w8a8.evals.kld import run as kld
-from w8a8.evals.kld import windows as kld_text
+from w8a8.evals.kld.windows import choose
 
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k"
 SIZE = Size(hidden=128, layers=3, vocabulary=512)
@@ -43,7 +43,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def divergence(reference: Path, candidate: Path) -> kld.KldResult:
     """On GSM8K's test questions, which nothing is trained or calibrated on."""
-    return kld.run(kld.prepare(reference, candidate, kld_text.choose(data=GSM8K), tokens=TOKENS))
+    return kld.run(kld.prepare(reference, candidate, choose(data=GSM8K), tokens=TOKENS))
 
 
 def test_the_trained_model_knows_something_and_its_outliers_change_nothing(trained: Trained) -> None:

@@ -32,7 +32,7 @@ from w8a8.checkpoint import resolve
 from w8a8.errors import W8A8Error
 from w8a8.evals.gsm8k.questions import load
 from w8a8.evals.kld import run as kld
-from w8a8.evals.kld import windows as kld_text
+from w8a8.evals.kld.windows import choose
 from w8a8.texts import samples as calibration_text
 from w8a8.texts.files import Text
 
@@ -164,9 +164,9 @@ def show(result: QualityResult, say: Callable[[Any], None]) -> None:
 
 def _texts(gsm8k: Path | None, prose: Path | None) -> dict[str, Text]:
     """What is measured, by kind."""
-    given = kld_text.choose(text=prose) if prose else None
+    given = choose(text=prose) if prose else None
     own = Text("prose.txt", (files("w8a8.bench").joinpath("prose.txt").read_text(encoding="utf-8"),))
-    return {"GSM8K": kld_text.choose(data=gsm8k), "prose": given or own}
+    return {"GSM8K": choose(data=gsm8k), "prose": given or own}
 
 
 def _calibration(gsm8k: Path | None) -> Iterator[str]:

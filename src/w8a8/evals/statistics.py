@@ -1,4 +1,4 @@
-"""What so many right answers say about a model, and two models' about their difference."""
+"""Statistics of evaluations: intervals of a share and of a mean, and tests of the difference between two models."""
 
 import math
 from collections.abc import Set
@@ -9,11 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 CONFIDENCE = 0.95
-RESAMPLES = 10_000
+
+Interval = tuple[float, float]
 
 
-def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """The Wilson score interval of a proportion; of no trials, (0, 1).
+def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> Interval:
+    """The Wilson score interval of a proportion; (0, 1) where there are no trials.
 
     E. B. Wilson, "Probable Inference, the Law of Succession, and Statistical Inference", JASA 22 (1927).
     """
@@ -29,7 +30,7 @@ def wilson(successes: int, trials: int, confidence: float = CONFIDENCE) -> tuple
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided p-value of the exact McNemar test, from the numbers of pairs in which only one of two was right.
+    """The two-sided p-value of the exact McNemar test, given how many pairs only the first or only the second wins.
 
     If neither were better, each such pair would be a fair coin: p = 2 P(X <= min), X ~ Binomial(n, 1/2), at most 1.
     Q. McNemar, Psychometrika 12 (1947), its exact form.
@@ -40,20 +41,34 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def bootstrap(
-    values: NDArray[Any], *, confidence: float = CONFIDENCE, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[float, float]:
-    """The percentile bootstrap interval of the mean of `values` [n], n > 0; the same for the same seed.
+    values: NDArray[Any],
+    starts: NDArray[np.int64] | None = None,
+    *,
+    resamples: int,
+    confidence: float = CONFIDENCE,
+    seed: int = 0,
+) -> list[Interval]:
+    """The percentile bootstrap interval of the mean of each row of `values` `[rows, n]`, n > 0.
+
+    Blocks that begin at `starts` are resampled whole (default: each value alone); all rows share the draws, and the
+    same seed gives the same intervals. A resample has as many blocks as there are; its mean is per value.
 
     B. Efron, "Bootstrap Methods: Another Look at the Jackknife", Annals of Statistics 7 (1979).
     """
+    starts = np.arange(values.shape[1]) if starts is None else starts
+    sums = np.add.reduceat(values.astype(np.float64), starts, axis=1)
+    sizes = np.diff(starts, append=values.shape[1])
     generator = np.random.default_rng(seed)
-    means = [values[generator.integers(0, len(values), len(values))].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)
+    means = np.empty((resamples, len(values)))
+    for mean in means:
+        drawn = generator.integers(len(starts), size=len(starts))
+        mean[:] = sums[:, drawn].sum(axis=1) / sizes[drawn].sum()
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def jaccard(first: Set[Any], second: Set[Any]) -> float:
-    """How far two sets overlap: what both have, as a share of what either has; 1 if neither has anything.
+    """The overlap of two sets: their intersection as a share of their union; 1 if both are empty.
 
     P. Jaccard, "The Distribution of the Flora in the Alpine Zone", New Phytologist 11 (1912).
     """

@@ -32,8 +32,8 @@ from w8a8.errors import (
 )
 from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.models import CHUNK_BYTES, Predictor, score
-from w8a8.evals.kld.run import KldResult, bands, block_starts, bootstrap, histogram, prepare, run
-from w8a8.evals.kld.windows import Window, choose, windows
+from w8a8.evals.kld.run import KldResult, bands, block_starts, histogram, prepare, run
+from w8a8.evals.kld.windows import Window, choose, cut
 from w8a8.evals.storing import store
 from w8a8.memory import ram_needed
 from w8a8.texts.files import Text
@@ -125,11 +125,11 @@ def test_how_many_positions_are_computed_at_once_changes_nothing(
     predictors: tuple[Predictor, Predictor], rows: int
 ) -> None:
     some = [Window(tuple(i * 7 % len(WORDS) for i in range(60)), 0), Window((0, 5, 6), 1)]
-    whole, cut = (score(*predictors, some, chunk_values=n * len(WORDS)) for n in (100, rows))
-    assert cut.position.tolist() == [*range(59), 0, 1]
-    assert cut.agree.tolist() == whole.agree.tolist()
+    whole, parts = (score(*predictors, some, chunk_values=n * len(WORDS)) for n in (100, rows))
+    assert parts.position.tolist() == [*range(59), 0, 1]
+    assert parts.agree.tolist() == whole.agree.tolist()
     for name in ("kl", "reference_nll", "candidate_nll"):
-        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-4, atol=1e-9)
 
 
 def test_a_model_is_at_no_distance_from_itself(pair: tuple[Path, Path]) -> None:
@@ -182,16 +182,6 @@ def test_blocks_end_where_windows_do_and_are_at_most_an_eighth_of_the_text() -> 
     text = (Window(tuple(range(301)), 0), Window(tuple(range(1001)), 1))
     assert block_starts(text).tolist() == [0, 128, 256, *range(300, 1300, 128)]
     assert block_starts((Window(tuple(range(65)), 0),)).tolist() == list(range(0, 64, 8))
-
-
-def test_the_interval_is_wider_where_neighbours_are_alike() -> None:
-    rng = np.random.default_rng(1)
-    alike = np.repeat(rng.exponential(size=64), 128)
-    single = rng.permutation(alike)
-    starts = np.arange(0, len(alike), 128)
-    (a, b), (c, d) = bootstrap(np.stack([alike, single]), starts)
-    assert (b - a) > 5 * (d - c)
-    assert b - a == pytest.approx(2 * 1.96 * alike[::128].std() / 8, rel=0.2)
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
@@ -283,9 +273,9 @@ def test_windows_predict_every_token_once_from_what_lies_before_it(
     wanted = [(n, token) for n, ids in enumerate(documents) for token in (ids if bos == 0 else ids[1:])][:tokens]
     if not wanted:
         with pytest.raises(UsageError, match="no token"):
-            windows(documents, bos, context, tokens)
+            cut(documents, bos, context, tokens)
         return
-    found = windows(documents, bos, context, tokens)
+    found = cut(documents, bos, context, tokens)
     assert [(window.document, token) for window in found for token in window.ids[1:]] == wanted
     assert all(2 <= len(window.ids) <= context for window in found)
     if bos is None:

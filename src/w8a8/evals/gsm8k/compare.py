@@ -14,6 +14,7 @@ from w8a8.errors import UsageError
 from w8a8.evals.statistics import bootstrap, jaccard, mcnemar
 
 SIGNIFICANCE = 0.05
+RESAMPLES = 10_000
 FEWEST = 6
 """Questions answered differently that can have p < 0.05 at all: 2 / 2^6 = 0.03, and 2 / 2^5 = 0.06."""
 
@@ -106,7 +107,7 @@ def compare(base: Mapping[str, Any], quant: Mapping[str, Any], *, score: str = "
         only_quant=only_quant,
         both_wrong=int((~right.any(axis=1)).sum()),
         difference=(only_quant - only_base) / len(indices),
-        interval=bootstrap(gains),
+        interval=bootstrap(gains[np.newaxis], resamples=RESAMPLES)[0],
         p_value=mcnemar(only_base, only_quant),
         jaccard=jaccard(*({i for i in indices if of[i][score]} for of in (first, second))),
         flips=tuple(_flip(first[i], second[i], score) for i in indices if first[i][score] != second[i][score]),

@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
-from w8a8.evals.kld import windows as kld_text
-from w8a8.evals.kld.windows import Window
+from w8a8.evals.kld.windows import MIN_CONTEXT, Window, cut, tokenize
+from w8a8.evals.statistics import bootstrap
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
 from w8a8.memory.ram import PROCESS_BYTES
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 BLOCK = 128
 MIN_BLOCKS = 8
 RESAMPLES = 2000
-LEVEL = 0.95
 FIRST_EDGE, EDGES_PER_DECADE = -6, 4
 """The histogram's bins: below 1e-6 nats, then four to a decade."""
 FIRST_BAND = 16
@@ -168,8 +167,8 @@ def prepare(
     from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu, limits
     from w8a8.runtime.streamed import tokenizer
 
-    if tokens < 1 or context < kld_text.MIN_CONTEXT:
-        raise UsageError(f"--tokens must be at least 1, and --context at least {kld_text.MIN_CONTEXT}")
+    if tokens < 1 or context < MIN_CONTEXT:
+        raise UsageError(f"--tokens must be at least 1, and --context at least {MIN_CONTEXT}")
     if out is not None and not os.access(out.parent, os.W_OK):
         raise UnwritableError(f"{out}: {out.parent} is no folder that can be written")
     names = str(reference), str(candidate)
@@ -180,10 +179,10 @@ def prepare(
     if context > (limit or context):
         raise UsageError(f"--context {context}: {names[0]} reads {limit} tokens at most")
     tokenizers = [tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
-    (documents, first), ours = [(kld_text.tokenize(text, each), first_token(each)) for each in tokenizers]
+    (documents, first), ours = [(tokenize(text, each), first_token(each)) for each in tokenizers]
     if (documents, first) != ours:
         raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")
-    windows = kld_text.windows(documents, first, context, tokens)
+    windows = cut(documents, first, context, tokens)
     opened = [Checkpoint.open(folder) for folder in folders]
     widened = sum(
         _in_memory(t, dtype) - t.nbytes
@@ -241,7 +240,7 @@ def run(
     scores = score(reference, candidate, job.windows, advance=advance)
     blocks = block_starts(job.windows)
     agree = scores.agree.astype(np.float64)
-    intervals = bootstrap(np.stack([scores.kl, agree]), blocks)
+    intervals = bootstrap(np.stack([scores.kl, agree]), blocks, resamples=RESAMPLES)
     return KldResult(
         reference=job.reference,
         candidate=job.candidate,
@@ -277,22 +276,6 @@ def block_starts(windows: tuple[Window, ...]) -> NDArray[np.int64]:
         starts.append(np.arange(at, at + window.scored, length))
         at += window.scored
     return np.concatenate(starts)
-
-
-def bootstrap(values: Floats, starts: NDArray[np.int64]) -> list[tuple[float, float]]:
-    """The 95% percentile bootstrap interval of the mean of each row of `values` `[rows, tokens]`, over blocks.
-
-    Always the same for the same values. Resamples have as many blocks as there are, and means are per token.
-    """
-    sums = np.add.reduceat(values, starts, axis=1)
-    sizes = np.diff(starts, append=values.shape[1])
-    generator = np.random.default_rng(0)
-    means = np.empty((RESAMPLES, len(values)))
-    for row in means:
-        drawn = generator.integers(len(starts), size=len(starts))
-        row[:] = sums[:, drawn].sum(axis=1) / sizes[drawn].sum()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
-    return list(zip(low.tolist(), high.tolist(), strict=True))
 
 
 def bands(position: NDArray[np.int64], kl: Floats) -> tuple[Band, ...]:

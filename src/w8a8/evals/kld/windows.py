@@ -48,7 +48,7 @@ def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | 
     return Text("GSM8K test", tuple(f"{each.text}\n{each.solution}" for each in load(data, shots=0).questions))
 
 
-def windows(documents: Sequence[Sequence[int]], bos: int | None, context: int, tokens: int) -> list[Window]:
+def cut(documents: Sequence[Sequence[int]], bos: int | None, context: int, tokens: int) -> list[Window]:
     """Windows of at most `context` ids that predict `tokens` tokens, or as many as there are, of tokenized documents.
 
     Raises UsageError where not one token could be predicted.
