@@ -24,8 +24,10 @@ from tests.publish import results
 from w8a8.errors import InvalidResultError, MissingExtraError, UnsupportedSchemeError, UsageError
 from w8a8.publish.report import write as reports
 from w8a8.publish.report.data import Place, place, short
-from w8a8.publish.report.page import SHOWN_CHARACTERS, number, render
-from w8a8.publish.report.write import Report, Written
+from w8a8.publish.report.facts import Report
+from w8a8.publish.report.page import SHOWN_CHARACTERS, render
+from w8a8.publish.report.style import number
+from w8a8.publish.report.write import Written
 from w8a8.publish.results import read_gsm8k, read_kld
 
 HOSTILE = (

@@ -149,13 +149,6 @@ def ridges(out: Checkpoint) -> tuple[tuple[Ridge, ...], float, float]:
     return tuple(_ridge(name, found[name], low, high) for name in sorted(found, key=_order)), low, high
 
 
-def db_range(cells: Iterable[Cell | TensorError]) -> tuple[float, float]:
-    """Whole decibels that hold every finite SQNR, at least one apart."""
-    values = [cell.sqnr_db for cell in cells if math.isfinite(cell.sqnr_db)] or [0.0]
-    low, high = math.floor(min(values)), math.ceil(max(values))
-    return float(low), float(max(high, low + 1))
-
-
 def _ridge(name: str, values: NDArray[np.float32], low: float, high: float) -> Ridge:
     counts, _ = np.histogram(np.log10(values.astype(np.float64)), bins=BINS, range=(low, high))
     return Ridge(name, tuple(counts.tolist()), float(values.min()), float(np.median(values)), float(values.max()))

@@ -9,9 +9,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from w8a8.plan import module_name
-from w8a8.publish.report.data import db_range, short
-from w8a8.publish.report.page import COLOURS, LIGHT, bar_marks, ink, number, score_range
-from w8a8.publish.report.write import Report
+from w8a8.publish.report.data import short
+from w8a8.publish.report.facts import Report
+from w8a8.publish.report.style import COLOURS, LIGHT, bar_marks, cell_range, ink, number, percent, score_range
 from w8a8.publish.results import Gsm8k, Interval, Kld
 from w8a8.terminal.wording import printable, size
 
@@ -89,7 +89,7 @@ def _size(report: Report) -> Figure:
 def _sqnr(report: Report) -> Figure:
     rows = [len(stack.projections) for stack in report.stacks]
     figure = Figure((10, 1.4 + 0.42 * sum(rows) + 0.5 * len(rows)), layout="constrained")
-    low, high = db_range(cell for stack in report.stacks for cell in stack.cells)
+    low, high = cell_range(report)
     for axes, stack in zip(
         figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0], report.stacks, strict=True
     ):
@@ -126,7 +126,7 @@ def _worst(report: Report) -> Figure:
     figure = Figure((10, 1.4 + 0.3 * len(report.worst)), layout="constrained")
     axes = figure.subplots()
     values = [max(t.sqnr_db, 0.0) for t in report.worst]
-    low, high = db_range(cell for stack in report.stacks for cell in stack.cells)
+    low, high = cell_range(report)
     names = [_label(module_name(t.name)) for t in report.worst]
     axes.scatter(
         values, range(len(values)), c=values, cmap=COLOURS, vmin=low, vmax=high, s=80, edgecolor=GREY, zorder=2
@@ -167,7 +167,7 @@ def _gsm8k(results: Mapping[str, Gsm8k], limits: tuple[float, float]) -> Figure:
         error = [[score.value - score.low], [score.high - score.value]]
         colour = BLUE if label == "quantized" else GREY
         axes.errorbar(score.value, y, xerr=error, fmt="o", markersize=10, linewidth=5, color=colour, alpha=0.8)
-        axes.text(limits[1], y, f"  {score.value:.1%}", va="center", fontweight="bold")
+        axes.text(limits[1], y, f"  {percent(score.value)}", va="center", fontweight="bold")
     axes.set_yticks(range(len(rows)), [", ".join(row) for row in rows])
     axes.set_xlim(*limits)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
@@ -183,7 +183,7 @@ def _kld(kld: Kld) -> Figure:
     axes.bar(range(len(kld.histogram)), [bar.value for bar in kld.histogram], width=0.95, align="edge", color=BLUE)
     marks = bar_marks(kld.histogram)
     axes.set_xticks([i for i, _ in marks], [label for _, label in marks])
-    axes.set_title(f"KL divergence: mean {number(kld.mean.value)} nats, same first choice {kld.top1.value:.1%}")
+    axes.set_title(f"KL divergence: mean {number(kld.mean.value)} nats, same first choice {percent(kld.top1.value)}")
     axes.set_xlabel("nats")
     axes.set_ylabel("tokens")
     return figure

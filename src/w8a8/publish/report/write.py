@@ -1,11 +1,9 @@
 """`w8a8 report`: what became of a checkpoint, as one HTML page to look at, and its figures as PNG.
 
-Everything is gathered first (`report_data` from the checkpoints, `report_results` from the result files) into one
-value, `Report`; the page (`report_page`) and the figures (`report_figures`) are two drawings of it. What was not given
-is not drawn, and the page says so.
+Everything is gathered first (`data` from the checkpoints, `results` from the result files) into one value, `Report`;
+`page` and `figures` draw it. What was not given is not drawn, and the page says so.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,62 +13,14 @@ from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import inside, read_json
 from w8a8.checkpoint.source import cached, hub_id
 from w8a8.errors import MissingExtraError, UnsupportedSchemeError, W8A8Error
-from w8a8.evals.gsm8k.compare import SIGNIFICANCE, Comparison, compare
+from w8a8.evals.gsm8k.compare import Comparison, compare
 from w8a8.execute.run import PROVENANCE
 from w8a8.formats import Scheme, detect, section
-from w8a8.publish.report.data import Ridge, Size, Stack, ridges, sizes, stacks
+from w8a8.publish.report.data import ridges, sizes, stacks
+from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
 from w8a8.storage.writer import disk_errors
-from w8a8.terminal.wording import size
 from w8a8.verification import run as verification
-from w8a8.verification.run import TensorError, VerifyResult, sqnr
-
-WORST = 12
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that is drawn. `scale_range` is in log10; `before` and `errors` are none without the source."""
-
-    name: str
-    model: str
-    scheme: str
-    before: int | None
-    after: int
-    sizes: tuple[Size, ...]
-    errors: VerifyResult | None
-    stacks: tuple[Stack, ...]
-    ridges: tuple[Ridge, ...]
-    scale_range: tuple[float, float]
-    baseline: Gsm8k | None
-    quant: Gsm8k | None
-    paired: Comparison | None
-    kld: Kld | None
-
-    @property
-    def sqnr_db(self) -> float | None:
-        """Signal to quantization noise over all quantized tensors; none without the source."""
-        if self.errors is None:
-            return None
-        return sqnr(sum(t.signal for t in self.errors.tensors), sum(t.noise for t in self.errors.tensors))
-
-    @property
-    def worst(self) -> tuple[TensorError, ...]:
-        """The quantized tensors with the lowest SQNR."""
-        return self.errors.tensors[:WORST] if self.errors else ()
-
-    @property
-    def headline(self) -> str:
-        """The main thing, as one sentence."""
-        parts = [size(self.after) + (f" instead of {size(self.before)}" if self.before else "")]
-        if self.sqnr_db is not None and math.isfinite(self.sqnr_db):
-            parts.append(f"{self.sqnr_db:.1f} dB SQNR")
-        if self.quant and self.baseline and self.paired:
-            scores = f"{self.quant.strict.value:.1%} against {self.baseline.strict.value:.1%}"
-            parts.append(f"GSM8K {scores}: {_shown(self.paired)}")
-        elif self.quant:
-            parts.append(f"GSM8K {self.quant.strict.value:.1%}")
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -180,13 +130,6 @@ def show(written: Written, say: Callable[[Any], None]) -> None:
 
     say(Text(written.headline, style="bold"))
     say(Text(f"{written.page}\n{len(written.figures)} figures in {written.figures[0].parent}"))
-
-
-def _shown(paired: Comparison) -> str:
-    """What the paired answers show, in few words; `Comparison.verdict` has the figures."""
-    if paired.p_value >= SIGNIFICANCE:
-        return "no difference shown"
-    return "a loss shown" if paired.difference < 0 else "a gain shown"
 
 
 def _beside(out: Checkpoint) -> verification.Job | None:
