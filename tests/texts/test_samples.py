@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.calibrate.checkpoints import make
-from w8a8.calibrate.activations import held_out
-from w8a8.calibrate.request import BUILT_IN
 from w8a8.errors import SourceNotFoundError, UsageError
-from w8a8.texts.samples import CalibrationText, cut, load
+from w8a8.texts.samples import BUILT_IN, CalibrationText, cut, load
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
 
@@ -96,11 +94,3 @@ def spoken(text: CalibrationText, tokenizer: Any) -> str:
     """The beginning of the first sample, as text."""
     decoded: str = tokenizer.decode(cut(text, tokenizer, samples=2, tokens=16)[0])
     return decoded
-
-
-@given(st.integers(2, 100))
-def test_some_samples_are_held_out_and_some_are_not(samples: int) -> None:
-    apart = held_out(samples)
-    assert len(apart) == samples
-    assert 1 <= sum(apart) <= max(1, samples // 8)
-    assert not apart[0]

@@ -10,9 +10,6 @@ RecipeName = Literal["smooth", "smooth+gptq", "auto"]
 RECIPES = ("rtn", *get_args(RecipeName))
 """The first rounds to nearest, and needs no calibration."""
 
-BUILT_IN = "built-in text"
-"""The name of the text there is if none is given."""
-
 SAMPLES, TOKENS = 64, 512
 """How many samples, and how many tokens each, if nothing is said."""
 

@@ -1,9 +1,8 @@
-"""What a model is calibrated on: a text, cut into samples of equal length.
+"""The samples that a model is calibrated on, all of one length, cut from a text.
 
-A text is a plain file, a JSONL file or a data set's train split; records are a `text`, a `question` and its `answer`,
-or the `messages` of a chat. The latter two are put into the form of the model's chat template where it has one, because
-that is what the model will read when it serves. All records are strung together, and the samples taken from all over
-that string.
+A text is a plain file, a JSONL file or a data set's train split. A record is a `text`, a `question` with its `answer`,
+or the `messages` of a chat. Questions and chats take the form of the model's chat template, if it has one, because the
+model reads that form when it serves. The records are joined, and the samples spread evenly over the whole.
 """
 
 import hashlib
@@ -12,28 +11,29 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from w8a8.calibrate.request import BUILT_IN
-from w8a8.errors import HubError, MissingExtraError, SourceNotFoundError, UsageError
+from w8a8.errors import SourceNotFoundError, UsageError
+from w8a8.texts import datasets
 from w8a8.texts.files import first_token, read, rows, strings
 
+BUILT_IN = "built-in text"
+"""The name of the text that is used if none is given."""
 MAX_RECORDS = 20_000
-"""Of a data set."""
+"""Records read from a data set."""
 MIN_SAMPLES = 2
-"""One to choose by, one to judge by."""
+"""One to choose scales with, one to judge them with."""
 
 Turn = dict[str, str]
 Record = str | list[Turn]
 
-_DATA_SET = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.-]+))?")
+_DATA_SET = re.compile(r"(?P<name>(?P<org>[\w.-]+/)?[\w.-]+)(:(?P<config>[\w.-]+))?")
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationText:
-    """Records, plain or chats, and the name they go by; `sha256` is the file's, or that of the records used."""
+    """Named records, plain or chats; `sha256` is the file's, or that of the records read from a data set."""
 
     name: str
     records: tuple[Record, ...]
@@ -41,29 +41,35 @@ class CalibrationText:
 
 
 def load(given: str | None) -> CalibrationText:
-    """The text `given`: a file, JSONL if its name ends so, or a data set `name[:config]`; by default the built-in one.
+    """Load the text `given`: a file (.jsonl and .json as JSONL), or a data set `org/name[:config]`; None: built-in.
 
-    Raises SourceNotFoundError, UnreadableError, UsageError that names the line, HubError, MissingExtraError.
+    Raises SourceNotFoundError, UnreadableError, UsageError naming the line, HubError, MissingExtraError.
     """
     if given is None:
-        text = files("w8a8.texts").joinpath("samples.jsonl").read_text(encoding="utf-8")
-        return _text(BUILT_IN, [_record(json.loads(line), BUILT_IN) for line in text.splitlines()], text)
+        return _from_jsonl(
+            BUILT_IN, files("w8a8.texts").joinpath("samples.jsonl").read_text(encoding="utf-8"), BUILT_IN
+        )
     path = Path(given)
     if path.suffix in {".jsonl", ".json"}:
-        return _text(path.name, [_record(row, where) for where, row in rows(path)], read(path))
+        return _from_jsonl(path.name, read(path), str(path))
     match = _DATA_SET.fullmatch(given)
     if match is None or path.exists() or path.suffix == ".txt":
         text = read(path)
         return _text(path.name, [text], text)
-    found = [_record(row, f"{given}, record {number}") for number, row in enumerate(_data_set(**match.groupdict()), 1)]
+    if match["org"] is None:
+        raise SourceNotFoundError(f"{given}: no such file, and not a data set on the Hub (org/name[:config])")
+    loaded = datasets.load(
+        match["name"], match["config"], "train", limit=MAX_RECORDS, otherwise="there is no file of this name either"
+    )
+    found = [_record(row, f"{given}, record {number}") for number, row in enumerate(loaded, 1)]
     return _text(given, found, json.dumps(found, ensure_ascii=False))
 
 
 def cut(text: CalibrationText, tokenizer: Any, *, samples: int, tokens: int) -> list[tuple[int, ...]]:
-    """At most `samples` samples of `tokens` token ids each, spread over the whole text.
+    """Cut at most `samples` samples of `tokens` token ids each, spread evenly over the whole text.
 
-    A sample begins with the tokenizer's beginning-of-sequence token, where it has one. Raises UsageError where the text
-    is too short for two.
+    A sample begins with the beginning-of-sequence token, if the tokenizer begins texts with it. Raises UsageError if
+    the text is too short for two samples.
     """
     bos = first_token(tokenizer)
     ids = [token for record in text.records for token in _tokenize(record, tokenizer, bos)]
@@ -78,12 +84,12 @@ def cut(text: CalibrationText, tokenizer: Any, *, samples: int, tokens: int) -> 
 
 
 def _sample(ids: Sequence[int], bos: int | None) -> tuple[int, ...]:
-    """The ids, beginning with `bos`, if there is one, at the cost of the last."""
+    """The ids as a sample that begins with `bos`, if there is one; the last id makes room for it."""
     return tuple(ids) if bos is None or ids[0] == bos else (bos, *ids[:-1])
 
 
 def _tokenize(record: Record, tokenizer: Any, bos: int | None) -> Iterator[int]:
-    """A record's ids; a plain one begins as the tokenizer begins a text, a chat as its template does."""
+    """Yield a record's ids; a plain one begins as the tokenizer begins a text, a chat as the template does."""
     if isinstance(record, str):
         if bos is not None:
             yield bos
@@ -104,12 +110,16 @@ def _templated(turns: list[Turn], tokenizer: Any) -> str:
         raise UsageError(f"the model's chat template does not take a chat of {', '.join(said)}: {error}") from error
 
 
+def _from_jsonl(name: str, content: str, source: str) -> CalibrationText:
+    return _text(name, [_record(row, place) for place, row in rows(content, source)], content)
+
+
 def _text(name: str, records: Iterable[Record], whole: str) -> CalibrationText:
     return CalibrationText(name, tuple(records), hashlib.sha256(whole.encode()).hexdigest())
 
 
-def _record(row: Any, where: str) -> Record:
-    """What a record holds. Raises UsageError."""
+def _record(row: Any, place: str) -> Record:
+    """Read a record: its text, or its turns of a chat. Raises UsageError."""
     if text := strings(row, "text"):
         return text[0]
     if pair := strings(row, "question", "answer"):
@@ -118,21 +128,4 @@ def _record(row: Any, where: str) -> Record:
     said = [strings(turn, "role", "content") for turn in turns] if isinstance(turns, list) else []
     if said and all(said):
         return [{"role": turn[0], "content": turn[1]} for turn in said if turn]
-    raise UsageError(f"{where}: neither a text, nor a question and an answer, nor messages with role and content")
-
-
-def _data_set(name: str, config: str | None) -> list[Any]:
-    """The first records of a data set's train split."""
-    if name.count("/") != 1:
-        raise SourceNotFoundError(f"{name}: no such file, and not a data set on the Hub (org/name[:config])")
-    try:
-        from datasets import load_dataset
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(
-            f"{name}: no such file; a data set needs the datasets library: pip install 'w8a8[eval]'"
-        ) from missing
-    try:
-        return list(islice(load_dataset(name, config, split="train", streaming=True), MAX_RECORDS))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise HubError(f"{name}: no such file, and the Hub could not deliver it as a data set: {said}") from error
+    raise UsageError(f"{place}: neither a text, nor a question and an answer, nor messages with role and content")

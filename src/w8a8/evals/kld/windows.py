@@ -44,7 +44,7 @@ def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | 
     if text is not None:
         return Text(text.name, (read(text),))
     if jsonl is not None:
-        return Text(jsonl.name, tuple(_document(row, where) for where, row in rows(jsonl)))
+        return Text(jsonl.name, tuple(_document(row, place) for place, row in rows(read(jsonl), str(jsonl))))
     return Text("GSM8K test", tuple(f"{each.text}\n{each.solution}" for each in load(data, shots=0).questions))
 
 
@@ -72,9 +72,9 @@ def tokenize(text: Text, tokenizer: Callable[..., Any]) -> list[list[int]]:
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in text.documents]
 
 
-def _document(row: Any, where: str) -> str:
+def _document(row: Any, place: str) -> str:
     """The text of a record: its `text`, or its `question` and `answer` on lines of their own."""
     values = strings(row, "text") or strings(row, "question", "answer")
     if values is None:
-        raise UsageError(f"{where}: neither a text, nor a question and an answer")
+        raise UsageError(f"{place}: neither a text, nor a question and an answer")
     return "\n".join(values)

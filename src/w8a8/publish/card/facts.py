@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from w8a8 import machine
-from w8a8.calibrate.request import BUILT_IN, RECIPES, SAMPLES, TOKENS
+from w8a8.calibrate.request import RECIPES, SAMPLES, TOKENS
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import DoesNotFitError, UsageError, W8A8Error
 from w8a8.evals.gsm8k.compare import compare
@@ -26,6 +26,7 @@ from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
 from w8a8.serve.launch import Launch
 from w8a8.serve.launch import prepare as prepare_serve
 from w8a8.terminal.wording import plural, printable
+from w8a8.texts.samples import BUILT_IN
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
