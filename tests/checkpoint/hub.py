@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tests.listening import listening
+from tests.servers import listening
 
 COMMIT = "c0ffee" * 6 + "beef"
 

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 import w8a8.runtime  # noqa: F401
-from tests.engines.serving import Server, served
+from tests.servers import Server, served
 
 TIE = 1.0
 """The largest gap, in nats, between vLLM's two likeliest tokens where the engines may choose differently."""

@@ -11,8 +11,8 @@ from typing import Any
 import lm_eval.tasks
 import pytest
 
-from tests.engines.serving import Server, served
 from tests.evals.api import write_data
+from tests.servers import Server, served
 from w8a8.evals.gsm8k.scoring import flexible, strict
 
 TASK = "gsm8k_local"

@@ -17,7 +17,7 @@ from threading import Lock
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests.listening import listening
+from tests.servers import listening
 
 TOKEN = "hf_the_right_one"
 COMMIT = "c0ffee" * 6 + "beef"

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.listening import free_port
-from tests.serve.embedded.servers import KEY, Server, make_checkpoint, serving
+from tests.serve.embedded.servers import KEY, make_checkpoint, serving
+from tests.servers import Server, free_port
 from w8a8.errors import ServerError, UsageError
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "120"}
@@ -114,7 +114,7 @@ def typist(server: Server) -> Iterator[Typist]:
 def test_one_shot_prints_the_answer_alone(server: Server) -> None:
     done = chat(server.url, "--prompt", " w8 w7", "--max-tokens", "12", "--temperature", "0")
     assert (done.returncode, done.stderr) == (0, "")
-    expected = server.client(KEY).chat.completions.create(
+    expected = server.client.chat.completions.create(
         model="model", messages=[{"role": "user", "content": " w8 w7"}], max_tokens=12, temperature=0
     )
     assert done.stdout == f"{expected.choices[0].message.content}\n"
@@ -141,7 +141,7 @@ def test_standard_input_is_the_prompt_and_the_system_prompt_goes_before_it(serve
 def test_a_model_without_a_template_completes_and_says_so(completing: Server) -> None:
     done = chat(completing.url, "--prompt", " w8 w7", "--max-tokens", "5", "--temperature", "0")
     assert "plain has no chat template: it completes the text" in done.stderr
-    expected = completing.client().completions.create(model="plain", prompt=" w8 w7", max_tokens=5, temperature=0)
+    expected = completing.client.completions.create(model="plain", prompt=" w8 w7", max_tokens=5, temperature=0)
     assert done.stdout == f"{expected.choices[0].text}\n"
 
 
@@ -186,7 +186,7 @@ def test_in_a_terminal_it_answers_remembers_and_forgets(typist: Typist, server: 
     def expected(*said: str) -> str:
         roles = ("user", "assistant")
         messages: Any = [{"role": roles[i % 2], "content": text} for i, text in enumerate(said)]
-        made = server.client(KEY).chat.completions.create(model="model", messages=messages, max_tokens=8, temperature=0)
+        made = server.client.chat.completions.create(model="model", messages=messages, max_tokens=8, temperature=0)
         return str(made.choices[0].message.content)
 
     typist.type("w5 w6")

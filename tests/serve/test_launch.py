@@ -18,10 +18,10 @@ import pytest
 
 from tests.checkpoint.command import python
 from tests.checkpoints import llama_tensors, write_checkpoint
-from tests.listening import free_port
 from tests.memory.reference import gemma4_31b
 from tests.named import headers
 from tests.serve import fake_vllm
+from tests.servers import Running, free_port, started
 from w8a8 import errors
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.header import write_header
@@ -95,29 +95,17 @@ def run(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subproc
 
 
 @contextmanager
-def serving(*arguments: str | Path, env: Mapping[str, str]) -> Iterator[subprocess.Popen[str]]:
+def serving(*arguments: str | Path, env: Mapping[str, str]) -> Iterator[Running]:
     """`w8a8 serve` while it runs; what is left of it at the end is killed."""
-    command = [sys.executable, "-m", "w8a8", "serve", *map(str, arguments)]
-    process = subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True)
     try:
-        yield process
+        with started(
+            [sys.executable, "-m", "w8a8", "serve", *arguments], Path(env[fake_vllm.FOLDER]) / "log", env
+        ) as it:
+            yield it
     finally:
-        process.kill()
-        process.wait()
         for pid in (fake_vllm.started(env) or {"pids": []})["pids"]:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """What `process` says up to the line with `text`."""
-    assert process.stderr is not None
-    said = ""
-    for line in process.stderr:
-        said += line
-        if text in line:
-            return said
-    raise AssertionError(f"no {text!r} in {said}")
 
 
 def install_nvidia_smi(folder: Path) -> None:
@@ -248,7 +236,7 @@ def test_too_little_ram_is_an_error_for_both_engines(huge: Path, vllm: dict[str,
 
 def test_when_it_is_ready_it_says_how_to_call_it_and_that_works(model: Path, vllm: dict[str, str], port: int) -> None:
     with serving(model, "--port", str(port), env=vllm | {"W8A8_API_KEY": "s3cret"}) as server:
-        said = read_until(server, "in Python")
+        said = server.wait_for("in Python")
         curl = said[said.index("curl ") : said.index("\n\nin Python")]
         answer = request(curl, W8A8_API_KEY="s3cret")
     assert "the engine speaks" in said
@@ -260,7 +248,7 @@ def test_when_it_is_ready_it_says_how_to_call_it_and_that_works(model: Path, vll
 def test_a_base_model_is_called_for_completions(model: Path, vllm: dict[str, str], port: int) -> None:
     (model / "tokenizer_config.json").write_text("{}")
     with serving(model, "--port", str(port), env=vllm) as server:
-        said = read_until(server, "in Python")
+        said = server.wait_for("in Python")
         assert request(said[said.index("curl ") : said.index("\n\nin Python")])["path"] == "/v1/completions"
 
 
@@ -286,7 +274,7 @@ def test_vllm_gets_its_arguments_and_the_key_where_ps_does_not_show_it(
         "512",
     )
     with serving(*arguments, env=vllm) as server:
-        read_until(server, "ready in")
+        server.wait_for("ready in")
     started = fake_vllm.started(vllm)
     assert started
     assert started["api_key"] == "s3cret"
@@ -302,23 +290,21 @@ def test_an_interrupt_ends_all_it_started(
     model: Path, vllm: dict[str, str], port: int, sent: signal.Signals, code: int, when: str
 ) -> None:
     with serving(model, "--port", str(port), env=vllm) as server:
-        read_until(server, when)
-        server.send_signal(sent)
-        said = server.communicate(timeout=60)[1]
-        assert server.returncode == code
-        assert "all it started has ended" in said
+        server.wait_for(when)
+        server.process.send_signal(sent)
+        assert server.process.wait(60) == code
+        assert "all it started has ended" in server.said()
         assert eventually_gone(pids(vllm))
 
 
 def test_a_second_ctrl_c_ends_an_engine_that_lingers(model: Path, vllm: dict[str, str], port: int) -> None:
     with serving(model, "--port", str(port), env=vllm | {fake_vllm.MANNER: "linger"}) as server:
-        read_until(server, "in Python")
-        server.send_signal(signal.SIGINT)
+        server.wait_for("in Python")
+        server.process.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
-            server.wait(1)
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=10)  # of the 20 s of grace
-        assert server.returncode == 130
+            server.process.wait(1)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(10) == 130  # of the 20 s of grace
         assert eventually_gone(pids(vllm))
 
 
@@ -328,9 +314,9 @@ def test_when_it_is_killed_the_engine_ends_too(
     model: Path, vllm: dict[str, str], port: int, manner: str, when: str
 ) -> None:
     with serving(model, "--port", str(port), env=vllm | {fake_vllm.MANNER: manner}) as server:
-        read_until(server, when)
-        server.kill()
-        server.wait()
+        server.wait_for(when)
+        server.process.kill()
+        server.process.wait()
         assert eventually_gone(pids(vllm))
 
 

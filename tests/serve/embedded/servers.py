@@ -1,24 +1,17 @@
 """The embedded engine in a process of its own, serving a small random W8A8 checkpoint."""
 
-import os
-import queue
-import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from openai import OpenAI
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 import w8a8
-from tests.listening import free_port
+from tests.servers import OFFLINE, Server, free_port, started
 
 KEY = "sesame"
 VOCABULARY = 320
@@ -70,43 +63,16 @@ def make_checkpoint(folder: Path, *, template: bool) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    process: "subprocess.Popen[str]"
-    port: int
-    name: str
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def client(self, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-
 @contextmanager
 def serving(folder: Path, name: str, *, key: str = "", context: int = 0) -> Iterator[Server]:
     """A server that is ready; it is killed at the end, if it has not ended before."""
-    port = free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context)],
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    lines: queue.Queue[str] = queue.Queue()
-    assert process.stdout is not None
-    threading.Thread(target=lambda out: lines.put(out.readline()), args=(process.stdout,), daemon=True).start()
-    try:
-        assert lines.get(timeout=120) == f"ready {name}\n"
-        yield Server(process, port, name)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
+    port, log = free_port(), folder.with_name(f"{folder.name}-{name.replace('/', '-')}.log")
+    command = [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context)]
+    with started(command, log, OFFLINE | {"OMP_NUM_THREADS": "1"}) as running:
+        server = Server(running.process, log, port, name, key or "none")
+        server.wait_for(f"ready {name}")
+        assert server.healthy()
+        yield server
 
 
 def prompt(i: int) -> str:

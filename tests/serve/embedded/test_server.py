@@ -20,7 +20,8 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from tests.serve.embedded.servers import KEY, Server, make_checkpoint, message, prompt, serving
+from tests.serve.embedded.servers import KEY, make_checkpoint, message, prompt, serving
+from tests.servers import Server
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
 from w8a8.serve.embedded.protocol import ChatRequest
@@ -61,7 +62,7 @@ def locked(servers: tuple[Server, Server]) -> Server:
 
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[openai.OpenAI]:
-    with server.client() as made:
+    with server.client as made:
         yield made
 
 
@@ -227,14 +228,14 @@ def test_a_body_too_large_is_a_413(server: Server, client: openai.OpenAI) -> Non
 
 
 def test_a_model_without_a_template_says_so_and_completes(locked: Server) -> None:
-    client = locked.client(KEY)
+    client = locked.client
     with pytest.raises(openai.BadRequestError, match="plain has no chat template: use /v1/completions"):
         client.chat.completions.create(model="plain", messages=message("a"))
     assert client.completions.create(model="plain", prompt=prompt(1)).choices[0].text
 
 
 def test_the_context_is_what_was_asked_for(locked: Server) -> None:
-    client = locked.client(KEY)
+    client = locked.client
     client.completions.create(model="plain", prompt=" w1" * 60, max_tokens=4)
     with pytest.raises(openai.BadRequestError, match="context is 64 tokens"):
         client.completions.create(model="plain", prompt=" w1" * 60, max_tokens=5)
@@ -269,7 +270,7 @@ def test_clients_that_hang_up_leave_room_for_the_next(server: Server, client: op
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_it_in_the_middle_of_an_answer(checkpoint: Path, number: signal.Signals) -> None:
-    with serving(checkpoint, NAME) as server, server.client() as client:
+    with serving(checkpoint, NAME) as server, server.client as client:
         stream = client.completions.create(model=NAME, prompt=prompt(1), max_tokens=8000, stream=True)
         next(stream)
         server.process.send_signal(number)
