@@ -18,7 +18,7 @@ from w8a8.formats.detect import section
 from w8a8.machine import MAX_GPUS, Gpu, gigabytes
 from w8a8.memory.kv import KvCache, kv_cache
 from w8a8.memory.model import Model
-from w8a8.memory.weights import splits_towers, weights_per_gpu
+from w8a8.memory.weights import weights_per_gpu
 from w8a8.memory.working import activation_bytes, engine_bytes, largest_batch, rotary_bytes
 from w8a8.plan import make_plan
 
@@ -206,7 +206,7 @@ def _can_split(model: Model, gpus: int, *, text_only: bool) -> bool:
     """Whether tensor parallelism over `gpus` divides what vLLM asserts it to: heads, KV heads, MLP, split towers."""
     kv = {layer.heads for layer in model.layers if layer.heads}
     even = [model.heads, model.intermediate]
-    if splits_towers(model) and model.vision and not text_only:
+    if model.table.split_towers and model.vision and not text_only:
         vision = section(model.checkpoint.config, "vision_config")
         heads = vision.get("num_attention_heads", vision.get("num_heads"))
         even += [heads] if type(heads) is int and heads > 0 else []

@@ -2,11 +2,12 @@
 
 The shapes in the headers are the truth: published configs leave out what their class has as a default (Gemma 3's do not
 even say how many heads there are), and a head is as wide as its norm. The config is asked for what shapes do not show:
-which layers look at a window only, which reuse another layer's cache, how long a context may be.
+which layers look at a window only, which reuse another layer's cache, how long a context may be. How tensors and the
+config's keys are called is in the architecture's table (`memory` in `architectures.toml`).
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from typing import Any, Literal
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import NoConfigError
 from w8a8.formats.detect import section
-from w8a8.plan import Rules, module_name
+from w8a8.plan import Rules, architecture_of, module_name
+from w8a8.plan.architectures import MemoryRules
 
 LARGEST = 2**40
 """No number in a config is larger and makes sense."""
@@ -52,6 +54,7 @@ class Model:
 
     checkpoint: Checkpoint
     rules: Rules
+    table: MemoryRules
     text: Mapping[str, Any]
     layers: tuple[Layer, ...]
     hidden: int
@@ -63,12 +66,13 @@ class Model:
     @classmethod
     def read(cls, checkpoint: Checkpoint) -> "Model":
         """Read the headers and the config. Raises `NoConfigError` where they do not describe a decoder."""
-        rules = Rules.for_config(checkpoint.config)
-        text = text_config(checkpoint.config)
-        parts = _Parts(checkpoint, rules, text)
+        rules, table = Rules.for_config(checkpoint.config), architecture_of(checkpoint.config).memory
+        text = text_config(checkpoint.config, table.defaults)
+        parts = _Parts(checkpoint, rules, table, text)
         return cls(
             checkpoint=checkpoint,
             rules=rules,
+            table=table,
             text=text,
             layers=tuple(parts.layer(index) for index in sorted(parts.tensors)),
             hidden=parts.hidden,
@@ -89,9 +93,10 @@ class Model:
         return "vision tower" in self.components.values()
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the decoder."""
-    return next((found for key in ("text_config", "llm_config") if (found := section(config, key))), config)
+def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the decoder, with `defaults` for what it leaves out."""
+    text = next((found for key in ("text_config", "llm_config") if (found := section(config, key))), config)
+    return {**text, **{key: value for key, value in defaults.items() if text.get(key) is None}}
 
 
 def component(rules: Rules, tensor: TensorSpec) -> str:
@@ -112,8 +117,8 @@ def layer_of(name: str) -> tuple[int, str] | None:
 class _Parts:
     """The decoder's tensors, sorted by layer."""
 
-    def __init__(self, checkpoint: Checkpoint, rules: Rules, text: Mapping[str, Any]) -> None:
-        self.where, self.config, self.text = checkpoint.path, checkpoint.config, text
+    def __init__(self, checkpoint: Checkpoint, rules: Rules, table: MemoryRules, text: Mapping[str, Any]) -> None:
+        self.where, self.table, self.text = checkpoint.path, table, text
         self.tensors: dict[int, dict[str, TensorSpec]] = {}
         self.tables: dict[str, TensorSpec] = {}
         for tensor in checkpoint.tensors.values():
@@ -126,14 +131,12 @@ class _Parts:
                 self.tensors.setdefault(place[0], {})[place[1]] = tensor
         if not self.tensors:
             raise NoConfigError(f"{self.where}: no decoder layers among its tensors (layers.N.*), so nothing to serve")
-        table = next(
-            (t for n in ("embed_tokens", "wte", "word_embeddings", "lm_head") if (t := self.tables.get(n))), None
-        )
-        if table is None or len(table.shape) != 2:
-            raise NoConfigError(f"{self.where}: no token embeddings among its tensors (embed_tokens)")
-        self.vocabulary, self.hidden = table.shape
+        embeddings = next((t for name in table.tables if (t := self.tables.get(name))), None)
+        if embeddings is None or len(embeddings.shape) != 2:
+            raise NoConfigError(f"{self.where}: no token embeddings among its tensors ({table.tables[0]})")
+        self.vocabulary, self.hidden = embeddings.shape
         self.heads = self.number("num_attention_heads", 0) or self._heads_by_shape()
-        self.intermediate = max(self._rows("mlp.gate_proj", "mlp.fc1"), self._rows("mlp.gate_up_proj") // 2, 1)
+        self.intermediate = max(self._rows(table.mlp), self._rows(table.mlp_fused) // 2, 1)
 
     def number(self, key: str, default: int | None = None) -> int:
         """A number of the config; `default` where it says nothing."""
@@ -147,15 +150,15 @@ class _Parts:
     def layer(self, index: int) -> Layer:
         """The memory of layer `index`."""
         tensors = self.tensors[index]
-        if any(leaf.startswith("linear_attn.") for leaf in tensors):
+        if any(leaf.startswith(f"{self.table.linear_attention.module}.") for leaf in tensors):
             return self._linear(index)
         sliding = self._is_sliding(index)
-        shared = index >= max(self.tensors) + 1 - self._optional("num_kv_shared_layers")
-        width = self._width(tensors, "k_proj")
+        shared = index >= max(self.tensors) + 1 - self._optional(self.table.shared_layers)
+        width = self._width(tensors, self.table.attention.key)
         head_dim = self._head_dim(tensors)
         fused = self.number("num_key_value_heads", self.heads)  # where one projection makes queries, keys and values
         heads = fused if width is None else max(1, width // head_dim)
-        window = self.number("sliding_window", 4096 if self._gemma3 else None) if sliding else 0
+        window = self.number("sliding_window") if sliding else 0
         return Layer("sliding" if sliding else "full", 0 if shared else heads, head_dim, window, shared)
 
     def _linear(self, index: int) -> Layer:
@@ -163,11 +166,11 @@ class _Parts:
 
         `[conv_dim, kernel - 1]` of the convolution and `[value heads, value dim, key dim]` of the recurrence.
         """
-        tensors = self.tensors[index]
-        conv, decay, z = (tensors.get(f"linear_attn.{leaf}") for leaf in ("conv1d.weight", "A_log", "in_proj_z.weight"))
+        tensors, names = self.tensors[index], self.table.linear_attention
+        conv, decay, z = (tensors.get(f"{names.module}.{leaf}") for leaf in (names.conv, names.decay, names.gate))
         if conv is None or decay is None or z is None or len(conv.shape) != 3 or not decay.shape or not z.shape:
             raise NoConfigError(f"{self.where}: layer {index} is linear attention of a kind this version cannot size")
-        key_dim = self.number("linear_key_head_dim", 128)
+        key_dim = self.number(names.key_dim, 128)
         return Layer(
             "linear",
             conv_state=conv.shape[0] * (conv.shape[2] - 1),
@@ -177,15 +180,16 @@ class _Parts:
 
     def _head_dim(self, tensors: Mapping[str, TensorSpec]) -> int:
         """As wide as the norm of queries or keys, which most have; else as the config says."""
-        for leaf in ("self_attn.q_norm.weight", "self_attn.k_norm.weight"):
-            norm = tensors.get(leaf)
+        for path in self.table.head_norms:
+            norm = tensors.get(f"{path}.weight")
             if norm is not None and len(norm.shape) == 1 and 0 < norm.shape[0] < 4096:
                 return norm.shape[0]
         return self.number("head_dim", max(1, self.hidden // self.heads))
 
     def _heads_by_shape(self) -> int:
         tensors = self.tensors[min(self.tensors)]
-        norm, width = tensors.get("self_attn.q_norm.weight"), self._width(tensors, "q_proj")
+        norm = next((found for path in self.table.head_norms if (found := tensors.get(f"{path}.weight"))), None)
+        width = self._width(tensors, self.table.attention.query)
         if norm is None or not norm.shape or not norm.shape[0] or width is None:
             return self.number("num_attention_heads")  # says that it is missing
         return max(1, width // norm.shape[0])
@@ -195,16 +199,12 @@ class _Parts:
         tensor = next((t for leaf, t in tensors.items() if leaf.endswith(f".{projection}.weight")), None)
         return tensor.shape[0] if tensor is not None and tensor.shape else None
 
-    def _rows(self, *leaves: str) -> int:
+    def _rows(self, paths: Iterable[str]) -> int:
         """The most rows that a projection has in any layer."""
-        names = {f"{leaf}.weight" for leaf in leaves}
+        names = {f"{path}.weight" for path in paths}
         return max(
             (t.shape[0] for ts in self.tensors.values() for n, t in ts.items() if n in names and t.shape), default=0
         )
-
-    @property
-    def _gemma3(self) -> bool:
-        return str(self.config.get("model_type", "")).startswith("gemma3")
 
     def _optional(self, key: str) -> int:
         value = self.text.get(key)
@@ -218,7 +218,6 @@ class _Parts:
             if not isinstance(kind, str):
                 raise NoConfigError(f"{self.where}: config.json does not say in layer_types what layer {index} is")
             return kind == "sliding_attention"
-        if self._gemma3:
-            pattern = self.number("sliding_window_pattern", self.number("_sliding_window_pattern", 6))
-            return (index + 1) % pattern != 0
+        if keys := [key for key in self.table.full_every if self.text.get(key) is not None]:
+            return (index + 1) % self.number(keys[0]) != 0
         return self.text.get("sliding_window") is not None and self.text.get("use_sliding_window") is not False

@@ -22,15 +22,6 @@ from w8a8.memory.model import Model, layer_of
 
 VOCABULARY_PADDING = 64
 
-_VOCABULARY = frozenset({"embed_tokens", "embed_tokens_per_layer", "lm_head", "wte", "word_embeddings"})
-_BY_ROWS = frozenset({
-    "q_proj", "k_proj", "v_proj", "qkv_proj", "qkv", "query_key_value", "gate_proj", "up_proj", "gate_up_proj",
-    "fc1", "linear_fc1", "linear_1", "per_layer_model_projection",
-    "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "conv1d", "A_log", "dt_bias",
-})  # fmt: skip
-_BY_COLUMNS = frozenset({"o_proj", "out_proj", "dense", "proj", "down_proj", "fc2", "linear_fc2", "linear_2"})
-_KV = frozenset({"k_proj", "v_proj"})
-_SPLIT_TOWERS = ("gemma3", "mistral3", "qwen3_5")
 _TOWERS = frozenset({"vision tower", "audio tower", "projector"})
 _SUFFIX = re.compile(r"\.(weight|bias|weight_scale)$")
 
@@ -40,14 +31,9 @@ def weights_per_gpu(model: Model, tensor_parallel: int, *, text_only: bool = Fal
     return sum(_share(model, tensor, tensor_parallel) for tensor in loaded(model, text_only=text_only))
 
 
-def splits_towers(model: Model) -> bool:
-    """Whether the engine splits this architecture's vision tower like the decoder."""
-    return model.rules.architecture.startswith(_SPLIT_TOWERS)
-
-
 def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
     """The tensors that an engine takes from the files; a `v_proj` that is a copy of keys is among them twice."""
-    tensors = model.checkpoint.tensors
+    tensors, names = model.checkpoint.tensors, model.table.attention
     tied = model.text.get("tie_word_embeddings", model.checkpoint.config.get("tie_word_embeddings")) is True
     for tensor in tensors.values():
         part, place = model.components[tensor.name], layer_of(tensor.name)
@@ -56,9 +42,9 @@ def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
             continue
         if part not in _TOWERS and place is not None:
             layer = model.layers[place[0]] if place[0] < len(model.layers) else None
-            if layer is not None and layer.shared and leaf in {"k_proj", "v_proj", "k_norm"}:
+            if layer is not None and layer.shared and leaf in {names.key, names.value, names.key_norm}:
                 continue
-            if leaf == "k_proj" and tensor.name.replace(".k_proj.", ".v_proj.") not in tensors:
+            if leaf == names.key and tensor.name.replace(f".{names.key}.", f".{names.value}.") not in tensors:
                 yield tensor
         yield tensor
 
@@ -68,28 +54,29 @@ def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
     nbytes = tensor.nbytes
     if tensor.dtype in {"F32", "F64"} and not tensor.name.endswith("_scale"):
         nbytes = tensor.numel * 2
-    leaf, part = _leaf(tensor.name), model.components[tensor.name]
-    if gpus == 1 and leaf not in _VOCABULARY:
+    table, leaf, part = model.table, _leaf(tensor.name), model.components[tensor.name]
+    kv = {table.attention.key, table.attention.value}
+    if gpus == 1 and leaf not in table.by_vocabulary:
         return nbytes
-    if part == "router" or (part in _TOWERS and not splits_towers(model)):
+    if part == "router" or (part in _TOWERS and not table.split_towers):
         return nbytes
-    if leaf in _VOCABULARY and tensor.shape:
+    if leaf in table.by_vocabulary and tensor.shape:
         rows = -(-tensor.shape[0] // VOCABULARY_PADDING) * VOCABULARY_PADDING
         return nbytes // max(tensor.shape[0], 1) * -(-rows // gpus)
     if part == "experts":
         return -(-nbytes // gpus)
-    if leaf in _KV and part not in _TOWERS and (place := layer_of(tensor.name)):
+    if leaf in kv and part not in _TOWERS and (place := layer_of(tensor.name)):
         return nbytes // min(gpus, _kv_heads(model, place[0]))
-    if leaf in _BY_ROWS:
+    if leaf in table.by_rows:
         return _fused_share(model, leaf, part, nbytes, gpus)
-    if leaf in _BY_COLUMNS and len(tensor.shape) == 2 and not tensor.name.endswith("_scale"):
+    if leaf in table.by_columns and len(tensor.shape) == 2 and not tensor.name.endswith("_scale"):
         return -(-nbytes // gpus)
     return nbytes
 
 
 def _fused_share(model: Model, leaf: str, part: str, nbytes: int, gpus: int) -> int:
     """Rows are shared out evenly, but for the KV heads in a fused projection, of which each GPU has one at least."""
-    if leaf == "qkv_proj" and part not in _TOWERS:
+    if leaf == model.table.attention.fused and part not in _TOWERS:
         layer = model.layers[0]
         heads = model.heads + 2 * layer.heads
         return nbytes // heads * (-(-model.heads // gpus) + 2 * max(1, layer.heads // gpus))

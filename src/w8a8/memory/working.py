@@ -28,9 +28,6 @@ COMMUNICATION_BYTES = 500 * 2**20
 GRAPH_BYTES = 800 * 2**20
 """Estimate: recorded CUDA or HIP graphs of some fifty batch sizes, which vLLM takes off the KV cache too."""
 
-GEMMA4_VIDEO_TOKENS = 32 * (70 + 8)
-"""Frames times tokens a frame: a batch holds one whole video at least (vLLM's `gemma4_mm.py`)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -49,7 +46,7 @@ def largest_batch(model: Model, gpu: Gpu, context: int, *, text_only: bool) -> B
     else:
         tokens, sequences = 2048, 256
     if model.vision and not text_only and model.text.get("use_bidirectional_attention") == "vision":
-        tokens = max(tokens, GEMMA4_VIDEO_TOKENS)
+        tokens = max(tokens, model.table.video_tokens)
     tokens = min(tokens, sequences * context)
     return Batch(tokens, min(sequences, tokens))
 

@@ -1,12 +1,13 @@
 """A plan says what becomes of every tensor and where every output byte will lie. Pure: no weight is read.
 
-`rules` judge tensors by name (`architectures.toml`), `layout` places the output, `plan` puts both into a value that
-can be printed, saved as JSON and compared.
+`architectures` reads what is known of each architecture (`architectures.toml`), `rules` judge tensors by it, `layout`
+places the output, `plan` puts both into a value that can be printed, saved as JSON and compared.
 """
 
+from w8a8.plan.architectures import architecture_of, architectures
 from w8a8.plan.layout import ShardPlan, Write
 from w8a8.plan.plan import Decision, Plan, make_plan
-from w8a8.plan.rules import QUANTIZABLE, Rules, architectures, is_linear, module_name, scale_name
+from w8a8.plan.rules import QUANTIZABLE, Rules, is_linear, module_name, scale_name
 
 __all__ = [
     "QUANTIZABLE",
@@ -15,6 +16,7 @@ __all__ = [
     "Rules",
     "ShardPlan",
     "Write",
+    "architecture_of",
     "architectures",
     "is_linear",
     "make_plan",

@@ -1,22 +1,19 @@
-"""What becomes of a tensor, by its name: the rules of `architectures.toml`, read and asked.
+"""What becomes of a tensor, by its name: the patterns of an architecture's table, asked.
 
 `Rules.for_config` picks the table by the config's `model_type`; `Rules.judge` says of one tensor which component it
 belongs to and whether it is quantized. Nothing here looks at a weight.
 """
 
 import re
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache
-from importlib.resources import files
 from typing import Any, Self
 
 from w8a8.checkpoint import TensorSpec
+from w8a8.plan.architectures import GENERIC, architecture_of
 
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
-GENERIC = "generic"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +38,13 @@ class Rules:
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Self:
         """The rules for a model's config.json, by its `model_type`."""
-        tables = _tables()
-        model_type = str(config.get("model_type", ""))
-        name = next((name for name, t in tables["architecture"].items() if model_type in t["model_types"]), None)
-        table = tables["architecture"][name or GENERIC]
-        own, common = table.get("keep", {}), tables["keep"]
+        table = architecture_of(config)
         return cls(
-            architecture=model_type or "unknown",
-            known=name is not None,
-            keep={part: _compile([*own.get(part, []), *common.get(part, [])]) for part in {**own, **common}},
-            quantize={component: _compile(patterns) for component, patterns in table["quantize"].items()},
-            fused=tuple(tuple(group) for group in table["fused"]),
+            architecture=str(config.get("model_type", "")) or "unknown",
+            known=table.name != GENERIC,
+            keep={component: _compile(patterns) for component, patterns in table.keep.items()},
+            quantize={component: _compile(patterns) for component, patterns in table.quantize.items()},
+            fused=table.fused,
         )
 
     def judge(self, tensor: TensorSpec) -> Verdict:
@@ -98,16 +91,6 @@ def is_linear(tensor: TensorSpec, component: str) -> bool:
     """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is not a table."""
     matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     return matrix and component not in {"embeddings", "norms"}
-
-
-def architectures() -> tuple[str, ...]:
-    """Every `model_type` that has rules of its own."""
-    return tuple(sorted(t for table in _tables()["architecture"].values() for t in table["model_types"]))
-
-
-@cache
-def _tables() -> dict[str, Any]:
-    return tomllib.loads(files("w8a8.plan").joinpath("architectures.toml").read_text(encoding="utf-8"))
 
 
 def _compile(patterns: Sequence[str]) -> re.Pattern[str]:

@@ -14,8 +14,9 @@ def heads_of(layer: nn.Module, group: Group) -> Heads | None:
     """How the producer's channels reach the consumers: None where one by one, else how query heads share them."""
     if group.kind != "value" or group.producer is None:
         return None
+    size: int = layer.get_submodule(group.producer.rpartition(".")[0]).head_dim  # the attention's
     channels = layer.get_submodule(group.producer).out_features
-    return channels // group.head_dim, layer.get_submodule(group.consumers[0]).in_features // channels, group.head_dim
+    return channels // size, layer.get_submodule(group.consumers[0]).in_features // channels, size
 
 
 def expand(scales: Tensor, heads: Heads | None) -> Tensor:

@@ -1,0 +1,185 @@
+"""The tables of `architectures.toml`, checked and as values: all that this tool knows of an architecture by name.
+
+`Rules` judges tensors by a table, `w8a8.recipes` folds by its groups, `w8a8.memory` counts by its `memory`.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Literal, get_args, get_type_hints
+
+GENERIC = "generic"
+Kind = Literal["norm", "linear", "value"]
+_KEYS = {"like", "model_types", "keep", "quantize", "fused", "groups", "memory"}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linear layers that read the same activations, and what makes these, if it can be rescaled; paths inside a layer.
+
+    `kind` says how the producer makes them (`w8a8.recipes.groups`), `offset` what a norm adds to its weight.
+    """
+
+    name: str
+    consumers: tuple[str, ...]
+    producer: str | None = None
+    kind: Kind | None = None
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """The last parts of the names of attention's projections, and of the norm of its keys."""
+
+    query: str
+    key: str
+    value: str
+    fused: str
+    key_norm: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinearAttention:
+    """Linear attention: its module in a layer, three of its tensors, and the config's key for a key head's size."""
+
+    module: str
+    conv: str
+    decay: str
+    gate: str
+    key_dim: str
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRules:
+    """What the memory count needs; `architectures.toml` says what each key means."""
+
+    defaults: Mapping[str, Any]
+    full_every: tuple[str, ...]
+    shared_layers: str
+    tables: tuple[str, ...]
+    mlp: tuple[str, ...]
+    mlp_fused: tuple[str, ...]
+    head_norms: tuple[str, ...]
+    attention: Attention
+    linear_attention: LinearAttention
+    by_vocabulary: tuple[str, ...]
+    by_rows: tuple[str, ...]
+    by_columns: tuple[str, ...]
+    split_towers: bool
+    video_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """One table, with what is common to all; `keep` and `quantize` are patterns by component."""
+
+    name: str
+    model_types: tuple[str, ...]
+    keep: Mapping[str, tuple[str, ...]]
+    quantize: Mapping[str, tuple[str, ...]]
+    fused: tuple[tuple[str, ...], ...]
+    groups: tuple[Group, ...]
+    memory: MemoryRules
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a model's config.json, by its `model_type`; the generic one where none is for it."""
+    model_type = str(config.get("model_type", ""))
+    return next((each for each in known().values() if model_type in each.model_types), known()[GENERIC])
+
+
+def architectures() -> tuple[str, ...]:
+    """Every `model_type` that has a table."""
+    return tuple(sorted(model_type for each in known().values() for model_type in each.model_types))
+
+
+@cache
+def known() -> Mapping[str, Architecture]:
+    """Every table by its name."""
+    return read(files("w8a8.plan").joinpath("architectures.toml").read_text(encoding="utf-8"))
+
+
+def read(text: str) -> Mapping[str, Architecture]:
+    """The tables of a TOML text by name. Raises `ValueError`, which says what is wrong where."""
+    values = tomllib.loads(text)
+    _check_keys(values, {"keep", "memory", "architecture"}, "the file")
+    tables: dict[str, Mapping[str, Any]] = {}
+    for name, table in values["architecture"].items():
+        _check_keys(table, _KEYS, name)
+        tables[name] = _inherit(table, tables, name)
+    return {name: _architecture(name, table, values["keep"], values["memory"]) for name, table in tables.items()}
+
+
+def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], where: str) -> Mapping[str, Any]:
+    """The table with what it takes from the one above that it is `like`."""
+    if "like" not in table:
+        return table
+    if table["like"] not in above:
+        raise ValueError(f"{where}: like = {table['like']!r} names no table above this one")
+    other = above[table["like"]]
+    return {**other, **table, "memory": {**other.get("memory", {}), **table.get("memory", {})}}
+
+
+def _architecture(
+    name: str, table: Mapping[str, Any], kept: Mapping[str, Any], memory: Mapping[str, Any]
+) -> Architecture:
+    own = table.get("keep", {})
+    if missing := {"model_types", "quantize", "fused"} - set(table):
+        raise ValueError(f"{name}: {', '.join(sorted(missing))} missing")
+    return Architecture(
+        name=name,
+        model_types=_strings(table["model_types"], f"{name}.model_types"),
+        keep={
+            part: (*_strings(own.get(part, []), f"{name}.keep"), *_strings(kept.get(part, []), "keep"))
+            for part in {**own, **kept}
+        },
+        quantize={part: _strings(globs, f"{name}.quantize") for part, globs in table["quantize"].items()},
+        fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
+        groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
+        memory=_record(MemoryRules, {**memory, **table.get("memory", {})}, f"{name}.memory"),
+    )
+
+
+def _group(table: Mapping[str, Any], where: str) -> Group:
+    where = f"{where}, {table.get('name')!r}"
+    _check_keys(table, {field.name for field in fields(Group)}, where)
+    consumers, producer, kind = table.get("consumers"), table.get("producer"), table.get("kind")
+    if not isinstance(table.get("name"), str) or not consumers:
+        raise ValueError(f"{where}: a group has a name and consumers")
+    if (producer is None) != (kind is None) or kind not in {*get_args(Kind), None}:
+        raise ValueError(f"{where}: kind is one of {', '.join(get_args(Kind))} where there is a producer, else absent")
+    if "offset" in table and (kind != "norm" or not isinstance(table["offset"], float)):
+        raise ValueError(f"{where}: offset is a number like 1.0 that a norm adds to its weight")
+    return Group(table["name"], _strings(consumers, where), producer, kind, table.get("offset", 0.0))
+
+
+def _record(kind: Any, table: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table that has exactly its fields, each of its type."""
+    types = get_type_hints(kind)
+    _check_keys(table, set(types), where)
+    if missing := set(types) - set(table):
+        raise ValueError(f"{where}: {', '.join(sorted(missing))} missing")
+    return kind(**{key: _value(types[key], table[key], f"{where}.{key}") for key in types})
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        return _record(kind, value, where)
+    if kind == tuple[str, ...]:
+        return _strings(value, where)
+    if (kind == Mapping[str, Any] and isinstance(value, dict)) or type(value) is kind:
+        return value
+    raise ValueError(f"{where}: {value!r} is of the wrong type")
+
+
+def _strings(values: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{where}: {values!r} is no list of strings")
+    return tuple(values)
+
+
+def _check_keys(table: Mapping[str, Any], allowed: set[str], where: str) -> None:
+    if unknown := set(table) - allowed:
+        raise ValueError(f"{where}: unknown {', '.join(sorted(unknown))}; there are {', '.join(sorted(allowed))}")
