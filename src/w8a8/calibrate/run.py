@@ -40,7 +40,8 @@ from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
-from w8a8.runtime.streamed import DTYPES, StreamedModel, forward, tokenizer
+from w8a8.runtime.loading import load_tokenizer
+from w8a8.runtime.streamed import DTYPES, StreamedModel, forward
 from w8a8.storage.folders import lock_folder
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
@@ -134,7 +135,7 @@ def _samples(
     limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if request.tokens > (limit or request.tokens):
         raise UsageError(f"--tokens {request.tokens}: {name} reads {limit} tokens at most")
-    samples = texts.cut(text, tokenizer(name, model.folder), samples=request.samples, tokens=request.tokens)
+    samples = texts.cut(text, load_tokenizer(name, model.folder), samples=request.samples, tokens=request.tokens)
     notice(f"calibrating on {len(samples)} samples of {request.tokens} tokens, {text.name}, on {model.device.type}")
     if len(samples) < request.samples:
         notice(f"{text.name} is too short for {request.samples} samples; a longer text does better")

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.stream import tensor_bytes
-from w8a8.errors import EngineError, UnsupportedModelError, W8A8Error, first_line
+from w8a8.errors import UnsupportedModelError
 from w8a8.runtime.linear import frozen
+from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
 from w8a8.runtime.quantizer import fit_to
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
@@ -196,35 +196,20 @@ def _same(one: Any, other: Any) -> bool:
     return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
 
 
-def tokenizer(name: str, folder: Path) -> Any:
-    """The tokenizer of a checkpoint. Raises EngineError."""
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        raise EngineError(f"{name}: its tokenizer cannot be loaded: {first_line(error)}") from error
-
-
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """What a decoder layer makes of `states` [samples, tokens, hidden]."""
     return states_of(layer(states, **kwargs))
 
 
 def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
-    """The model without weights: parameters on the meta device, buffers as computed."""
-    transformers.logging.set_verbosity_error()
-    try:
-        config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        architecture = (config.architectures or ["none"])[0]
-        kind = getattr(transformers, architecture, None)
-        if kind is None:
-            raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
+    """Build the model without weights: parameters on the meta device, buffers as computed."""
+    quiet()
+    with engine_errors(f"{name}: transformers cannot build it"):
+        config = load_config(checkpoint.path)
+        kind = model_class(name, config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)
         return model.eval().requires_grad_(requires_grad=False)
-    except W8A8Error:
-        raise
-    except Exception as error:
-        raise EngineError(f"{name}: transformers cannot build it: {first_line(error)}") from error
 
 
 def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) -> Any:

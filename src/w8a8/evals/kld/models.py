@@ -9,7 +9,6 @@ Element by element that is float32, which is exact for what BF16 logits differ b
 because a log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models differ.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint
-from w8a8.errors import EngineError, MissingExtraError, W8A8Error, first_line
+from w8a8.errors import EngineError, MissingExtraError, first_line
 from w8a8.evals.kld.windows import Window
 
 try:
     import torch
-    import transformers
 
-    import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
+    from w8a8.runtime.loading import engine_errors, load_config, load_model
     from w8a8.runtime.streamed import StreamedModel, forward
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
@@ -59,22 +57,11 @@ class Predictor:
 
         Raises EngineError, or what is wrong with the checkpoint.
         """
-        transformers.logging.set_verbosity_error()
-        if not sys.stderr.isatty():
-            transformers.logging.disable_progress_bar()
         self.name = name
-        try:
-            architecture = (_config(folder).architectures or ["none"])[0]
-            kind = getattr(transformers, architecture, None)
-            if kind is None:
-                raise EngineError(f"{name}: transformers {transformers.__version__} has no architecture {architecture}")
-            self.model = kind.from_pretrained(folder, dtype=dtype or "auto", device_map="auto").eval()
-        except W8A8Error:
-            raise
-        except Exception as error:
-            raise EngineError(f"{name}: transformers cannot load it: {first_line(error)}") from error
+        self.model = load_model(name, folder, dtype or "auto")
         if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
-            raise EngineError(f"{name}: {architecture} predicts no tokens; a model that generates text is needed")
+            kind = type(self.model).__name__
+            raise EngineError(f"{name}: {kind} predicts no tokens; a model that generates text is needed")
         self.device = self.model.device
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
@@ -152,11 +139,9 @@ def limits(name: str, folder: Path) -> tuple[int, int | None, int]:
 
     Raises EngineError.
     """
-    try:
-        config = _config(folder).get_text_config(decoder=True)
+    with engine_errors(f"{name}: its config cannot be read"):
+        config = load_config(folder).get_text_config(decoder=True)
         return int(config.vocab_size), getattr(config, "max_position_embeddings", None), int(config.num_hidden_layers)
-    except Exception as error:
-        raise EngineError(f"{name}: its config cannot be read: {first_line(error)}") from error
 
 
 def has_gpu() -> bool:
@@ -229,7 +214,3 @@ def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]
     norm = total.log() + largest[:, 0].double()
     place.check(norm, f"{name}: the logits are not numbers (NaN or infinity)")
     return weight, total, norm
-
-
-def _config(folder: Path) -> Any:
-    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -165,7 +165,7 @@ def prepare(
     cannot be loaded, DoesNotFitError where not even that fits, and UnwritableError where `out` could not be written.
     """
     from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu, limits
-    from w8a8.runtime.streamed import tokenizer
+    from w8a8.runtime.loading import load_tokenizer
 
     if tokens < 1 or context < MIN_CONTEXT:
         raise UsageError(f"--tokens must be at least 1, and --context at least {MIN_CONTEXT}")
@@ -178,7 +178,7 @@ def prepare(
         raise UsageError(f"{names[0]} knows {vocabulary:,} tokens, {names[1]} {other:,}: not a model and its copy")
     if context > (limit or context):
         raise UsageError(f"--context {context}: {names[0]} reads {limit} tokens at most")
-    tokenizers = [tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
+    tokenizers = [load_tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
     (documents, first), ours = [(tokenize(text, each), first_token(each)) for each in tokenizers]
     if (documents, first) != ours:
         raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")

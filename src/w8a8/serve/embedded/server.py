@@ -9,7 +9,6 @@ waits for any more (`guard`); and every error is the API's JSON. Their routes th
 import json
 import logging
 import socket
-import sys
 import threading
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import EngineError, MissingExtraError, PortInUseError, W8A8Error, first_line
+from w8a8.errors import EngineError, MissingExtraError, PortInUseError, first_line
 
 try:
     import transformers
@@ -33,7 +32,7 @@ try:
     from transformers.cli.serving.server import build_server
     from transformers.cli.serving.utils import BaseHandler, GenerationState, Modality
 
-    import w8a8.runtime  # noqa: F401 - teaches transformers to load the checkpoint
+    from w8a8.runtime.loading import engine_errors, load_model, quiet
     from w8a8.serve.embedded.batching import Batcher
     from w8a8.serve.embedded.guard import Guard, failure
     from w8a8.serve.embedded.protocol import ChatRequest, CompletionRequest, open_image
@@ -94,16 +93,13 @@ class OneModel(ModelManager):  # type: ignore[misc]
     """transformers' model manager, of a model that is loaded for good."""
 
     def __init__(self, name: str, folder: Path, max_model_len: int | None) -> None:
-        """Load the model. Raises whatever transformers does."""
+        """Load the model. Raises EngineError, or whatever transformers raises for the processor."""
         self.name = name
         self.created = int(time.time())
         self.processor = _processor(folder)
-        config = transformers.AutoConfig.from_pretrained(folder)
-        architecture = (config.architectures or ["none"])[0]
-        if not hasattr(transformers, architecture):
-            raise EngineError(f"{folder}: transformers {transformers.__version__} has no architecture {architecture}")
-        self.model = getattr(transformers, architecture).from_pretrained(folder, dtype="auto", device_map="auto").eval()
-        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) or DEFAULT_CONTEXT
+        self.model = load_model(name, folder)
+        text = self.model.config.get_text_config(decoder=True)
+        limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.context = min(limit, max_model_len or DEFAULT_CONTEXT)
         self.modality = self.get_model_modality(self.model, self.processor)
 
@@ -236,15 +232,9 @@ class _Server(uvicorn.Server):
 def _load(
     name: str, folder: Path, api_key: str | None, ready: Callable[[], None], max_model_len: int | None
 ) -> _Server:
-    transformers.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.logging.disable_progress_bar()
-    try:
+    quiet()
+    with engine_errors(f"{name}: transformers cannot load it"):
         manager = OneModel(name, folder, max_model_len)
-    except (W8A8Error, KeyboardInterrupt):
-        raise
-    except Exception as error:
-        raise EngineError(f"{name}: transformers cannot load it: {first_line(error)}") from error
     batcher = Batcher(manager.model, manager.context)
     return _Server(Guard(_app(manager, batcher), api_key), batcher, ready)
 
@@ -289,8 +279,7 @@ def _processor(folder: Path) -> Any:
     try:
         return transformers.AutoProcessor.from_pretrained(folder)
     except ImportError as error:
-        reason = str(error).strip().splitlines()[0]
-        logging.getLogger("uvicorn.error").warning("no images: the processor cannot be loaded (%s)", reason)
+        logging.getLogger("uvicorn.error").warning("no images: the processor cannot be loaded (%s)", first_line(error))
         return transformers.AutoTokenizer.from_pretrained(folder)
 
 
