@@ -10,6 +10,7 @@ import pytest
 
 import w8a8
 from w8a8.formats import FORMATS
+from w8a8.quantization import Options
 
 MAKE_GEMMA = Path(__file__).parents[1] / "scripts" / "make_gemma.py"
 
@@ -27,7 +28,7 @@ def gemma3_formats(gemma3: Path) -> Mapping[str, Path]:
     """The real Gemma 3 270M quantized, by format."""
     outs = {name: gemma3.with_name(f"gemma-3-270m-{name}") for name in FORMATS}
     for name, out in outs.items():
-        w8a8.quantize(gemma3, out, format=name)
+        w8a8.quantize(gemma3, out, Options(format=name))
     return outs
 
 

@@ -6,6 +6,7 @@ import pytest
 import w8a8
 from tests.checkpoints import LLAMA, llama_tensors
 from w8a8.checkpoint.header import write_header
+from w8a8.quantization import Options
 
 
 def test_an_unquantized_checkpoint_is_described(llama: Path) -> None:
@@ -18,7 +19,7 @@ def test_an_unquantized_checkpoint_is_described(llama: Path) -> None:
 
 @pytest.mark.parametrize("format", ["quark", "compressed-tensors"])
 def test_our_results_are_recognised(llama: Path, tmp_path: Path, format: str) -> None:  # noqa: A002
-    w8a8.quantize(llama, tmp_path / "out", format=format)
+    w8a8.quantize(llama, tmp_path / "out", Options(format=format))
     found = w8a8.inspect(tmp_path / "out")
     assert found.w8a8
     assert found.scheme.startswith(format)

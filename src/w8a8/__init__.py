@@ -20,16 +20,18 @@ if TYPE_CHECKING:
     from w8a8.inspection import Inspection, inspect
     from w8a8.memory import Fit, fit
     from w8a8.plan import Plan
-    from w8a8.quantization import QuantizeResult, dry_run, quantize
-    from w8a8.verification.run import VerifyResult, verify
+    from w8a8.quantization import Options, QuantizeResult, dry_run, quantize
+    from w8a8.verification.result import VerifyResult
+    from w8a8.verification.run import verify
 
 _HOME = {
     "Checkpoint": "w8a8.checkpoint",
     "Fit": "w8a8.memory",
     "Inspection": "w8a8.inspection",
+    "Options": "w8a8.quantization",
     "Plan": "w8a8.plan",
     "QuantizeResult": "w8a8.quantization",
-    "VerifyResult": "w8a8.verification.run",
+    "VerifyResult": "w8a8.verification.result",
     "W8A8Error": "w8a8.errors",
     "dry_run": "w8a8.quantization",
     "fit": "w8a8.memory",
@@ -42,6 +44,7 @@ __all__ = [
     "Checkpoint",
     "Fit",
     "Inspection",
+    "Options",
     "Plan",
     "QuantizeResult",
     "VerifyResult",

@@ -1,15 +1,15 @@
 """`w8a8 quantize`: a checkpoint in, a W8A8 checkpoint out.
 
-The job as it reads: find the source, open it by its headers, plan, calibrate if a recipe wants it, execute.
+The job as it reads: find the source, open it by its headers, plan, calibrate if a recipe asks for it, execute.
 """
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from w8a8.calibrate.request import SAMPLES, TOKENS, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
@@ -21,7 +21,42 @@ from w8a8.version import __version__
 if TYPE_CHECKING:
     from w8a8.execute.shard import Finished
 
-Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+Advance = Callable[[int], None]
+Notice = Callable[[str], None]
+Progress = Callable[[int], AbstractContextManager[Advance]]
+"""Given a number of layers, a context whose value is called with numbers of layers as they are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What decides the bytes of a result, besides its source.
+
+    Attributes:
+        format: `quark` (the default) or `compressed-tensors`: the same codes and scales, spelled differently.
+        compat: reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`.
+        include: globs over tensor or module names to quantize although the rules would not.
+        exclude: globs to leave unquantized; they win over `include`.
+        recipe: `rtn` rounds to nearest; `smooth`, `smooth+gptq` and `auto` choose scales and codes by what they do to
+            a text. Default: `rtn`, and `auto` where `calibration` is given. Needs torch and transformers.
+        calibration: the text: a file, JSONL, or the name of a data set; default: a small built-in one.
+        samples: number of samples of the text, at most.
+        tokens: tokens per sample.
+        keep_bf16: share by which the result may grow (`2%`) so that the most damaged layers stay in BF16.
+    """
+
+    format: str | None = None
+    compat: str | None = None
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    recipe: str | None = None
+    calibration: str | None = None
+    samples: int = SAMPLES
+    tokens: int = TOKENS
+    keep_bf16: str | None = None
+
+    def request(self) -> Request | None:
+        """What is asked of calibration; None for `rtn`. Raises `UsageError` where options contradict each other."""
+        return request(self.recipe, self.calibration, self.samples, self.tokens, self.keep_bf16, self.compat)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +77,7 @@ class QuantizeResult:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done, before a weight is read. `make` makes the plan, given what calibration adds to it."""
+    """A run before any weight is read. `make` makes the plan, given what calibration adds to it."""
 
     source: Source
     checkpoint: Checkpoint
@@ -53,97 +88,71 @@ class Job:
     finished: Mapping[str, "Finished"] = field(default_factory=dict)
 
 
-def prepare(
-    source: str | Path,
-    *,
-    format: str | None = None,  # noqa: A002 - the option's name
-    compat: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    recipe: str | None = None,
-    calibration: str | None = None,
-    samples: int = SAMPLES,
-    tokens: int = TOKENS,
-    keep_bf16: str | None = None,
-) -> Job:
-    """Find, open and plan; see `quantize` for the arguments."""
-    asked = request(recipe, calibration, samples, tokens, keep_bf16, compat)
+def prepare(source: str | Path, options: Options = Options()) -> Job:
+    """Find, open and plan; reads headers only. Raises `W8A8Error`."""
+    # 1) the request has to make sense before anything is downloaded
+    asked = options.request()
+    # 2) the source, by its headers
     found = resolve(source)
     checkpoint = Checkpoint.open(found.path)
-    fmt = get_format(format, compat, checkpoint.config)
-    metadata = {"w8a8_version": __version__, "w8a8_source": _label(found), "w8a8_format": fmt.label}
-    name = asked.recipe if asked else "rtn"
+    # 3) the plan
+    fmt = get_format(options.format, options.compat, checkpoint.config)
+    recipe = asked.recipe if asked else "rtn"
     make = partial(
         make_plan,
         checkpoint,
         fmt,
         source=found.name,
         revision=found.revision,
-        recipe=name,
-        include=include,
-        exclude=exclude,
-        metadata={**metadata, "w8a8_recipe": name},
+        recipe=recipe,
+        include=options.include,
+        exclude=options.exclude,
+        metadata={
+            "w8a8_version": __version__,
+            "w8a8_source": found.name + (f"@{found.revision}" if found.revision else ""),
+            "w8a8_format": fmt.label,
+            "w8a8_recipe": recipe,
+        },
     )
     return Job(found, checkpoint, fmt, make(), make, asked)
 
 
-def dry_run(source: str | Path, **options: Any) -> Plan:
+def dry_run(source: str | Path, options: Options = Options()) -> Plan:
     """Say what `quantize` with the same options would do, from headers alone, and before any calibration."""
-    return prepare(source, **options).plan
+    return prepare(source, options).plan
 
 
 def quantize(
     source: str | Path,
     out: str | Path,
+    options: Options = Options(),
     *,
-    format: str | None = None,  # noqa: A002
-    compat: str | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    recipe: str | None = None,
-    calibration: str | None = None,
-    samples: int = SAMPLES,
-    tokens: int = TOKENS,
-    keep_bf16: str | None = None,
     overwrite: bool = False,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda _: None,
-    notice: Callable[[str], None] = lambda _: None,
+    advance: Advance = lambda _: None,
+    notice: Notice = lambda _: None,
 ) -> QuantizeResult:
     """Quantize the checkpoint `source` (a folder or Hub id `org/name[@revision]`) into the new folder `out`.
 
     Weights become INT8 [out, in] with one float32 scale per output channel (amax/127), symmetric, rounded half to
-    even; activations are left to the engine: INT8 per token, dynamic. `format` is `quark` (the default) or
-    `compressed-tensors`; `compat` (`quark-0.11`, `quark-0.13`, `llm-compressor-0.14`) reproduces that tool's bits
-    instead. `include` and `exclude` are globs over tensor or module names. `workers` shards are worked on at once.
-    `advance` is called with numbers of source bytes as they are done, `notice` with sentences for the user.
+    even; the engine quantizes activations: INT8 per token, dynamic. `out` appears once it is whole; an interrupted run
+    goes on when it is called again with the same arguments.
 
-    A `recipe` other than `rtn` (`smooth`, `smooth+gptq`, `auto`) chooses scales and codes by what they do to `samples`
-    of `tokens` tokens of the text `calibration`: a file, JSONL, or the name of a data set, by default a small built-in
-    text. With a text, `auto` is the default. `keep_bf16`, as in `2%`, is the share by which the result may grow for
-    layers that lose most to be left as they are. This needs torch and transformers.
+    Args:
+        source: the checkpoint to quantize, safetensors in BF16, F16 or F32.
+        out: the folder to create.
+        options: format, recipe, and which tensors.
+        overwrite: replace `out`, once the new one is whole.
+        workers: shards to work on at once; default: one per core, at most 8.
+        advance: called with numbers of source bytes as they are done.
+        notice: called with sentences for the user.
 
-    An interrupted run is resumed by calling again with the same arguments. Raises `w8a8.W8A8Error`.
+    Raises:
+        W8A8Error: whatever went wrong; `out` is untouched.
     """
-    job = prepare(
-        source,
-        format=format,
-        compat=compat,
-        include=include,
-        exclude=exclude,
-        recipe=recipe,
-        calibration=calibration,
-        samples=samples,
-        tokens=tokens,
-        keep_bf16=keep_bf16,
-    )
+    job = prepare(source, options)
     with calibrated(job, out, overwrite=overwrite, notice=notice) as ready:
         return run(ready, out, overwrite=overwrite, workers=workers, advance=advance, notice=notice)
-
-
-@contextmanager
-def _unshown(_layers: int) -> Iterator[Callable[[int], None]]:
-    yield lambda _: None
 
 
 @contextmanager
@@ -152,13 +161,10 @@ def calibrated(
     out: str | Path,
     *,
     overwrite: bool = False,
-    progress: Progress = _unshown,
-    notice: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _layers: nullcontext(lambda _: None),
+    notice: Notice = lambda _: None,
 ) -> Iterator[Job]:
-    """The job with what calibration adds to it, if a recipe wants any; `run` it before the context ends.
-
-    `progress(layers)` gives a context, whose value is called with numbers of layers as they are done.
-    """
+    """Add to the job what calibration finds, if a recipe asks for any; `run` it before the context ends."""
     if job.request is None:
         yield job
         return
@@ -187,8 +193,8 @@ def run(
     *,
     overwrite: bool = False,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda _: None,
-    notice: Callable[[str], None] = lambda _: None,
+    advance: Advance = lambda _: None,
+    notice: Notice = lambda _: None,
 ) -> QuantizeResult:
     """Carry out a prepared job; see `quantize`."""
     from w8a8.execute import execute
@@ -208,7 +214,3 @@ def run(
         finished=job.finished,
     )
     return QuantizeResult(job.checkpoint.path, Path(out), job.plan, time.perf_counter() - start, resumed)
-
-
-def _label(source: Source) -> str:
-    return source.name + (f"@{source.revision}" if source.revision else "")

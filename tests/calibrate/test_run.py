@@ -22,7 +22,7 @@ from tests.checkpoints import folder_bytes
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
 from w8a8.inspection import inspect
-from w8a8.quantization import calibrated, prepare, run
+from w8a8.quantization import Options, calibrated, prepare, run
 from w8a8.runtime import W8A8Linear
 from w8a8.texts.samples import cut, load
 
@@ -79,7 +79,7 @@ def states_after(out: Path, sample: tuple[int, ...]) -> Any:
 )
 def test_the_result_runs_as_it_was_simulated(kind: str, recipe: str, text: Path, tmp_path: Path) -> None:
     source, out = make(tmp_path / "model", kind), tmp_path / "out"
-    job = prepare(source, recipe=recipe, calibration=str(text), **SIZES)
+    job = prepare(source, Options(recipe=recipe, calibration=str(text), **SIZES))
     with calibrated(job, out) as ready:
         [states] = (tmp_path / ".out.w8a8-calibration").rglob("states-00003.bin")
         simulated = np.fromfile(states, np.float32).reshape(9, 48, 64)
@@ -94,7 +94,7 @@ def test_the_result_runs_as_it_was_simulated(kind: str, recipe: str, text: Path,
 def test_formats_hold_the_same_codes_and_say_how_they_were_made(source: Path, text: Path, tmp_path: Path) -> None:
     outs = [tmp_path / name for name in ("quark", "compressed-tensors")]
     for out in outs:
-        w8a8.quantize(source, out, format=out.name, recipe="smooth", calibration=str(text), **SIZES)
+        w8a8.quantize(source, out, Options(format=out.name, recipe="smooth", calibration=str(text), **SIZES))
     one, other = map(Checkpoint.open, outs)
     for name, tensor in one.tensors.items():
         twin = other.tensors[name]
@@ -111,8 +111,8 @@ def test_formats_hold_the_same_codes_and_say_how_they_were_made(source: Path, te
 @pytest.mark.parametrize("after", [1, 2])
 def test_interrupted_it_goes_on_with_the_next_layer(source: Path, text: Path, tmp_path: Path, after: int) -> None:
     options: dict[str, Any] = {"recipe": "smooth+gptq", "calibration": str(text), **SIZES}
-    w8a8.quantize(source, tmp_path / "whole", **options)
-    job, out = prepare(source, **options), tmp_path / "out"
+    w8a8.quantize(source, tmp_path / "whole", Options(**options))
+    job, out = prepare(source, Options(**options)), tmp_path / "out"
     with (
         pytest.raises(KeyboardInterrupt),
         calibrated(job, out, progress=lambda layers: stopping(after, layers)),
@@ -124,7 +124,7 @@ def test_interrupted_it_goes_on_with_the_next_layer(source: Path, text: Path, tm
     (home / f"layer-{after:05}.safetensors").write_bytes(b"half of a lay")
     (home / f"states-{after + 1:05}.bin").write_bytes(b"half of the states")
     said: list[str] = []
-    w8a8.quantize(source, out, **options, notice=said.append)
+    w8a8.quantize(source, out, Options(**options), notice=said.append)
     assert f"resuming: {after} of 3 layers are calibrated already" in said
     assert not any(line.startswith("measuring") for line in said)
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
@@ -135,23 +135,23 @@ def test_interrupted_while_costs_are_measured_it_measures_them_again(
     source: Path, text: Path, tmp_path: Path, after: int
 ) -> None:
     options: dict[str, Any] = {"recipe": "smooth", "calibration": str(text), **SIZES}
-    job, out = prepare(source, **options), tmp_path / "out"
+    job, out = prepare(source, Options(**options)), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt), calibrated(job, out, progress=lambda layers: stopping(after, layers, of=6)):
         pass
     (tmp_path / ".out.w8a8-calibration" / "costs.safetensors").write_bytes(b"half of the cos")
-    w8a8.quantize(source, out, **options)
-    w8a8.quantize(source, tmp_path / "whole", **options)
+    w8a8.quantize(source, out, Options(**options))
+    w8a8.quantize(source, tmp_path / "whole", Options(**options))
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 
 def test_another_text_starts_over(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job = prepare(source, calibration=str(text), **SIZES)
+    job = prepare(source, Options(calibration=str(text), **SIZES))
     with pytest.raises(KeyboardInterrupt), calibrated(job, out, progress=lambda layers: stopping(1, layers)):
         pass
     text.write_text(text.read_text().replace("miller", "farmer"))
     said: list[str] = []
-    w8a8.quantize(source, out, calibration=str(text), **SIZES, notice=said.append)
+    w8a8.quantize(source, out, Options(calibration=str(text), **SIZES), notice=said.append)
     assert not any("resuming" in sentence for sentence in said)
 
 
@@ -169,13 +169,15 @@ def test_killed_it_goes_on_to_the_same_result(text: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
     done = python(*command[1:])
     assert done.returncode == 0, done.stderr
-    w8a8.quantize(source, tmp_path / "whole", recipe="smooth", calibration=str(text), **SIZES)
+    w8a8.quantize(source, tmp_path / "whole", Options(recipe="smooth", calibration=str(text), **SIZES))
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_layers_left_out_stay_as_they_are(source: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    w8a8.quantize(source, out, calibration=str(text), exclude=["*.layers.1.*", "*.layers.2.mlp.down_proj"], **SIZES)
+    w8a8.quantize(
+        source, out, Options(calibration=str(text), exclude=["*.layers.1.*", "*.layers.2.mlp.down_proj"], **SIZES)
+    )
     before, after = Checkpoint.open(source), Checkpoint.open(out)
     kept = [name for name in before.tensors if ".layers.1." in name or name.endswith("2.mlp.down_proj.weight")]
     for name in kept:
@@ -189,8 +191,8 @@ def test_layers_left_out_stay_as_they_are(source: Path, text: Path, tmp_path: Pa
 def test_a_budget_keeps_whole_groups_in_bf16(source: Path, text: Path, tmp_path: Path) -> None:
     plain, out = tmp_path / "plain", tmp_path / "out"
     options: dict[str, Any] = {"recipe": "smooth", "calibration": str(text), **SIZES}
-    w8a8.quantize(source, plain, **options)
-    result = w8a8.quantize(source, out, **options, keep_bf16="10%")
+    w8a8.quantize(source, plain, Options(**options))
+    result = w8a8.quantize(source, out, Options(**options, keep_bf16="10%"))
     kept = [d for d in result.plan.decisions if d.reason.startswith("--keep-bf16")]
     assert kept
     assert {d.tensor.name.removesuffix(".weight") for d in kept} <= set(result.plan.exclude)
@@ -218,35 +220,35 @@ def test_a_budget_keeps_whole_groups_in_bf16(source: Path, text: Path, tmp_path:
 )
 def test_impossible_options_are_refused(source: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        prepare(source, **options)
+        prepare(source, Options(**options))
 
 
 def test_a_text_is_what_makes_a_recipe_the_default(source: Path, text: Path) -> None:
     assert prepare(source).plan.recipe == "rtn"
-    assert prepare(source, calibration=str(text)).plan.recipe == "auto"
+    assert prepare(source, Options(calibration=str(text))).plan.recipe == "auto"
 
 
 def test_texts_and_models_that_do_not_go_together_are_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="too few for 2 samples"):
-        w8a8.quantize(source, out, calibration=str(tmp_path / "empty.txt"), tokens=64)
+        w8a8.quantize(source, out, Options(calibration=str(tmp_path / "empty.txt"), tokens=64))
     with pytest.raises(UsageError, match="256 tokens at most"):
-        w8a8.quantize(source, out, recipe="auto", tokens=257)
+        w8a8.quantize(source, out, Options(recipe="auto", tokens=257))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "llama"]
 
 
 def test_an_architecture_without_groups_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "olmo", "Olmo2")
     with pytest.raises(UnsupportedModelError, match="no recipe knows the layers of olmo2"):
-        w8a8.quantize(source, tmp_path / "out", recipe="auto", tokens=48)
+        w8a8.quantize(source, tmp_path / "out", Options(recipe="auto", tokens=48))
 
 
 def test_a_target_that_is_there_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(TargetExistsError):
-        w8a8.quantize(source, tmp_path / "out", recipe="auto", tokens=257)
+        w8a8.quantize(source, tmp_path / "out", Options(recipe="auto", tokens=257))
 
 
 def test_a_weight_that_is_no_number_is_named(source: Path, text: Path, tmp_path: Path) -> None:
@@ -255,7 +257,7 @@ def test_a_weight_that_is_no_number_is_named(source: Path, text: Path, tmp_path:
         file.seek(tensor.offset)
         file.write(b"\xff\xff")
     with pytest.raises(NonFiniteWeightError, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        w8a8.quantize(source, tmp_path / "out", calibration=str(text), **SIZES)
+        w8a8.quantize(source, tmp_path / "out", Options(calibration=str(text), **SIZES))
 
 
 def test_a_disk_too_small_is_known_before_the_work(
@@ -263,7 +265,7 @@ def test_a_disk_too_small_is_known_before_the_work(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10**6}))
     with pytest.raises(DiskFullError, match="calibrating needs"):
-        w8a8.quantize(source, tmp_path / "out", calibration=str(text), **SIZES)
+        w8a8.quantize(source, tmp_path / "out", Options(calibration=str(text), **SIZES))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["llama", "miller.txt"]
 
 

@@ -81,14 +81,14 @@ def test_a_tensor_without_elements_has_no_blocks() -> None:
 
 def test_every_block_arrives_with_its_bytes_and_the_digest_sees_them_all(file: Path) -> None:
     digest = hashlib.sha256()
-    data = b"".join(bytes(view) for _, view in stream(file, blocks_of(file.stat().st_size), threading.Event(), digest))
+    data = b"".join(bytes(view) for _, view in stream(file, blocks_of(file.stat().st_size), digest=digest))
     assert data == file.read_bytes()
     assert digest.hexdigest() == hashlib.sha256(data).hexdigest() == file_sha256(file)
 
 
 def test_a_file_that_became_shorter_is_an_error(file: Path) -> None:
     blocks = blocks_of(file.stat().st_size)
-    with closing(stream(file, blocks, threading.Event())) as read:
+    with closing(stream(file, blocks)) as read:
         next(read)
         os.truncate(file, 50 * BLOCK)
         with pytest.raises(SourceChangedError, match="became shorter"):
@@ -97,17 +97,17 @@ def test_a_file_that_became_shorter_is_an_error(file: Path) -> None:
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="No such file"):
-        list(stream(tmp_path / "none", blocks_of(1), threading.Event()))
+        list(stream(tmp_path / "none", blocks_of(1)))
 
 
 def test_a_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UnreadableError, match="directory"):
-        list(stream(tmp_path, blocks_of(1), threading.Event()))
+        list(stream(tmp_path, blocks_of(1)))
 
 
 def test_a_stop_reaches_the_consumer_after_at_most_the_filled_buffers(file: Path) -> None:
     stop, seen = threading.Event(), 0
-    with closing(stream(file, blocks_of(file.stat().st_size), stop)) as read, suppress(Stopped):
+    with closing(stream(file, blocks_of(file.stat().st_size), stop.is_set)) as read, suppress(Stopped):
         for _ in read:
             stop.set()
             seen += 1
@@ -116,7 +116,7 @@ def test_a_stop_reaches_the_consumer_after_at_most_the_filled_buffers(file: Path
 
 
 def test_closing_it_early_ends_its_thread(file: Path) -> None:
-    with closing(stream(file, blocks_of(file.stat().st_size), threading.Event())) as read:
+    with closing(stream(file, blocks_of(file.stat().st_size))) as read:
         next(read)
         assert readers()
     assert not readers()

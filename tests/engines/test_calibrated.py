@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import w8a8
 import w8a8.runtime
+from w8a8.quantization import Options
 
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k" / "test.jsonl"
 QUESTIONS = 6
@@ -53,7 +54,7 @@ def checkpoints(
 ) -> tuple[Path, ...]:
     """BF16, rounded to nearest, and calibrated on the built-in text."""
     calibrated = tmp_path_factory.mktemp("calibrated") / "gemma-3-270m"
-    w8a8.quantize(gemma3, calibrated, recipe="smooth+gptq", samples=4, tokens=128)
+    w8a8.quantize(gemma3, calibrated, Options(recipe="smooth+gptq", samples=4, tokens=128))
     return gemma3, gemma3_formats["quark"], calibrated
 
 

@@ -21,6 +21,7 @@ import w8a8
 import w8a8.runtime
 from tests.checkpoints import llama_tensors, write_checkpoint
 from w8a8.formats import FORMATS
+from w8a8.quantization import Options
 from w8a8.serve.installed import find
 from w8a8.vllm_plugin.rule import known
 
@@ -113,7 +114,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     tensors["lm_head.weight"] = (dtype, values * np.float32(20))
     source = write_checkpoint(folder / "source", tensors, config=CONFIG)
     for name in FORMATS:
-        w8a8.quantize(source, folder / name, format=name)
+        w8a8.quantize(source, folder / name, Options(format=name))
     return {name: folder / name for name in FORMATS}
 
 

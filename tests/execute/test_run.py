@@ -28,6 +28,7 @@ from w8a8.errors import (
     UnwritableError,
     UsageError,
 )
+from w8a8.quantization import Options
 
 Tensors = dict[str, tuple[str, Array]]
 
@@ -101,7 +102,7 @@ def test_an_empty_shard_is_carried_along(source: Path, out: Path) -> None:
 
 
 def test_an_existing_out_stays_as_it_is(source: Path, out: Path) -> None:
-    w8a8.quantize(source, out, format="compressed-tensors")
+    w8a8.quantize(source, out, Options(format="compressed-tensors"))
     before = folder_bytes(out)
     code, result, stderr = runs.quantize(source, out)
     assert (code, result["error"]) == (40, "TargetExistsError")
@@ -111,7 +112,7 @@ def test_an_existing_out_stays_as_it_is(source: Path, out: Path) -> None:
 
 
 def test_overwriting_gives_what_a_new_folder_gives(source: Path, out: Path) -> None:
-    w8a8.quantize(source, out, format="compressed-tensors")
+    w8a8.quantize(source, out, Options(format="compressed-tensors"))
     (out / "stale.txt").write_text("of the old one")
     w8a8.quantize(source, out, overwrite=True)
     w8a8.quantize(source, out.with_name("fresh"))
@@ -120,7 +121,7 @@ def test_overwriting_gives_what_a_new_folder_gives(source: Path, out: Path) -> N
 
 
 def test_a_failed_overwriting_leaves_the_old(source: Path, out: Path) -> None:
-    w8a8.quantize(source, out, format="compressed-tensors")
+    w8a8.quantize(source, out, Options(format="compressed-tensors"))
     before = folder_bytes(out)
 
     def advance(_count: int) -> None:
@@ -148,7 +149,7 @@ def test_a_link_into_the_source_is_seen_through(source: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("dangling", [False, True])
 def test_a_link_leads_to_where_the_result_goes(source: Path, tmp_path: Path, out: Path, *, dangling: bool) -> None:
     if not dangling:
-        w8a8.quantize(source, tmp_path / "disk" / "real", format="compressed-tensors")
+        w8a8.quantize(source, tmp_path / "disk" / "real", Options(format="compressed-tensors"))
     out.symlink_to("disk/real")
     w8a8.quantize(source, out, overwrite=True)
     assert out.is_symlink()

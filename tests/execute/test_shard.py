@@ -1,8 +1,12 @@
 import hashlib
 import json
 import os
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,8 @@ from w8a8 import quantize
 from w8a8.checkpoint import Checkpoint, Shard, stream
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import NonFiniteWeightError, SourceChangedError, UnreadableError
-from w8a8.execute.shard import ShardRecord, quantize_shard
+from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
+from w8a8.formats import COMPATS, get_format
 from w8a8.formats.arithmetic import EXACT, round_to
 from w8a8.plan import ShardPlan
 from w8a8.plan.layout import ScaleSpec, lay_out
@@ -101,7 +106,7 @@ def run_shard(
     source: Path, shard: Shard, plan: ShardPlan, target: Path, advance: Callable[[int], None] = lambda _: None
 ) -> ShardRecord:
     header = write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in plan.writes), {})
-    return quantize_shard(source, shard, plan, header, target, EXACT, threading.Event(), advance, {})
+    return quantize_shard(ShardJob(source, shard, plan, header, target, EXACT), advance=advance)
 
 
 @settings(max_examples=150, deadline=None)
@@ -190,7 +195,7 @@ def rewrite(path: Path) -> None:
         file.write(b"\x01")
 
 
-def replace(path: Path) -> None:
+def exchange(path: Path) -> None:
     """Put another file in its place, size and time as before."""
     new, status = path.with_suffix(".new"), path.stat()
     new.write_bytes(path.read_bytes())
@@ -198,7 +203,7 @@ def replace(path: Path) -> None:
     new.rename(path)
 
 
-@pytest.mark.parametrize("change", [shorten, rewrite, replace])
+@pytest.mark.parametrize("change", [shorten, rewrite, exchange])
 @pytest.mark.parametrize("block", [1024, 1 << 22])
 def test_a_source_that_changes_while_it_is_read_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], block: int
@@ -240,3 +245,21 @@ def test_a_failed_run_leaves_out_absent_and_its_source_alone(tmp_path: Path) -> 
         quantize(source, tmp_path / "out")
     assert names(tmp_path) == ["source"]
     assert folder_bytes(source) == before
+
+
+CARRY_OUT = "import pickle, sys; from w8a8.execute.shard import quantize_shard; \
+print(quantize_shard(pickle.load(sys.stdin.buffer)).sha256)"
+
+
+@pytest.mark.parametrize("compat", [None, *COMPATS])
+def test_a_job_is_a_value_that_another_process_carries_out_alike(tmp_path: Path, compat: str | None) -> None:
+    values = np.linspace(-1, 1, 64 * 512, dtype=np.float32).reshape(64, 512)
+    source, shard, _ = one_shard(tmp_path, {"w.weight": ("BF16", values)})
+    plan = lay_out(shard.name, shard.tensors, scales_of(shard))
+    header = write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in plan.writes), {})
+    job = ShardJob(source, shard, plan, header, tmp_path / "here", get_format(compat=compat).arithmetic)
+    here = quantize_shard(job)
+    there = replace(job, target=tmp_path / "there")
+    run = subprocess.run([sys.executable, "-c", CARRY_OUT], input=pickle.dumps(there), capture_output=True, check=True)
+    assert run.stdout.decode().strip() == here.sha256
+    assert (tmp_path / "there").read_bytes() == (tmp_path / "here").read_bytes()

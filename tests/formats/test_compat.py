@@ -14,6 +14,7 @@ import pytest
 import w8a8
 from tests.checkpoints import read_tensor
 from w8a8.checkpoint import Checkpoint
+from w8a8.quantization import Options
 
 EXTRA = Path(__file__).parents[1] / "golden-extra"
 TOOLS = {
@@ -46,14 +47,14 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 @pytest.mark.parametrize("tool", TOOLS)
 def test_compat_reproduces_the_tools_tensors_and_config(tool: str, golden: Path, tmp_path: Path) -> None:
-    w8a8.quantize(golden / "source", tmp_path / "out", compat=TOOLS[tool])
+    w8a8.quantize(golden / "source", tmp_path / "out", Options(compat=TOOLS[tool]))
     assert_same(tmp_path / "out", golden / tool)
 
 
 @pytest.mark.parametrize("case", ["rand-bf16", "rand-fp16", "rand-fp32"])
 @pytest.mark.parametrize("tool", ["quark-0.13", "llmcompressor-0.14.0.1"])
 def test_compat_reproduces_every_dtype(case: str, tool: str, tmp_path: Path) -> None:
-    w8a8.quantize(EXTRA / case / "source", tmp_path / "out", compat=TOOLS[tool], include=["*.one", "*.thin"])
+    w8a8.quantize(EXTRA / case / "source", tmp_path / "out", Options(compat=TOOLS[tool], include=["*.one", "*.thin"]))
     assert_same(tmp_path / "out", EXTRA / case / tool)
 
 
@@ -64,12 +65,12 @@ def test_compat_reproduces_quark_011_whose_scales_depend_on_the_configs_torch_dt
 ) -> None:
     source = shutil.copytree(EXTRA / case / "source", tmp_path / "source")
     shutil.copy(EXTRA / case / f"config-torch_dtype-{torch_dtype}.json", source / "config.json")
-    w8a8.quantize(source, tmp_path / "out", compat="quark-0.11", include=["*.one", "*.thin"])
+    w8a8.quantize(source, tmp_path / "out", Options(compat="quark-0.11", include=["*.one", "*.thin"]))
     assert_same(tmp_path / "out", EXTRA / case / f"quark-0.11.2-torch_dtype-{torch_dtype}")
 
 
 @pytest.mark.parametrize("tool", ["quark-0.11.2", "quark-0.13"])
 def test_compat_reproduces_shards_of_mixed_dtypes(tool: str, tmp_path: Path) -> None:
     linears = ["z.first", "a.second", "m.third", "b.w_up", "b.é"]
-    w8a8.quantize(EXTRA / "mixed-sharded/source", tmp_path / "out", compat=TOOLS[tool], include=linears)
+    w8a8.quantize(EXTRA / "mixed-sharded/source", tmp_path / "out", Options(compat=TOOLS[tool], include=linears))
     assert_same(tmp_path / "out", EXTRA / "mixed-sharded" / tool)

@@ -13,6 +13,7 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import UsageError
 from w8a8.formats import COMPATS, FORMATS, Selection, get_format
 from w8a8.plan import module_name
+from w8a8.quantization import Options
 
 
 def ignored(entries: list[str], module: str) -> bool:
@@ -27,7 +28,7 @@ def quantized_modules(family: Family) -> set[str]:
 def test_both_formats_hold_the_same_codes_and_scales(llama: Path, tmp_path: Path) -> None:
     opened = []
     for name in FORMATS:
-        w8a8.quantize(llama, tmp_path / name, format=name)
+        w8a8.quantize(llama, tmp_path / name, Options(format=name))
         opened.append(Checkpoint.open(tmp_path / name))
     quark, compressed = opened
     assert quark.tensors.keys() == compressed.tensors.keys()
@@ -44,7 +45,7 @@ def test_both_formats_hold_the_same_codes_and_scales(llama: Path, tmp_path: Path
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_scales_are_amax_over_127(name: str, llama: Path, tmp_path: Path) -> None:
-    w8a8.quantize(llama, tmp_path / "out", format=name)
+    w8a8.quantize(llama, tmp_path / "out", Options(format=name))
     source, out = Checkpoint.open(llama), Checkpoint.open(tmp_path / "out")
     weight = "model.layers.0.mlp.down_proj.weight"
     raw = np.frombuffer(read_tensor(source, source.tensors[weight]), np.uint16).reshape(source.tensors[weight].shape)

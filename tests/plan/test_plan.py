@@ -12,6 +12,7 @@ from w8a8.checkpoint import Checkpoint
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, UsageError
 from w8a8.formats import COMPATS, FORMATS
 from w8a8.plan import Plan, module_name
+from w8a8.quantization import Options
 
 FORMAT_OPTIONS: list[dict[str, Any]] = [*({"format": f} for f in FORMATS), *({"compat": c} for c in COMPATS)]
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -202,14 +203,14 @@ def test_a_plan_survives_json(name: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("options", FORMAT_OPTIONS)
 def test_the_same_source_gives_the_same_plan(llama: Path, options: dict[str, Any]) -> None:
-    first, second = w8a8.dry_run(llama, **options), w8a8.dry_run(llama, **options)
+    first, second = w8a8.dry_run(llama, Options(**options)), w8a8.dry_run(llama, Options(**options))
     assert first == second
     assert first.fingerprint() == second.fingerprint()
 
 
 def test_what_changes_the_result_changes_the_fingerprint(llama: Path) -> None:
-    plans = [w8a8.dry_run(llama, **options) for options in FORMAT_OPTIONS]
-    plans.append(w8a8.dry_run(llama, exclude=["*.o_proj"]))
+    plans = [w8a8.dry_run(llama, Options(**options)) for options in FORMAT_OPTIONS]
+    plans.append(w8a8.dry_run(llama, Options(exclude=["*.o_proj"])))
     assert len({plan.fingerprint() for plan in plans}) == len(plans)
 
 
@@ -220,9 +221,9 @@ def test_bytes_out_is_what_the_result_takes_on_disk(options: dict[str, Any], tmp
         "ids": ("I64", np.arange(3)),
     }
     source = write_checkpoint(tmp_path / "source", {**odd, **llama_tensors(), "x.flag": ("BOOL", np.ones(3, np.uint8))})
-    result = w8a8.quantize(source, tmp_path / "out", include=["*.one"], **options)
+    result = w8a8.quantize(source, tmp_path / "out", Options(include=["*.one"], **options))
     plan = result.plan
-    assert plan == w8a8.dry_run(source, include=["*.one"], **options)
+    assert plan == w8a8.dry_run(source, Options(include=["*.one"], **options))
     assert plan.bytes_out == sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert plan.bytes_in == Checkpoint.open(source).nbytes
     assert plan.ratio == Checkpoint.open(tmp_path / "out").nbytes / plan.bytes_in
@@ -256,7 +257,7 @@ def test_planning_reads_no_weight(options: dict[str, Any], tmp_path: Path) -> No
         out.truncate(start)
         out.truncate(size)
     assert not any(file.read_bytes()[start:])
-    assert w8a8.dry_run(hollow, **options) == w8a8.dry_run(whole, **options)
+    assert w8a8.dry_run(hollow, Options(**options)) == w8a8.dry_run(whole, Options(**options))
 
 
 def test_a_plan_can_be_made_where_there_are_no_files_at_all() -> None:

@@ -34,6 +34,7 @@ from w8a8.machine import describe
 from w8a8.memory import fit
 from w8a8.publish.card.facts import Results
 from w8a8.publish.card.write import make, write
+from w8a8.quantization import Options
 from w8a8.terminal.wording import count, size
 
 CONFIG = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 4096}
@@ -183,7 +184,7 @@ def test_the_command_in_the_card_makes_the_same_checkpoint(
     source: Path, options: Mapping[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = source.with_name("llama-W8A8")
-    w8a8.quantize(source, out, **options)
+    w8a8.quantize(source, out, Options(**options))
     check_commands(out, monkeypatch)
 
 

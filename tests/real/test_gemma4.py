@@ -12,6 +12,7 @@ from torch.func import functional_call
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 import w8a8
+from w8a8.quantization import Options
 
 # Two sliding layers to one full one, which uses its keys as values and has no v_proj, as in the 31B.
 LAYERS = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -75,7 +76,7 @@ def source(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["quark", "compressed-tensors"])
 def out(request: pytest.FixtureRequest, source: Path) -> Path:
     folder = source.with_name(request.param)
-    w8a8.quantize(source, folder, format=request.param)
+    w8a8.quantize(source, folder, Options(format=request.param))
     return folder
 
 

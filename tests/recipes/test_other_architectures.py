@@ -12,6 +12,7 @@ from train_small import KINDS, Size, provoke_outliers, read, train, train_tokeni
 import w8a8
 from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.windows import choose
+from w8a8.quantization import Options
 
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k"
 SIZE = Size(hidden=128, layers=3, vocabulary=512)
@@ -56,7 +57,9 @@ def test_a_recipe_undoes_what_outliers_cost(trained: Trained) -> None:
     folder, text = trained.loud.parent, str(GSM8K / "train.jsonl")
     w8a8.quantize(trained.plain, folder / "without")
     w8a8.quantize(trained.loud, folder / "rtn")
-    w8a8.quantize(trained.loud, folder / "calibrated", recipe="smooth+gptq", calibration=text, samples=8, tokens=128)
+    w8a8.quantize(
+        trained.loud, folder / "calibrated", Options(recipe="smooth+gptq", calibration=text, samples=8, tokens=128)
+    )
     without = divergence(trained.plain, folder / "without").mean
     rtn, calibrated = (divergence(trained.loud, folder / name).mean for name in ("rtn", "calibrated"))
     assert rtn > 10 * without

@@ -16,6 +16,7 @@ import w8a8
 from tests.checkpoint.files import edit_json
 from w8a8.errors import MissingTensorError, UnsupportedSchemeError
 from w8a8.formats import COMPATS, FORMATS
+from w8a8.quantization import Options
 from w8a8.runtime import W8A8Config, W8A8Linear, register
 
 INPUT = torch.arange(3, 20)[None]
@@ -48,7 +49,7 @@ WRITERS: Mapping[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_every_writers_checkpoint_loads_and_computes_in_int8(writer: str, source: Path, tmp_path: Path) -> None:
-    w8a8.quantize(source, tmp_path / "out", **WRITERS[writer])
+    w8a8.quantize(source, tmp_path / "out", Options(**WRITERS[writer]))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     layers = [layer for layer in model.modules() if isinstance(layer, W8A8Linear)]
     assert len(layers) == 2 * 7
@@ -65,7 +66,7 @@ def test_every_writers_checkpoint_loads_and_computes_in_int8(writer: str, source
 def test_formats_give_the_same_logits(source: Path, tmp_path: Path) -> None:
     logits = []
     for format_ in FORMATS:
-        w8a8.quantize(source, tmp_path / format_, format=format_)
+        w8a8.quantize(source, tmp_path / format_, Options(format=format_))
         logits.append(AutoModelForCausalLM.from_pretrained(tmp_path / format_)(INPUT).logits)
     assert torch.equal(*logits)
 

@@ -14,6 +14,7 @@ from tests.calibrate.checkpoints import KINDS, make
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, UnsupportedModelError
 from w8a8.formats import FORMATS
+from w8a8.quantization import Options
 from w8a8.runtime.streamed import StreamedModel, forward
 
 IDS = list(range(3, 60))
@@ -64,7 +65,7 @@ def test_the_real_gemma_3_does(gemma3: Path) -> None:
 
 @pytest.mark.parametrize("format_", FORMATS)
 def test_quantized_models_do_in_both_formats(format_: str, tmp_path: Path) -> None:
-    w8a8.quantize(make(tmp_path / "llama"), tmp_path / "out", format=format_)
+    w8a8.quantize(make(tmp_path / "llama"), tmp_path / "out", Options(format=format_))
     check(tmp_path / "out")
 
 

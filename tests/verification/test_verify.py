@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from w8a8.execute.shard import Finished
 from w8a8.formats import Selection, quark
 from w8a8.formats.arithmetic import decode, round_to
 from w8a8.plan import make_plan
-from w8a8.quantization import prepare
+from w8a8.quantization import Options, prepare
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -56,7 +57,7 @@ def test_a_fresh_result_passes_with_all_checksums(llama: Path, made: Path) -> No
 
 @pytest.mark.parametrize("compat", ["quark-0.11", "quark-0.13", "llm-compressor-0.14"])
 def test_results_in_other_tools_arithmetic_pass(llama: Path, tmp_path: Path, compat: str) -> None:
-    w8a8.quantize(llama, tmp_path / "out", compat=compat)
+    w8a8.quantize(llama, tmp_path / "out", Options(compat=compat))
     assert w8a8.verify(tmp_path / "out", llama).ok
 
 
@@ -190,17 +191,25 @@ def test_a_missing_sidecar_is_found(llama: Path, tmp_path: Path) -> None:
     assert any("tokenizer.json" in p for p in w8a8.verify(tmp_path / "out", llama).problems)
 
 
-@pytest.mark.parametrize("text", ["[]", "{", ""])
-def test_a_provenance_that_is_not_json_is_named(llama: Path, made: Path, text: str) -> None:
+NOT_PROVENANCE = ["[]", "{", "", "{}", '{"shards": 3, "source": []}', '{"shards": {"model": 1}}']
+
+
+@pytest.mark.parametrize("text", NOT_PROVENANCE)
+def test_a_provenance_that_quantize_did_not_write_is_named(llama: Path, made: Path, text: str) -> None:
     (made / "w8a8.json").write_text(text)
-    with pytest.raises(W8A8Error, match=r"w8a8\.json"):
+    with pytest.raises(W8A8Error, match=r"w8a8\.json.*quantize"):
         w8a8.verify(made, llama)
 
 
-@pytest.mark.parametrize("text", ["{}", '{"shards": 3, "source": []}', '{"shards": {"model": 1}}'])
-def test_a_provenance_without_the_checksums_fails(llama: Path, made: Path, text: str) -> None:
-    (made / "w8a8.json").write_text(text)
-    assert any("SHA-256 differs" in problem for problem in w8a8.verify(made, llama).problems)
+@pytest.mark.parametrize(("part", "found"), [("shards", "is not the file that was written"), ("source", "source ")])
+def test_a_provenance_without_a_checksum_fails(llama: Path, made: Path, part: str, found: str) -> None:
+    def forget(values: dict[str, Any]) -> None:
+        (values["shards"] if part == "shards" else values["source"]["sha256"]).clear()
+
+    edit_json(made / "w8a8.json", forget)
+    problems = w8a8.verify(made, llama).problems
+    assert all("SHA-256 differs" in problem and found in problem for problem in problems)
+    assert problems
 
 
 def test_an_unquantized_checkpoint_is_not_taken_for_a_result(llama: Path) -> None:
@@ -251,9 +260,11 @@ def folded(llama: Path, tmp_path: Path) -> Path:
     write_shard(tmp_path / "finished.safetensors", finished)
     tensors = read_header(tmp_path / "finished.safetensors").tensors
     record = {
-        "text": {"name": "t", "sha256": ""},
+        "text": {"name": "t", "sha256": "0" * 64},
         "samples": 2,
         "tokens": 2,
+        "keep_bf16": 0.0,
+        "kept": [],
         "changed": readers,
         "folded": [NORM],
         "norms": [{"name": NORM, "offset": 0.0, "into": readers}],

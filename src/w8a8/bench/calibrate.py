@@ -156,10 +156,10 @@ def make_checkpoint(
 
 def contend(name: str, source: str, text: str, out: str, samples: str, tokens: str) -> list[float]:
     """Seconds of every layer."""
-    from w8a8.quantization import calibrated, prepare
+    from w8a8.quantization import Options, calibrated, prepare
 
-    job = prepare(source, recipe="smooth" if name in (EMPTY, PLAIN) else name, calibration=text,
-                  samples=int(samples), tokens=int(tokens))  # fmt: skip
+    recipe = "smooth" if name in (EMPTY, PLAIN) else name
+    job = prepare(source, Options(recipe=recipe, calibration=text, samples=int(samples), tokens=int(tokens)))
     if name in (EMPTY, PLAIN):
         return _plain(Path(source), int(samples), int(tokens), run=name == PLAIN)
     steps: list[list[float]] = []

@@ -33,6 +33,7 @@ from w8a8.errors import W8A8Error
 from w8a8.evals.gsm8k.questions import load
 from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.windows import choose
+from w8a8.quantization import Options
 from w8a8.texts import samples as calibration_text
 from w8a8.texts.files import Text
 
@@ -183,7 +184,7 @@ def _ours(source: Path, out: Path, calibration: Path, samples: int, options: Map
     given: dict[str, Any] = {"calibration": str(calibration), "samples": samples, "tokens": TOKENS} if options else {}
 
     def make() -> None:
-        w8a8.quantize(source, out, **{**given, **options})
+        w8a8.quantize(source, out, Options(**{**given, **options}))
 
     return make
 

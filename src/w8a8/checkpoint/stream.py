@@ -11,7 +11,7 @@ import mmap
 import os
 import queue
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -86,12 +86,12 @@ def shard_blocks(shard: Shard) -> Iterator[Block]:
 
 
 def stream(
-    path: Path, blocks: Iterable[Block], stop: threading.Event, digest: "_Hash | None" = None
+    path: Path, blocks: Iterable[Block], stopped: Callable[[], bool] = lambda: False, digest: "_Hash | None" = None
 ) -> Generator[tuple[Block, memoryview], None, None]:
     """Yield each block with its bytes, which are valid until the next one is asked for.
 
     Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with every byte.
-    Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (`stop` was set).
+    Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds).
     """
     blocks = list(blocks)
     size = max((block.nbytes for block in blocks), default=1)
@@ -106,7 +106,7 @@ def stream(
             with reading(path), path.open("rb", buffering=0) as file:
                 for block in blocks:
                     buffer = free.get()
-                    if stop.is_set() or ended.is_set():
+                    if stopped() or ended.is_set():
                         raise Stopped
                     view = memoryview(buffer)[: block.nbytes]
                     read_exactly(file.fileno(), view, block.offset, path)
@@ -156,13 +156,13 @@ def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | No
     return data
 
 
-def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
+def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while count := file.readinto(buffer):
-            if stop is not None and stop.is_set():
+            if stopped():
                 raise Stopped
             digest.update(buffer[:count])
     return digest.hexdigest()

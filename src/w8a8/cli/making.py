@@ -105,7 +105,7 @@ def quantize(
     there is one. OUT is as large and as fast as without, and closer to SRC.
     """
     from w8a8.cli.tables import show_plan, show_quantized
-    from w8a8.quantization import calibrated, prepare, run
+    from w8a8.quantization import Options, calibrated, prepare, run
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
@@ -114,8 +114,7 @@ def quantize(
     if out is None and not dry_run:
         raise UsageError("no target: give OUT, or set MODEL_OUT")
     terminal = Terminal(json=json, quiet=quiet)
-    job = prepare(
-        source,
+    options = Options(
         format=format,
         compat=compat,
         include=include or (),
@@ -126,6 +125,7 @@ def quantize(
         tokens=tokens,
         keep_bf16=keep_bf16,
     )
+    job = prepare(source, options)
     if dry_run or out is None:
         show_plan(terminal, job.plan)
         return

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from w8a8.quantization import QuantizeResult
     from w8a8.serve.calling import Call
     from w8a8.serve.launch import Launch
-    from w8a8.verification.run import VerifyResult
+    from w8a8.verification.result import VerifyResult
 
 SHOWN = 10
 """Problems or warnings listed before the rest is only counted."""

@@ -4,34 +4,35 @@ Shards are independent, so they run side by side, the largest first. Each finish
 small files follow; then the whole folder is opened again as any reader would, and only then renamed to OUT.
 """
 
-import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import Checkpoint, Shard, reading
+from w8a8.checkpoint import Checkpoint, reading
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.stream import Identity, Stopped
+from w8a8.checkpoint.stream import Identity
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
-from w8a8.execute.shard import Finished, ShardRecord, quantize_shard
+from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Staging
+from w8a8.execute.workers import carry_out, worker_count
 from w8a8.formats import Arithmetic
-from w8a8.plan import Plan, ShardPlan
-from w8a8.storage.writer import disk_errors
+from w8a8.formats.provenance import (
+    PROVENANCE,
+    Provenance,
+    SchemeText,
+    ShardFile,
+    SourceFiles,
+    TensorBytes,
+    calibration_record,
+)
+from w8a8.plan import Plan
+from w8a8.storage.writer import disk_errors, write_json, write_whole
 from w8a8.version import __version__
 
-PROVENANCE = "w8a8.json"
 SLACK_BYTES = 16 << 20
 """Room to leave for the small files, and for a file system's own bookkeeping."""
-
-
-def worker_count() -> int:
-    """Shards to work on at once: one per core this process may use, at most 8, which any one disk is busy with."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def execute(
@@ -54,9 +55,9 @@ def execute(
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
     the next run, except by `SelfCheckError` and `NonFiniteWeightError`.
     """
+    # 1) a place for the unfinished result, and what an earlier run left there
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
     check_apart(checkpoint.path, out)
-    shards = {shard.name: shard for shard in checkpoint.shards}
     with Staging.claim(out, overwrite=overwrite) as staging:
         changed = staging.begin(_job(plan, checkpoint))
         if changed:
@@ -64,19 +65,34 @@ def execute(
         resumed = len(staging.finished)
         if resumed:
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
-            advance(sum(shards[name].size for name in staging.finished))
-        todo = [(shards[p.name], p) for p in plan.shards if p.name not in staging.finished]
-        _check_room(plan, [p for _, p in todo], checkpoint, staging.home)
+            advance(sum(shard.size for shard in checkpoint.shards if shard.name in staging.finished))
+        # 2) the shards that are missing
+        jobs = list(_jobs(plan, checkpoint, staging, arithmetic, finished or {}))
+        _check_room(plan, jobs, checkpoint, staging.home)
         try:
-            _run_shards(plan, checkpoint, todo, staging, arithmetic, workers or worker_count(), advance, finished or {})
+            carry_out(jobs, workers or worker_count(), advance=advance, record=staging.record)
+            # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
             _write_small_files(plan, checkpoint, records, staging.folder)
             _self_check(plan, staging.folder)
         except (NonFiniteWeightError, SelfCheckError):
             staging.discard()  # going on from here would end here again
             raise
+        # 4) one rename
         staging.publish()
     return resumed
+
+
+def _jobs(
+    plan: Plan, checkpoint: Checkpoint, staging: Staging, arithmetic: Arithmetic, finished: Mapping[str, Finished]
+) -> Iterator[ShardJob]:
+    """The jobs of the shards that no earlier run has finished."""
+    shards = {shard.name: shard for shard in checkpoint.shards}
+    for shard in plan.shards:
+        if shard.name not in staging.finished:
+            own = {write.name: finished[write.name] for write in shard.writes if write.name in finished}
+            source, target = checkpoint.path / shard.name, staging.folder / shard.name
+            yield ShardJob(source, shards[shard.name], shard, plan.header(shard), target, arithmetic, own)
 
 
 def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -98,9 +114,9 @@ def check_apart(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
-def _check_room(plan: Plan, todo: list[ShardPlan], checkpoint: Checkpoint, folder: Path) -> None:
+def _check_room(plan: Plan, jobs: Sequence[ShardJob], checkpoint: Checkpoint, folder: Path) -> None:
     sidecars = sum(Identity.of(checkpoint.path / name).size for name in plan.sidecars)
-    needed = sum(len(plan.header(p)) + p.data_bytes for p in todo) + sidecars + SLACK_BYTES
+    needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + SLACK_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
@@ -109,43 +125,13 @@ def _check_room(plan: Plan, todo: list[ShardPlan], checkpoint: Checkpoint, folde
         )
 
 
-def _run_shards(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    todo: list[tuple[Shard, ShardPlan]],
-    staging: Staging,
-    arithmetic: Arithmetic,
-    workers: int,
-    advance: Callable[[int], None],
-    finished: Mapping[str, Finished],
-) -> None:
-    stop, journal = threading.Event(), threading.Lock()
-
-    def run(shard: Shard, shard_plan: ShardPlan) -> None:
-        if stop.is_set():
-            raise Stopped
-        source, target = checkpoint.path / shard.name, staging.folder / shard_plan.name
-        header = plan.header(shard_plan)
-        record = quantize_shard(source, shard, shard_plan, header, target, arithmetic, stop, advance, finished)
-        with journal:
-            staging.record(record)
-
-    largest_first = sorted(todo, key=lambda pair: -pair[0].size)
-    with ThreadPoolExecutor(workers, thread_name_prefix="shard") as pool:
-        try:
-            for future in as_completed([pool.submit(run, *pair) for pair in largest_first]):
-                future.result()
-        finally:
-            stop.set()
-
-
 def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardRecord, ...], folder: Path) -> None:
     for name in plan.sidecars:
         _copy(inside(checkpoint.path, name), folder / name)
-    _write_json(folder / "config.json", plan.config)
+    write_json(folder / "config.json", plan.config)
     if plan.indexed:
-        _write_json(folder / INDEX, _index(plan))
-    _write_json(folder / PROVENANCE, _provenance(plan, records))
+        write_json(folder / INDEX, _index(plan))
+    write_json(folder / PROVENANCE, _provenance(plan, records).to_dict())
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -155,28 +141,22 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> dict[str, Any]:
-    """What `w8a8.json` says. No times and no paths: the same job gives the same bytes anywhere."""
-    return {
-        "tool": "w8a8",
-        "version": __version__,
-        "source": {
-            "name": plan.source,
-            "revision": plan.revision,
-            "sha256": {record.name: record.source_sha256 for record in records},
-        },
-        "architecture": plan.architecture,
-        "format": plan.format,
-        "recipe": plan.recipe,
-        **({"calibration": plan.calibration} if plan.calibration else {}),
-        "scheme": {
-            "weights": f"int8, symmetric, per output channel, static, {_rounding(plan)}",
-            "activations": "int8, symmetric, per token, dynamic",
-        },
-        "bytes": {"source": plan.bytes_in, "result": sum(shard.data_bytes for shard in plan.shards)},
-        "quantized_tensors": sum(decision.quantize for decision in plan.decisions),
-        "shards": {record.name: {"size": record.size, "sha256": record.sha256} for record in records},
-    }
+def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> Provenance:
+    return Provenance(
+        version=__version__,
+        source=SourceFiles(plan.source, plan.revision, {record.name: record.source_sha256 for record in records}),
+        architecture=plan.architecture,
+        format=plan.format,
+        recipe=plan.recipe,
+        calibration=calibration_record(plan.calibration),
+        scheme=SchemeText(
+            weights=f"int8, symmetric, per output channel, static, {_rounding(plan)}",
+            activations="int8, symmetric, per token, dynamic",
+        ),
+        bytes=TensorBytes(plan.bytes_in, sum(shard.data_bytes for shard in plan.shards)),
+        quantized_tensors=sum(decision.quantize for decision in plan.decisions),
+        shards={record.name: ShardFile(record.size, record.sha256) for record in records},
+    )
 
 
 def _rounding(plan: Plan) -> str:
@@ -188,18 +168,7 @@ def _copy(source: Path, target: Path) -> None:
         data = source.read_bytes()
     with disk_errors(target):
         target.parent.mkdir(exist_ok=True)
-    _write_synced(target, data)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    _write_synced(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with disk_errors(path), path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(target, data)
 
 
 def _self_check(plan: Plan, folder: Path) -> None:

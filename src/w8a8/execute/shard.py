@@ -1,16 +1,18 @@
 """One source shard in, one output shard out, in one pass.
 
-The plan has already placed every byte, so this is a loop over blocks: rows of a layer become scales and codes,
-everything else goes through as it is. Scales are held until the end of the shard (0.1% of it), where the plan puts
-them together with the few tensors that would have broken the alignment of others.
+The plan has already placed every byte, so a run is a loop over blocks: rows of a layer become scales and codes,
+everything else goes through unchanged. Scales (0.1% of a shard) are held until its end, where the plan puts them
+together with the few tensors that would have broken the alignment of others.
+
+A `ShardJob` is a value: it can be pickled, and any thread or machine that sees the files carries it out alike. What it
+exchanges with the run it belongs to are messages: bytes done, and whether to stop.
 """
 
 import hashlib
 import math
-import threading
 from collections.abc import Callable, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,10 @@ from w8a8.checkpoint.stream import Block, Identity, read_exactly, row_bytes, sha
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
-from w8a8.kernels.cpu.rows import BITS, Bits, row_amax, row_codes
+from w8a8.kernels.cpu.bits import Bits
+from w8a8.kernels.cpu.rows import row_amax, row_codes
 from w8a8.plan import ShardPlan, Write
+from w8a8.sources.rows import rows
 from w8a8.storage.writer import SequentialWriter
 
 Scales = NDArray[np.float32]
@@ -30,7 +34,7 @@ Scales = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A finished output shard, and the source it was made of."""
+    """A finished output shard, and the SHA-256 of the source shard it was made from."""
 
     name: str
     size: int
@@ -51,132 +55,117 @@ class Finished:
             read_exactly(file.fileno(), into, self.spec.offset + begin, self.path)
 
 
-def quantize_shard(
-    source: Path,
-    shard: Shard,
-    plan: ShardPlan,
-    header: bytes,
-    target: Path,
-    arithmetic: Arithmetic,
-    stop: threading.Event,
-    advance: Callable[[int], None],
-    finished: Mapping[str, Finished],
-) -> ShardRecord:
-    """Write `plan` from the file `source` to the file `target`; `advance` is told of source bytes as they are done.
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """All that makes one output shard.
 
-    Tensors of the result that are in `finished`, by name, are taken from there.
+    `source` and `target` are files, `header` is the target's safetensors header; tensors of the result in `finished`,
+    by name, are taken from there.
+    """
+
+    source: Path
+    shard: Shard
+    plan: ShardPlan
+    header: bytes
+    target: Path
+    arithmetic: Arithmetic
+    finished: Mapping[str, Finished] = field(default_factory=dict)
+
+
+def quantize_shard(
+    job: ShardJob,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> ShardRecord:
+    """Carry out `job`: tell `advance` of source bytes as they are done, and end early once `stopped()` holds.
 
     Raises `NonFiniteWeightError`, `SourceChangedError`, `UnreadableError`, `DiskFullError`, `UnwritableError`, or
-    `Stopped` once `stop` is set.
+    `Stopped`.
     """
-    before = Identity.of(source)
-    if before.size != shard.size or read_header(source, shard.name).tensors != shard.tensors:
-        raise SourceChangedError(f"{source}: changed since its header was read; run the same command again")
-    digest = hashlib.sha256()
-    largest = max([1, *(min(t.nbytes, max(row_bytes(t), 1)) for t in shard.tensors)])
-    with SequentialWriter(target, largest) as writer:
-        writer.append(header)
-        scales = _stream_through(source, shard, plan, writer, arithmetic, stop, digest, advance, finished)
-        tensors = {tensor.name: tensor for tensor in shard.tensors}
-        for write in plan.tail:
-            _write_late(write, tensors[write.source], source, scales, writer, arithmetic, stop, finished)
+    # 1) the source has to be what the plan was made from
+    before = Identity.of(job.source)
+    if before.size != job.shard.size or read_header(job.source, job.shard.name).tensors != job.shard.tensors:
+        raise SourceChangedError(f"{job.source}: changed since its header was read; run the same command again")
+    largest = max([1, *(min(t.nbytes, max(row_bytes(t), 1)) for t in job.shard.tensors)])
+    with SequentialWriter(job.target, largest) as writer:
+        run = _ShardRun(job, writer, stopped)
+        # 2) header, then everything that keeps the source's order, then the tail
+        writer.append(job.header)
+        run.stream_through(advance)
+        for write in job.plan.tail:
+            run.write_late(write)
         writer.finish()
-        if Identity.of(source) != before:
-            raise SourceChangedError(f"{source}: changed while it was being read; run the same command again")
-        return ShardRecord(plan.name, writer.size, writer.sha256, digest.hexdigest())
+        # 3) nobody may have written to the source meanwhile
+        if Identity.of(job.source) != before:
+            raise SourceChangedError(f"{job.source}: changed while it was being read; run the same command again")
+        return ShardRecord(job.plan.name, writer.size, writer.sha256, run.source_digest.hexdigest())
 
 
-def _stream_through(
-    source: Path,
-    shard: Shard,
-    plan: ShardPlan,
-    writer: SequentialWriter,
-    arithmetic: Arithmetic,
-    stop: threading.Event,
-    digest: "hashlib._Hash",
-    advance: Callable[[int], None],
-    finished: Mapping[str, Finished],
-) -> Mapping[str, Scales]:
-    """Pass over the whole source; write what streams, and return the scales of the tensors quantized here."""
-    streamed = {write.source for write in plan.writes[: plan.streamed]}
-    scales = {
-        write.source: np.empty(math.prod(write.shape), np.float32) for write in plan.writes if write.kind == "scale"
-    }
-    with closing(stream(source, shard_blocks(shard), stop, digest)) as blocks:
-        for block, data in blocks:
-            tensor = block.tensor
-            if tensor is not None and tensor.name in finished:
-                if tensor.name in streamed:
-                    _write_finished(block, finished[tensor.name], writer)
-            elif tensor is not None and tensor.name in scales:
-                bits = _rows(tensor, data)
-                rows = slice(block.row, block.row + len(bits))
-                scales[tensor.name][rows] = _scales(bits, block, arithmetic)
-                if tensor.name in streamed:
-                    _write_codes(bits, scales[tensor.name][rows], writer, arithmetic)
-            elif tensor is not None and tensor.name in streamed:
-                writer.append(data)
-            advance(block.nbytes)
-    return scales
+class _ShardRun:
+    """One pass under way: what is being written, and the scales found so far."""
 
+    def __init__(self, job: ShardJob, writer: SequentialWriter, stopped: Callable[[], bool]) -> None:
+        self.job, self.writer, self.stopped = job, writer, stopped
+        self.source_digest = hashlib.sha256()
+        self.tensors = {tensor.name: tensor for tensor in job.shard.tensors}
+        self.scales = {
+            write.source: np.empty(math.prod(write.shape), np.float32)
+            for write in job.plan.writes
+            if write.kind == "scale" and write.name not in job.finished
+        }
 
-def _write_late(
-    write: Write,
-    tensor: TensorSpec,
-    source: Path,
-    scales: Mapping[str, Scales],
-    writer: SequentialWriter,
-    arithmetic: Arithmetic,
-    stop: threading.Event,
-    finished: Mapping[str, Finished],
-) -> None:
-    """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
-    if write.name in finished:
-        data = memoryview(bytearray(write.nbytes))
-        finished[write.name].read(0, data)
-        writer.append(data)
-        return
-    if write.kind == "scale":
-        writer.append(encode(scales[tensor.name], write.dtype))
-        return
-    with closing(stream(source, tensor_blocks(tensor), stop)) as blocks:
-        for block, data in blocks:
-            if write.kind == "copy":
-                writer.append(data)
-            else:
-                bits = _rows(tensor, data)
-                _write_codes(bits, scales[tensor.name][block.row : block.row + len(bits)], writer, arithmetic)
+    def stream_through(self, advance: Callable[[int], None]) -> None:
+        """Pass over the whole source: find the scales, and write what keeps the source's order."""
+        streamed = {write.source: write for write in self.job.plan.writes[: self.job.plan.streamed]}
+        blocks_of_shard = shard_blocks(self.job.shard)
+        with closing(stream(self.job.source, blocks_of_shard, self.stopped, self.source_digest)) as blocks:
+            for block, data in blocks:
+                tensor = block.tensor
+                if tensor is not None and tensor.name in self.scales:
+                    bits = rows(tensor, data)
+                    self.scales[tensor.name][block.row : block.row + len(bits)] = self._scales_of(bits, block)
+                if tensor is not None and (write := streamed.get(tensor.name)) is not None:
+                    self._put(write, block, data)
+                advance(block.nbytes)
 
+    def write_late(self, write: Write) -> None:
+        """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
+        if write.name in self.job.finished:
+            data = memoryview(bytearray(write.nbytes))
+            self.job.finished[write.name].read(0, data)
+            self.writer.append(data)
+        elif write.kind == "scale":
+            self.writer.append(encode(self.scales[write.source], write.dtype))
+        else:
+            with closing(stream(self.job.source, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
+                for block, data in blocks:
+                    self._put(write, block, data)
 
-def _write_finished(block: Block, done: Finished, writer: SequentialWriter) -> None:
-    """Write the part of a finished tensor that a block of its source stands for."""
-    assert block.tensor is not None
-    begin, end = (
-        offset * done.spec.nbytes // block.tensor.nbytes
-        for offset in (block.offset - block.tensor.offset, block.offset - block.tensor.offset + block.nbytes)
-    )
-    done.read(begin, writer.reserve(end - begin))
+    def _put(self, write: Write, block: Block, data: memoryview) -> None:
+        """Write what a block of the source becomes: a part of a finished tensor, codes, or itself."""
+        assert block.tensor is not None
+        if write.name in self.job.finished:
+            start = block.offset - block.tensor.offset
+            begin, end = (at * write.nbytes // block.tensor.nbytes for at in (start, start + block.nbytes))
+            self.job.finished[write.name].read(begin, self.writer.reserve(end - begin))
+        elif write.kind == "codes":
+            bits = rows(block.tensor, data)
+            codes = np.frombuffer(self.writer.reserve(bits.size), np.int8).reshape(bits.shape)
+            scales = self.scales[write.source][block.row : block.row + len(bits)]
+            row_codes(bits, scales, codes, self.job.arithmetic.quotient, self.job.arithmetic.low)
+        else:
+            self.writer.append(data)
 
-
-def _rows(tensor: TensorSpec, data: memoryview) -> Bits:
-    bits: Bits = np.frombuffer(data, BITS[tensor.dtype]).reshape(-1, tensor.shape[1])
-    return bits
-
-
-def _scales(bits: Bits, block: Block, arithmetic: Arithmetic) -> Scales:
-    assert block.tensor is not None
-    amax = row_amax(bits)
-    if not np.isfinite(amax).all():
-        row = int(np.argmin(np.isfinite(amax)))
-        kind = "NaN" if np.isnan(amax[row]) else "infinity"
-        name = block.tensor.name
-        raise NonFiniteWeightError(
-            f"{block.tensor.shard}: {name} has {kind} in row {block.row + row}, so it has no scale; "
-            f"repair the source, or leave the layer as it is with --exclude '{name}'"
-        )
-    return arithmetic.scales(amax, block.tensor.dtype)
-
-
-def _write_codes(bits: Bits, scales: Scales, writer: SequentialWriter, arithmetic: Arithmetic) -> None:
-    codes = np.frombuffer(writer.reserve(bits.size), np.int8).reshape(bits.shape)
-    row_codes(bits, scales, codes, arithmetic.quotient, arithmetic.low)
+    def _scales_of(self, bits: Bits, block: Block) -> Scales:
+        assert block.tensor is not None
+        amax = row_amax(bits)
+        if not np.isfinite(amax).all():
+            row = int(np.argmin(np.isfinite(amax)))
+            kind = "NaN" if np.isnan(amax[row]) else "infinity"
+            name = block.tensor.name
+            raise NonFiniteWeightError(
+                f"{block.tensor.shard}: {name} has {kind} in row {block.row + row}, so it has no scale; "
+                f"repair the source, or leave the layer in {block.tensor.dtype} with --exclude '{name}'"
+            )
+        return self.job.arithmetic.scales(amax, block.tensor.dtype)

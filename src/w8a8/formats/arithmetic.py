@@ -7,11 +7,14 @@ compressed-tensors `calculate_qparams`) and checked bit for bit against their ou
 """
 
 import functools
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.formats.base import Arithmetic
+
+Buffer = bytes | bytearray | memoryview | NDArray[Any]
 
 Float32s = NDArray[np.float32]
 
@@ -80,7 +83,7 @@ def _widen(bits: NDArray[np.uint16]) -> Float32s:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
-def decode(data: bytes | bytearray, dtype: str) -> Float32s:
+def decode(data: Buffer, dtype: str) -> Float32s:
     """The bytes of a BF16, F16 or F32 tensor as float32: the inverse of `encode`."""
     if dtype == "BF16":
         return _widen(np.frombuffer(data, "<u2"))

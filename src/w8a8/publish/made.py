@@ -15,8 +15,9 @@ from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, read_json
 from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import UnsupportedSchemeError, W8A8Error
-from w8a8.execute.run import PROVENANCE, worker_count
+from w8a8.execute.workers import worker_count
 from w8a8.formats import Scheme, detect, section
+from w8a8.formats.provenance import PROVENANCE
 from w8a8.terminal.wording import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")

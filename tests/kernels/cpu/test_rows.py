@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from w8a8.formats.arithmetic import EXACT, bf16_bits, round_to
-from w8a8.kernels.cpu.rows import BITS, Bits, row_amax, row_codes, row_error
+from w8a8.kernels.cpu.bits import BITS, Bits
+from w8a8.kernels.cpu.rows import row_amax, row_codes, row_error
 
 Float32s = NDArray[np.float32]
 

@@ -11,7 +11,7 @@ core, which is why there is nothing cleverer here.
 Numba tells the formats apart by the integer type: uint16 is BF16, int16 is FP16, uint32 is FP32 (`BITS`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
-Bits = NDArray[np.uint16] | NDArray[np.int16] | NDArray[np.uint32]
-
-BITS: Mapping[str, np.dtype[Any]] = {
-    "BF16": np.dtype(np.uint16),
-    "F16": np.dtype(np.int16),
-    "F32": np.dtype(np.uint32),
-}
-"""safetensors dtype -> the integer type its bit patterns are handed over in."""
-
+from w8a8.kernels.cpu.bits import Bits
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 

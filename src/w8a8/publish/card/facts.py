@@ -15,8 +15,8 @@ from w8a8.calibrate.request import RECIPES, SAMPLES, TOKENS
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import DoesNotFitError, UsageError, W8A8Error
 from w8a8.evals.gsm8k.compare import compare
-from w8a8.execute.run import PROVENANCE
 from w8a8.formats import COMPATS, FORMATS, section
+from w8a8.formats.provenance import PROVENANCE
 from w8a8.inspection import Inspection
 from w8a8.memory import Fit, fit
 from w8a8.plan import Rules, module_name, scale_name

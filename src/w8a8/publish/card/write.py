@@ -14,7 +14,7 @@ from typing import Any
 
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import TargetExistsError, UsageError, W8A8Error
-from w8a8.execute.run import PROVENANCE
+from w8a8.formats.provenance import PROVENANCE
 from w8a8.inspection import inspect
 from w8a8.publish.card import facts
 from w8a8.publish.card.facts import Results

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.plan import Rules, module_name, scale_name
-from w8a8.verification.run import TensorError, read_values, sqnr
+from w8a8.sources.rows import read_values
+from w8a8.verification.result import TensorError, sqnr
 
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
 BINS = 90

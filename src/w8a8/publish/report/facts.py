@@ -7,7 +7,7 @@ from w8a8.evals.gsm8k.compare import SIGNIFICANCE, Comparison
 from w8a8.publish.report.data import Ridge, Size, Stack
 from w8a8.publish.results import Gsm8k, Kld
 from w8a8.terminal.wording import size
-from w8a8.verification.run import TensorError, VerifyResult, sqnr
+from w8a8.verification.result import TensorError, VerifyResult, sqnr
 
 WORST = 12
 """Matrices listed as the ones with the largest error."""

@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from w8a8.publish.report.data import Cell
 from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Bar
-from w8a8.verification.run import TensorError
+from w8a8.verification.result import TensorError
 
 COLOURS = "viridis"
 """matplotlib's colour map for SQNR: perceptually uniform, readable with any colour vision, and in grey."""

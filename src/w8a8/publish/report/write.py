@@ -14,8 +14,8 @@ from w8a8.checkpoint.reader import inside, read_json
 from w8a8.checkpoint.source import cached, hub_id
 from w8a8.errors import MissingExtraError, UnsupportedSchemeError, W8A8Error
 from w8a8.evals.gsm8k.compare import Comparison, compare
-from w8a8.execute.run import PROVENANCE
 from w8a8.formats import Scheme, detect, section
+from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.report.data import ridges, sizes, stacks
 from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld

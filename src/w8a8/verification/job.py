@@ -1,0 +1,74 @@
+"""A verification before any weight is read: both checkpoints, open, and what the result says of itself."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
+from w8a8.formats import FORMATS, Scheme, detect
+from w8a8.formats.provenance import Provenance
+from w8a8.plan import QUANTIZABLE, Rules
+
+HALF_A_SCALE = 0.5 + 2**-10
+"""Rounding to nearest, and the float32 rounding of the difference itself."""
+
+FOREIGN_LIMIT = 1.5 + 2**-6
+"""Half a scale for rounding, one for clipping at 127 what amax/127.5 in BF16 puts at up to 128."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A norm's weight in the source and in the result, what the norm adds to it, and the weights that read it."""
+
+    before: TensorSpec
+    after: TensorSpec
+    offset: float
+    readers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Both checkpoints, open, and the provenance of the result, where there is one."""
+
+    source: Checkpoint
+    out: Checkpoint
+    scheme: Scheme
+    provenance: Provenance | None
+    rules: Rules
+
+    @cached_property
+    def changed(self) -> frozenset[str]:
+        """The quantized tensors that calibration changed."""
+        calibration = self.provenance.calibration if self.provenance else None
+        return frozenset(calibration.changed if calibration else ())
+
+    @cached_property
+    def folded(self) -> frozenset[str]:
+        """The copied tensors that calibration changed."""
+        calibration = self.provenance.calibration if self.provenance else None
+        return frozenset(calibration.folded if calibration else ())
+
+    def folds(self) -> Iterator[Fold]:
+        """The norms that calibration changed and both checkpoints hold, with the weights that read them."""
+        calibration = self.provenance.calibration if self.provenance else None
+        for norm in calibration.norms if calibration else ():
+            before, after = self.source.tensors.get(norm.name), self.out.tensors.get(norm.name)
+            if before is None or after is None or before.dtype not in QUANTIZABLE:
+                continue
+            if (before.shape, before.dtype) == (after.shape, after.dtype):
+                yield Fold(before, after, norm.offset, norm.into)
+
+    @property
+    def error_limit(self) -> float:
+        """How far a weight may have moved, in units of its scale."""
+        ours = self.provenance is not None and self.provenance.format in FORMATS
+        return HALF_A_SCALE if ours else FOREIGN_LIMIT
+
+
+def prepare(out: str | Path, source: str | Path) -> Job:
+    """Open both checkpoints. Raises `W8A8Error` where one does not open."""
+    result = Checkpoint.open(out)
+    original = Checkpoint.open(resolve(source).path)
+    rules = Rules.for_config(original.config)
+    return Job(original, result, detect(result.config), Provenance.read(result.path), rules)
