@@ -1,1 +1,1 @@
-"""Numeric inner loops: arrays in, arrays out. `cpu` and `int8_cpu` are Numba, torch-free; `*_gpu` Triton, for torch."""
+"""Numeric inner loops: arrays in, arrays out. `cpu` is Numba and LLVM IR, without torch; `gpu` is Triton, for torch."""

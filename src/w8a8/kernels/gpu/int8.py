@@ -1,25 +1,25 @@
 """INT8 matrix products on a GPU, in Triton: INT8 x INT8 -> INT32 on the matrix units, scales and bias in the epilogue.
 
-What it computes is the second half of the W8A8 layer (`runtime/linear.py` tells the whole):
+This is the second half of the W8A8 layer (`runtime/linear.py` describes all of it):
 
     acc = sum over k of x_q[m, k] * w_q[n, k]          INT32, exact
     y   = (acc * w_scale[n]) * x_scale[m] + bias[n]    FP32, in this order, each operation rounded; then to y's dtype
 
-Weights lie K-major, as in the checkpoint, and so do activations, so that both are read 16 bytes at a time along K and
-nothing is transposed. No load has a mask: rows beyond the end read the last row again, which costs nothing and is never
-stored, and where K leaves a rest after whole steps, the last step reaches back, with zeros for what was added before.
-A tile's first row is found with 64 bits, its elements from there with 32. Rows that do not begin at multiples of 16
-bytes, or are shorter than a step, are copied first; no model's are.
+Weights are K-major, as in the checkpoint, and so are activations: both are read 16 bytes at a time along K, and nothing
+is transposed. No load has a mask. Rows past the end read the last row again, which costs nothing and is never stored.
+Where K is no multiple of a step, the last step reaches back, with zeros for the inputs that were added before. A tile's
+first row is addressed with 64 bits, its elements from there with 32. Rows that do not begin at multiples of 16 bytes,
+or are shorter than a step, are copied first; no known model has such rows.
 
-Few tokens are bound by reading weights, and too few tiles would leave compute units idle: then `Tile.split_k` programs
-share the dot products of a tile. Each writes its INT32 sums to a workspace of its own, and a second, small kernel adds
-them up. Atomic adds of integers would be as exact, but their target must be zeroed first, and scales and bias would
-still need that second kernel. With so few tokens the weights also take the rows of the matrix instruction and the
+With few tokens, reading weights takes the time, and too few tiles would leave compute units idle. Then `Tile.split_k`
+programs share the dot products of a tile: each writes its INT32 sums to its own workspace, and a second, small kernel
+adds them up. Atomic adds of integers would be as exact, but their target must be zeroed first, and scales and bias
+would still need the second kernel. With few tokens the weights also take the rows of the matrix instruction and the
 tokens its columns (`Tile.swap`): NVIDIA's instructions have 64 or 16 rows and as few as 8 columns.
 
-Integers add up exactly in any order, and the epilogue is one function without fused multiply-adds, compiled so in every
-kernel. So every tile, split and batch gives the same bits: results are deterministic, and a token's result does not
-depend on the tokens beside it, always, without a flag or a slower path.
+Integers add up exactly in any order, and every kernel has the same epilogue, without fused multiply-adds. So every
+tile, split and batch gives the same bits: results are deterministic, and a token's result does not depend on the tokens
+beside it. This always holds; there is no flag and no slower path for it.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -37,7 +37,7 @@ OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _ALIGNED = 16
 """Bytes that a lane loads at once."""
 _FINISHED_AT_ONCE = 1024
-"""Results per program of the second kernel of split-K."""
+"""Results per program of split-K's second kernel."""
 
 
 def scaled_int8_mm(
@@ -50,21 +50,24 @@ def scaled_int8_mm(
     *,
     tile: Tile | None = None,
 ) -> Tensor:
-    """`x_q` int8 [M, K] times `w_q` int8 [N, K] transposed, scaled, plus bias: [M, N] of `out_dtype`.
+    """Multiply `x_q` int8 [M, K] by `w_q` int8 [N, K] transposed, scale, and add the bias: [M, N] of `out_dtype`.
 
     `x_scale` float32 [M] or [M, 1]; `w_scale` float32 [N] or [N, 1]; `bias` [N] of any floating dtype; `out_dtype`
-    BF16, FP16 or FP32. `tile` defaults to what `tiles.choose` says. Raises ValueError for anything else.
+    BF16, FP16 or FP32. `tile` defaults to the one that `tiles.choose` returns. Raises ValueError for other operands.
     """
+    # 1) Check the operands, and choose a tile.
     m, n, k = _checked(x_q, w_q, x_scale, w_scale, bias, out_dtype)
     y = torch.empty(m, n, dtype=out_dtype, device=x_q.device)
     if m == 0:
         return y
     tile = tile or choose(architecture(x_q.device), m, n, k)
+    # 2) Align K, and divide it among programs.
     step = tile.block_k * tile.unroll
     k = max(step, triton.cdiv(k, _ALIGNED) * _ALIGNED)
     x_q, w_q = _fitting(x_q, k), _fitting(w_q, k)
     share = triton.cdiv(triton.cdiv(k, tile.split_k), step)
     splits = triton.cdiv(k, share * step)
+    # 3) Multiply; where programs share dot products, a second kernel finishes.
     scales = (x_scale.contiguous(), w_scale.contiguous(), None if bias is None else bias.contiguous())
     target = y if splits == 1 else torch.empty(splits, m, n, dtype=torch.int32, device=x_q.device)
     _product_kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), splits)](
@@ -99,7 +102,7 @@ def scaled_int8_mm(
 def _checked(
     x_q: Tensor, w_q: Tensor, x_scale: Tensor, w_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> tuple[int, int, int]:
-    """M, N and K of operands that fit together; ValueError for others."""
+    """Return M, N and K of operands that fit together; raise ValueError for others."""
     m, k = x_q.shape if x_q.dim() == 2 else (-1, -1)
     n = w_q.shape[0] if w_q.dim() == 2 else -1
     sound = {
@@ -121,7 +124,7 @@ def _checked(
 
 
 def _fitting(codes: Tensor, k: int) -> Tensor:
-    """`codes` if their rows are `k` long and aligned, else a copy that is, with zeros at the end of each row."""
+    """Return `codes` if its rows are `k` long and aligned, else a copy with such rows, padded with zeros."""
     if codes.shape[1] == k and codes.stride(0) % _ALIGNED == 0 and codes.data_ptr() % _ALIGNED == 0:
         return codes
     fitting = codes.new_zeros(codes.shape[0], k)
@@ -156,7 +159,7 @@ def _product_kernel(
     SPLIT: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """One tile of the product: finished into `y` [M, N], or with SPLIT its share of K into INT32 `y` [splits, M, N]."""
+    """Compute one tile: finished, into `y` [M, N]; or with SPLIT its share of K, into INT32 `y` [splits, M, N]."""
     first_m, first_n = _place(m, n, BLOCK_M, BLOCK_N, GROUP_M)
     tokens = first_m + tl.arange(0, BLOCK_M)
     channels = first_n + tl.arange(0, BLOCK_N)
@@ -192,7 +195,7 @@ def _product_kernel(
 
 @triton.jit
 def _place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """First token and channel of this program's tile. GROUP_M rows of tiles go through N together, to share caches."""
+    """Return the first token and channel of this program's tile. GROUP_M rows of tiles share caches on their way."""
     program = tl.program_id(0)
     rows, columns = tl.cdiv(m, BLOCK_M), tl.cdiv(n, BLOCK_N)
     group = program // (GROUP_M * columns)
@@ -213,7 +216,7 @@ def _accumulate(
     UNROLL: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """The INT32 product [ROWS, COLUMNS] of what the pointers `a` [ROWS, BLOCK_K], `b` [BLOCK_K, COLUMNS] lead to."""
+    """Multiply the values at the pointers `a` [ROWS, BLOCK_K] and `b` [BLOCK_K, COLUMNS], to INT32 [ROWS, COLUMNS]."""
     acc = tl.zeros((ROWS, COLUMNS), tl.int32)
     step: tl.constexpr = BLOCK_K * UNROLL
     whole = length - length % step if TAIL else length
@@ -223,7 +226,7 @@ def _accumulate(
         a += step
         b += step
     if TAIL:
-        # Of the last whole step before the end, what was added already; so written, its alignment is plain to see.
+        # Inputs of the last step that were added already; written this way, the compiler sees their alignment.
         known = (length // step + 1) * step - length
         a -= known
         b -= known
@@ -236,7 +239,7 @@ def _accumulate(
 
 @triton.jit
 def _scaled(acc, x_scale_ptr, w_scale_ptr, bias_ptr, tokens, channels, m, n):
-    """The epilogue, in FP32: `(acc * w_scale) * x_scale + bias`. `bias_ptr` is None where there is none."""
+    """Apply the epilogue, in FP32: `(acc * w_scale) * x_scale + bias`; `bias_ptr` is None for layers without a bias."""
     y = acc.to(tl.float32) * tl.load(w_scale_ptr + channels, mask=channels < n, other=0)
     y = y * tl.load(x_scale_ptr + tokens, mask=tokens < m, other=0)
     if bias_ptr is not None:
@@ -246,7 +249,7 @@ def _scaled(acc, x_scale_ptr, w_scale_ptr, bias_ptr, tokens, channels, m, n):
 
 @triton.jit(do_not_specialize=["m", "splits"])
 def _finish_kernel(partial_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, y_ptr, m, n, splits, BLOCK: tl.constexpr):
-    """Adds up `splits` INT32 products [M, N] and finishes them, BLOCK channels of one token per program."""
+    """Add up `splits` INT32 products [M, N] and finish them, BLOCK channels of one token per program."""
     token = tl.program_id(0)
     channels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = channels < n

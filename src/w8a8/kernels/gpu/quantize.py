@@ -1,20 +1,20 @@
-"""Quantizing activations on a GPU, in Triton: one scale per token, symmetric INT8; alone, or fused with what makes it.
+"""Quantizing activations on a GPU, in Triton: symmetric INT8, one scale per token; alone or behind a norm or a gate.
 
     amax  = max(|x|, FLOOR)                    FP32
     codes = round_half_even(x * (127 / amax))
     scale = amax / 127
 
-as the W8A8 layer has it (`runtime/linear.py`). These divisions are rounded as IEEE says, which Triton's `/` is not on
-every GPU, and nothing is contracted to fused multiply-adds. A token that holds NaN or infinity has codes of 0 and a
-scale of NaN.
+as in the W8A8 layer (`runtime/linear.py`). These divisions round as IEEE demands, which Triton's `/` does not on every
+GPU, and nothing is contracted to fused multiply-adds. A token that holds NaN or infinity has codes of 0 and a scale of
+NaN.
 
-A token is read once: a program holds it whole in registers, finds its largest value, and writes its codes. Tokens
-longer than `ONE_PASS` are read twice. How a token is cut up depends on its length alone, so its codes do not depend on
-its batch.
+A token is read once: a program holds all of it in registers, finds its largest value, and writes its codes. Tokens
+longer than `ONE_PASS` are read twice. A token's division into blocks depends on its length alone, so its codes do not
+depend on its batch.
 
-The fused kernels compute in FP32 what the modules do and round to the activations' dtype where those do, so that
-fusing changes nothing but the memory traffic: the result equals that of the module followed by `quantize_per_token`,
-up to the order in which squares are summed, and to the GPU's `exp`, `erf` and division within the activation.
+The fused kernels compute in FP32, as the modules do, and round to the activations' dtype where the modules round. So
+fusing changes the memory traffic only: the result equals that of the module followed by `quantize_per_token`, except
+for the order in which squares are summed, and the GPU's `exp`, `erf` and division within the activation.
 """
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 
@@ -27,15 +27,18 @@ from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ONE_PASS = 1 << 15
-"""The longest token that is held in registers: 64 values a lane, with 16 warps of 32."""
+"""Values of the longest token that is held in registers: 64 a lane, with 16 warps of 32."""
 
-_FLOOR = tl.constexpr(2.0**-119)  # `int8_cpu.FLOOR`, where it is explained
+_FLOOR = tl.constexpr(2.0**-119)  # `FLOOR` of `kernels/cpu/int8.py`, which explains it
 _ROUND = tl.constexpr(1.5 * 2**23)  # added to a number below 2**22, it leaves no bits for a fraction: half to even
 _INFINITY = tl.constexpr(0x7F800000)
 
 
 def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [M, K] and scales float32 [M, 1] of `x` [M, K] in BF16, FP16 or FP32; ValueError for anything else."""
+    """Quantize `x` [M, K] in BF16, FP16 or FP32 to codes int8 [M, K] and scales float32 [M, 1].
+
+    Raises ValueError for other shapes and dtypes.
+    """
     x = _rows(x)
     codes, scales = _results(x, x.shape[1])
     if x.shape[0]:
@@ -47,17 +50,17 @@ def quantize_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 Norm = Literal["llama", "gemma3", "gemma4"]
-"""`llama`: normed, rounded, times the weight, rounded. `gemma4`: rounded once, behind the weight. `gemma3`: the same,
-with 1 + weight."""
+"""`llama`: norm, round, multiply by the weight, round. `gemma4`: norm, multiply, round. `gemma3`: as `gemma4`, with
+1 + weight."""
 
 
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, *, norm: Norm = "llama", residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scales, as of `quantize_per_token`, of the RMS norm of `x` [M, K] with `weight` [K].
+    """Quantize the RMS norm of `x` [M, K] with `weight` [K]: codes and scales like those of `quantize_per_token`.
 
-    With `residual` [M, K], of x's dtype, their sum is normed, and overwrites `residual`. K is at most `ONE_PASS`;
-    raises ValueError for more, and for operands that do not fit together.
+    With a `residual` [M, K] of x's dtype, x + residual is normed, and overwrites `residual`. K is at most `ONE_PASS`.
+    Raises ValueError for a larger K, and for operands that do not fit together.
     """
     x = _rows(x, ONE_PASS)
     m, k = x.shape
@@ -87,14 +90,14 @@ def rms_norm_quantize(
 
 
 def silu_and_mul_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [M, K] and scales [M, 1] of `silu(gate) * up`, where `x` [M, 2 K] holds gate and up side by side."""
+    """Quantize `silu(gate) * up` to codes [M, K] and scales [M, 1]; `x` [M, 2 K] holds gate and up side by side."""
     return _gated(x, "silu")
 
 
 def gelu_and_mul_quantize(x: Tensor, approximate: Literal["tanh", "none"] = "tanh") -> tuple[Tensor, Tensor]:
-    """Codes [M, K] and scales [M, 1] of `gelu(gate) * up`, where `x` [M, 2 K] holds gate and up side by side.
+    """Quantize `gelu(gate) * up` to codes [M, K] and scales [M, 1]; `x` [M, 2 K] holds gate and up side by side.
 
-    `approximate` is that of `torch.nn.functional.gelu`.
+    `approximate` is passed on from `torch.nn.functional.gelu`.
     """
     return _gated(x, "gelu_tanh" if approximate == "tanh" else "gelu")
 
@@ -102,7 +105,7 @@ def gelu_and_mul_quantize(x: Tensor, approximate: Literal["tanh", "none"] = "tan
 def _gated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     x = _rows(x)
     if x.shape[1] % 2:
-        raise ValueError(f"gate and up side by side have an even length, not {x.shape[1]}")
+        raise ValueError(f"expected rows of gate and up side by side, of even length, got {[*x.shape]}")
     k = x.shape[1] // 2
     codes, scales = _results(x, k)
     if x.shape[0]:
@@ -114,7 +117,7 @@ def _gated(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor, longest: int | None = None) -> Tensor:
-    """`x` with its rows contiguous. Raises ValueError unless it is [M, K] of a dtype that can be quantized."""
+    """Return `x` with contiguous rows. Raises ValueError unless it is [M, K] of a dtype that can be quantized."""
     if x.dim() != 2 or x.dtype not in DTYPES or not 0 < x.shape[1] <= (longest or x.shape[1]):
         limit = f" with K at most {longest}" if longest else ""
         raise ValueError(f"expected [M, K]{limit} of {[*DTYPES]}, got {[*x.shape]} of {x.dtype}")
@@ -122,7 +125,7 @@ def _rows(x: Tensor, longest: int | None = None) -> Tensor:
 
 
 def _results(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Codes and scales to be written."""
+    """Allocate codes int8 [M, K] and scales float32 [M, 1] for `x` [M, ...]."""
     return (
         torch.empty(x.shape[0], k, dtype=torch.int8, device=x.device),
         torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device),
@@ -130,19 +133,19 @@ def _results(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _options(block: int) -> dict[str, int]:
-    """How to compile for a block: a warp for 1024 values, at least one and at most sixteen; no fused multiply-adds."""
+    """Compiler options for a block: a warp per 1024 values, 1 to 16 warps; no fused multiply-adds."""
     return {"num_warps": min(max(block // 1024, 1), 16), "enable_fp_fusion": False}
 
 
 @triton.jit
 def _top(x):
-    """The largest magnitude of FP32 values, as bits, which order like the numbers and keep NaN and infinity on top."""
+    """Return the bits of the largest magnitude: they order like the numbers, with infinity and NaN above all."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _codes(x, top):
-    """INT8 codes of FP32 values whose largest magnitude has the bits `top`."""
+    """Return the INT8 codes of FP32 values whose largest magnitude has the bits `top`."""
     amax = tl.maximum(top.to(tl.float32, bitcast=True), _FLOOR)
     # The low byte of the sum's bits is the rounded number in two's complement.
     codes = (x * tl.div_rn(127.0, amax) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
@@ -151,7 +154,7 @@ def _codes(x, top):
 
 @triton.jit
 def _scale(top):
-    """The scale of a token whose largest magnitude has the bits `top`."""
+    """Return the scale of a token whose largest magnitude has the bits `top`."""
     amax = tl.maximum(top.to(tl.float32, bitcast=True), _FLOOR)
     return tl.where(top < _INFINITY, tl.div_rn(amax, 127.0), float("nan"))
 
@@ -237,7 +240,7 @@ def _gated_kernel(
 
 @triton.jit
 def _gate_times_up(x_ptr, offsets, k, ACTIVATION: tl.constexpr):
-    """What is to be quantized, of a token with `k` gates and behind them `k` values to multiply them with."""
+    """Return activation(gate) * up of a token that holds `k` gates and, behind them, `k` values of up."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     gate = tl.load(x_ptr + offsets, mask=offsets < k, other=0).to(tl.float32)
     up = tl.load(x_ptr + k + offsets, mask=offsets < k, other=0).to(tl.float32)

@@ -1,10 +1,10 @@
-"""Which tile computes an INT8 matrix product: small tables per architecture and band of M, with the reason for each.
+"""Which tile computes an INT8 matrix product: small tables per architecture and band of M, with a reason for each tile.
 
-A table holds the tiles of one family of architectures, from few tokens to many; `choose` takes the first whose band
-the tokens fit, and an architecture without a table of its own takes its nearest relative's. What was shipped was chosen
-without the cards: by what the compiled inner loops are made of (`w8a8 bench compile` shows that), never by timing.
-`w8a8 bench gemm --tune` times tiles on the card that is there and stores the best in the user's cache; `choose` takes
-those first.
+A table holds the tiles of one family of architectures, from few tokens to many. `choose` takes the first tile whose
+band holds the tokens; an architecture without a table takes its nearest relative's. The shipped tiles were chosen
+without the cards, never by timing: by the instructions in the compiled inner loops, which `w8a8 bench compile` shows.
+`w8a8 bench gemm --tune` times tiles on this machine's card and stores the best in the user's cache; `choose` takes
+stored tiles first.
 """
 
 import json
@@ -20,19 +20,21 @@ from typing import Any
 
 import torch
 
+from w8a8.errors import first_line
+
 _WAVES = 4
 """Waves per scheduler that split-K aims at: enough loads in flight to keep the memory busy."""
 _LARGEST_FILE = 4 << 20
-"""Bytes of a stored tuning that are read at most."""
+"""Bytes of the largest tuning file that is read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """One configuration of `int8_gpu`'s kernels. Raises ValueError for sizes that they cannot have.
+    """One configuration of the kernels in `gpu/int8.py`. Raises ValueError for sizes that they cannot have.
 
     A program computes `block_m` tokens x `block_n` output channels, in steps of `unroll` times `block_k` inputs;
     `group_m` rows of tiles share the cache; `split_k` programs share one dot product; with `swap` the weights take the
-    rows of the matrix instruction. `num_warps`, `num_stages` and (AMD's) `kpack` are the compiler's.
+    rows of the matrix instruction. `num_warps`, `num_stages` and (for AMD) `kpack` go to the compiler.
     """
 
     block_m: int
@@ -47,7 +49,7 @@ class Tile:
     kpack: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse what no kernel could be compiled for."""
+        """Refuse sizes that no kernel can be compiled for."""
         limits = {
             "block_m": (16, 256),
             "block_n": (16, 512),
@@ -69,7 +71,7 @@ class Tile:
             raise ValueError(f"swap must be true or false, not {self.swap!r}")
 
     def __str__(self) -> str:
-        """As tables show it: `128x128x64`, then what is not as usual, as in `unroll4 swap`."""
+        """The name in tables: `128x128x64`, then every other field that is not the default, e.g. `unroll4 swap`."""
         size = f"{self.block_m}x{self.block_n}x{self.block_k}"
         return " ".join([size, *(_brief(f.name, getattr(self, f.name)) for f in fields(self)[3:] if self._says(f))])
 
@@ -77,7 +79,7 @@ class Tile:
         return bool(getattr(self, field.name) != field.default)
 
     def compiler_options(self) -> dict[str, int]:
-        """What Triton's compiler takes; `kpack` is AMD's alone and given only where it says something."""
+        """Options for Triton's compiler; `kpack` exists for AMD only and is left out where it is 1."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.kpack == 1 else {**options, "kpack": self.kpack}
 
@@ -90,7 +92,7 @@ def _brief(name: str, value: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Tiles of related architectures: (most tokens, tile) in order, and the `schedulers` of their largest card."""
+    """Tiles of related architectures: `bands` of (most tokens, tile) in order; `schedulers` of their largest card."""
 
     schedulers: int
     bands: tuple[tuple[float, Tile], ...]
@@ -99,14 +101,14 @@ class Family:
 _MANY = math.inf
 
 FAMILIES = {
-    # RDNA3. An operand of `v_wmma_i32_16x16x16_iu8` is 16 bytes of a row per lane, both halves of a wave alike: weights
-    # go through LDS, half a load and half a store, but a whole LDS read, for each.
+    # RDNA3. An operand of `v_wmma_i32_16x16x16_iu8` is 16 bytes of a row per lane, the same in both halves of a wave.
+    # Weights go through LDS: each operand takes half a load and half a store, but a whole LDS read.
     "gfx11": Family(
         192,  # 96 compute units with 2 SIMDs (gfx1100)
         (
-            # Two matrix instructions for each weight operand read from LDS. 16 rows would waste none for M <= 16 (0.24
-            # of all instructions instead of 0.30), but matrix units idle there anyway. One wave per program needs no
-            # barriers, so that, unrolled, it loads the next step while it multiplies; 7 waves fit a SIMD.
+            # Two matrix instructions for each weight operand read from LDS (0.30 of all instructions). 16 rows would
+            # waste none for M <= 16 (but only 0.24), and matrix units idle there anyway. One wave per program needs no
+            # barriers: unrolled, it loads the next step while it multiplies. 7 waves fit a SIMD.
             (32, Tile(32, 64, 64, unroll=4, swap=True, num_warps=1, num_stages=1)),
             # Each wave 64 x 64: 16 matrix instructions for 8 operands. Steps of 128 would not fit the registers.
             (64, Tile(64, 256, 64)),
@@ -183,15 +185,15 @@ FAMILIES = {
         ),
     ),
 }
-"""By how the names of their architectures begin."""
+"""Tables by the beginning of the architecture's name."""
 
 SAFE = Family(1, ((16, Tile(16, 64, 64)), (_MANY, Tile(64, 64, 64))))
-"""What any target can run: for architectures without a relative here, and for Triton's interpreter."""
+"""Tiles that any target can run: for architectures without a relative here, and for Triton's interpreter."""
 
 
 @cache
 def architecture(device: torch.device | str) -> str:
-    """The GPU's architecture as compilers call it (`gfx1100`, `sm_90`); `cpu` for what is no GPU."""
+    """Return the GPU's architecture as compilers name it (`gfx1100`, `sm_90`); `cpu` for any other device."""
     device = torch.device(device)
     if device.type != "cuda":
         return "cpu"
@@ -202,7 +204,7 @@ def architecture(device: torch.device | str) -> str:
 
 
 def family(arch: str) -> Family:
-    """The tables for `arch`, its nearest relative's, or the safe ones."""
+    """Return the table for `arch`, else its nearest relative's, else the safe one."""
     known = [name for name in FAMILIES if arch.startswith(name)]
     # sm_100 begins like sm_10, not like sm_1; gfx90a like gfx9, gfx1100 like gfx11.
     return FAMILIES[max(known, key=len)] if known else SAFE
@@ -210,33 +212,38 @@ def family(arch: str) -> Family:
 
 @lru_cache(maxsize=1 << 14)
 def choose(arch: str, m: int, n: int, k: int) -> Tile:
-    """The tile for `m` tokens, `n` output channels and `k` inputs: as tuned on this machine, else as shipped."""
+    """Return the tile for `m` tokens, `n` output channels and `k` inputs: tuned on this machine, else shipped."""
     tuned = [t for t in stored(arch) if (t.n, t.k) == (n, k) and t.m >= m]
     return min(tuned, key=lambda t: t.m).tile if tuned else shipped(arch, m, n, k)
 
 
 def shipped(arch: str, m: int, n: int, k: int) -> Tile:
-    """The tile that the tables here say."""
-    tables = family(arch)
-    tile = next(tile for most, tile in tables.bands if m <= most)
-    return replace(tile, split_k=_splits(tile, m, n, k, tables.schedulers))
+    """Return the tile from the tables in this file."""
+    table = family(arch)
+    tile = next(tile for most, tile in table.bands if m <= most)
+    return replace(tile, split_k=_splits(tile, m, n, k, table.schedulers))
 
 
 def _splits(tile: Tile, m: int, n: int, k: int, schedulers: int) -> int:
-    """How many programs shall share a dot product: as many as fill the card, if each has some four steps to do, and if
-    the partial sums, 4 bytes written and 4 read, stay below a quarter of the weight's bytes."""
+    """Return how many programs share a dot product: as many as fill the card.
+
+    Each program still does at least four steps, and the partial sums (4 bytes written and 4 read for each) stay below a
+    quarter of the weight's bytes.
+    """
     tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
     fill = schedulers * _WAVES // tile.num_warps // tiles
     return max(1, min(fill, k // (4 * tile.block_k * tile.unroll), k // (32 * m), 256))
 
 
-# --- what `bench gemm --tune` stored ------------------------------------------------------------------------------
+# --- the tuning that `bench gemm --tune` stores -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """The best tile found for up to `m` tokens, `n` outputs and `k` inputs: its milliseconds, and those of the kernel
-    that vLLM would choose by itself, if that was timed."""
+    """The best tile found for up to `m` tokens, `n` outputs and `k` inputs, and its milliseconds `ms`.
+
+    `vllm_ms` are those of the kernel that vLLM itself would choose; None where that was not timed.
+    """
 
     m: int
     n: int
@@ -247,15 +254,15 @@ class Tuned:
 
 
 def store_path(arch: str) -> Path:
-    """Where the tuning for `arch` lies: in the user's cache folder."""
+    """Return the file of the tuning for `arch`, in the user's cache folder."""
     if not re.fullmatch(r"cpu|gfx[0-9a-f]+|sm_[0-9]+", arch):
-        raise ValueError(f"{arch!r} is no architecture")
+        raise ValueError(f"{arch!r} is no architecture's name, like gfx1100 or sm_90")
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "w8a8" / "tiles" / f"{arch}.json"
 
 
 def store(arch: str, tuned: Sequence[Tuned]) -> Path:
-    """Keep `tuned`, and what was kept before for other shapes; returns the file. It counts from now on."""
+    """Store `tuned` beside earlier entries of other shapes, and return the file; `choose` uses it from now on."""
     path = store_path(arch)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {(t.m, t.n, t.k): t for t in (*stored(arch), *tuned)}
@@ -269,7 +276,7 @@ def store(arch: str, tuned: Sequence[Tuned]) -> Path:
 
 @cache
 def stored(arch: str) -> tuple[Tuned, ...]:
-    """What was stored for `arch`. A file that is not such a store is warned of, and left aside."""
+    """Return the tuning stored for `arch`. Warns of a file that is no valid tuning, and ignores it."""
     path = store_path(arch)
     try:
         if path.stat().st_size > _LARGEST_FILE:
@@ -279,15 +286,15 @@ def stored(arch: str) -> tuple[Tuned, ...]:
         return ()
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         warnings.warn(
-            f"{path} is no stored tuning ({error}); the shipped tiles are used. "
-            "`w8a8 bench gemm --tune` makes it anew, once it is deleted.",
+            f"{path} is no stored tuning ({first_line(error)}), so the shipped tiles are used. "
+            "Delete it; `w8a8 bench gemm --tune` writes a new one.",
             stacklevel=2,
         )
         return ()
 
 
 def _tuned(entry: Any) -> Tuned:
-    """One stored entry. Raises ValueError, TypeError or KeyError for what is none."""
+    """Read one stored entry. Raises ValueError, TypeError or KeyError for an invalid one."""
     tuned = Tuned(**{**entry, "tile": Tile(**entry["tile"])})
     times = (tuned.ms,) if tuned.vllm_ms is None else (tuned.ms, tuned.vllm_ms)
     if not all(type(size) is int and size > 0 for size in (tuned.m, tuned.n, tuned.k)):
@@ -298,7 +305,9 @@ def _tuned(entry: Any) -> Tuned:
 
 
 def faster(arch: str) -> bool:
-    """Whether a tuning on this machine measured these kernels to be faster than vLLM's own choice on `arch`, in the
-    geometric mean over its shapes. Without one nobody knows, and the answer is no."""
+    """Whether a tuning on this machine found these kernels faster than vLLM's own choice on `arch`.
+
+    The geometric mean over the tuning's shapes decides. Without a tuning the answer is no.
+    """
     ratios = [t.vllm_ms / t.ms for t in stored(arch) if t.vllm_ms is not None]
     return bool(ratios) and math.fsum(map(math.log, ratios)) > 0
