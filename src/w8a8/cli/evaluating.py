@@ -1,4 +1,4 @@
-"""`eval gsm8k`, `eval kld`, `compare`: how good a model is, and how far from the original."""
+"""The commands `eval gsm8k`, `eval kld`, `compare`: how good a model is, and how far it lies from the original."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,49 +20,57 @@ Examples:
 """,
 )
 def eval_gsm8k(
-    base_url: Annotated[str | None, typer.Option(help="Of an OpenAI-compatible server.")] = None,
+    base_url: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible server.")] = None,
     ckpt: Annotated[
-        str | None, typer.Option(metavar="CKPT", help="Folder or Hub id, to be served for as long as it takes.")
+        str | None, typer.Option(metavar="CKPT", help="Checkpoint to serve during the run: folder or Hub id.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Which of the server's.", show_default="the only one")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name of the model on the server.", show_default="the only one it has")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="API key of the server.")] = None,
     engine: Annotated[
-        str, typer.Option(help="With --ckpt: `auto`, `transformers` or `vllm`.", autocompletion=engines)
+        str, typer.Option(help="Engine that serves CKPT: `auto`, `transformers` or `vllm`.", autocompletion=engines)
     ] = "auto",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder with train.jsonl and test.jsonl.", show_default="openai/gsm8k, by `datasets`"),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many.", show_default="all 1,319")] = None,
-    shots: Annotated[int, typer.Option(min=0, help="Training examples shown first, as turns of the chat.")] = 8,
-    completions: Annotated[
-        bool, typer.Option("--completions", help="Complete text instead: for base models without a chat template.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 512,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds a request may take before it is tried again.")] = 600,
-    out: Annotated[
-        Path | None, typer.Option(help="Result, ending in .json.", show_default="results/gsm8k-MODEL.json")
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Ask only this many questions, from the first.", show_default="all 1,319")
     ] = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Ask all again, also what OUT has answers to.")] = False,
+    shots: Annotated[int, typer.Option(min=0, help="Training examples to show first, as turns of the chat.")] = 8,
+    completions: Annotated[
+        bool, typer.Option("--completions", help="Complete plain text: for base models without a chat template.")
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds before a request is tried again.")] = 600,
+    out: Annotated[
+        Path | None, typer.Option(help="Result file, ending in .json.", show_default="results/gsm8k-MODEL.json")
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Ask all questions again, also those answered already.")
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Ask a model the 1,319 test questions of GSM8K, and score its answers.
 
-    Every answer is kept as it comes, in a .jsonl beside the result: a run that was stopped, and requests that failed,
-    go on when the same command is given again.
+    Each answer is saved at once, in a .jsonl beside the result. After an interruption or failed requests, give the same
+    command again: it asks only the questions that have no answer yet.
     """
     from w8a8.evals.gsm8k.questions import load
     from w8a8.evals.gsm8k.run import evaluate
-    from w8a8.evals.gsm8k.showing import live, show_gsm8k
+    from w8a8.evals.gsm8k.showing import live_score, show_gsm8k
     from w8a8.evals.server import connected
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     if (base_url is None) == (ckpt is None):
-        raise UsageError("give --base-url of a server that runs, or --ckpt to have one started")
+        raise UsageError("give --base-url of a running server, or --ckpt to serve a checkpoint")
     questions = load(data, shots=shots, limit=limit)
     with (
         interruptible("the answers so far are kept, and the same command goes on from there"),
@@ -75,7 +83,7 @@ def eval_gsm8k(
             timeout=timeout,
             notice=terminal.notice,
         ) as server,
-        live(quiet=quiet) as progress,
+        live_score(len(questions.questions), quiet=quiet) as progress,
     ):
         result = evaluate(
             server,
@@ -106,36 +114,38 @@ Examples:
 """,
 )
 def eval_kld(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="The original: folder, or Hub id.")],
-    candidate: Annotated[str, typer.Argument(metavar="CAND", help="The quantized one: folder, or Hub id.")],
-    text: Annotated[Path | None, typer.Option(help="Plain text to read.", show_default="GSM8K's test split")] = None,
+    reference: Annotated[str, typer.Argument(metavar="REF", help="The original checkpoint: folder or Hub id.")],
+    candidate: Annotated[str, typer.Argument(metavar="CAND", help="The quantized checkpoint: folder or Hub id.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Plain text file to read.", show_default="GSM8K's test split")
+    ] = None,
     jsonl: Annotated[
-        Path | None, typer.Option(help="A document per line: its `text`, or its `question` and `answer`.")
+        Path | None, typer.Option(help="JSONL file to read; each line has a `text`, or a `question` and its `answer`.")
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder with GSM8K's `train.jsonl` and `test.jsonl`.", show_default="the Hub")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to predict at most.")] = 8192,
-    context: Annotated[int, typer.Option(min=2, help="Tokens of a window at most.")] = 512,
+    tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to predict.")] = 8192,
+    context: Annotated[int, typer.Option(min=2, help="Maximum tokens per window.")] = 512,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Run layer by layer, as models larger than RAM are in any case.")
+        bool, typer.Option("--stream", help="Hold one layer at a time, as is done anyway if RAM is too small for both.")
     ] = False,
     float32: Annotated[
-        bool, typer.Option("--float32", help="Compute in float32: BF16's own rounding does not count.")
+        bool, typer.Option("--float32", help="Compute in float32, so that BF16's own rounding does not count.")
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="File to write the result to, as JSON.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how far one model's predictions lie from another's: KL divergence per token, agreement, perplexity.
 
-    Both are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text. Where RAM does
-    not hold both, they run one decoder layer at a time.
+    Both models are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text. If RAM
+    cannot hold both, they run one decoder layer at a time.
     """
     from w8a8.evals.kld.run import prepare, run
     from w8a8.evals.kld.showing import show
     from w8a8.evals.kld.windows import choose
-    from w8a8.evals.storing import store
+    from w8a8.storage.writer import write_json
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
@@ -155,7 +165,7 @@ def eval_kld(
         with live("reading", job.steps, unit="steps" if job.streamed else "tokens", quiet=quiet) as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
-            store(result.to_dict(), out)
+            write_json(out, result.to_dict(), indent=1)
     terminal.table(result, show)
 
 
@@ -168,17 +178,21 @@ Examples:
 """
 )
 def compare(
-    base: Annotated[Path, typer.Argument(metavar="BASE.json", help="What `eval gsm8k` found of the original.")],
-    quant: Annotated[Path, typer.Argument(metavar="QUANT.json", help="What it found of the quantized model.")],
-    flips: Annotated[int, typer.Option(min=0, help="How many flipped questions to show, both answers beside.")] = 0,
+    base: Annotated[Path, typer.Argument(metavar="BASE.json", help="Result of `eval gsm8k` for the original model.")],
+    quant: Annotated[
+        Path, typer.Argument(metavar="QUANT.json", help="Result of `eval gsm8k` for the quantized model.")
+    ],
+    flips: Annotated[
+        int, typer.Option(min=0, help="Number of flipped questions to show, with both answers side by side.")
+    ] = 0,
     flexible: Annotated[
-        bool, typer.Option("--flexible", help="Right is who has the last number right, not the one after `####`.")
+        bool, typer.Option("--flexible", help="Score by the last number in an answer, not by the number after `####`.")
     ] = False,
     json: Json = False,
 ) -> None:
     """Compare two models' answers to the same GSM8K questions, question by question.
 
-    Both must have been asked the same questions in the same way.
+    Both models must have been asked the same questions in the same way.
     """
     from w8a8.evals.gsm8k.compare import compare as compare_
     from w8a8.evals.gsm8k.results import read

@@ -1,4 +1,4 @@
-"""The server that is asked: one that runs, or `w8a8 serve` as a process of its own, for as long as it takes."""
+"""The server to ask: one that is running, or a checkpoint that `w8a8 serve` serves meanwhile, as its own process."""
 
 import secrets
 import socket
@@ -29,14 +29,14 @@ def connected(
     timeout: float,
     notice: Callable[[str], None],
 ) -> Iterator[Server]:
-    """The server at `base_url` or, if that is `None`, `checkpoint` served for as long. Raises what `serving` raises."""
+    """Yield the server at `base_url`, or serve `checkpoint` meanwhile. Raises UsageError and what `serving` raises."""
     if checkpoint is not None:
         with serving(checkpoint, engine=engine, completions=completions, timeout=timeout, notice=notice) as server:
             yield server
     else:
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()):
-            raise UsageError("the API key must be printable ASCII, or no request could carry it")
+            raise UsageError("the API key (--api-key or OPENAI_API_KEY) is not printable ASCII, which HTTP requires")
         yield Server(_address(base_url or ""), key, timeout)
 
 
@@ -44,12 +44,12 @@ def connected(
 def serving(
     checkpoint: str, *, engine: str, completions: bool, timeout: float, notice: Callable[[str], None]
 ) -> Iterator[Server]:
-    """`checkpoint` served, with a key that nobody else has.
+    """Serve `checkpoint` with a new random key, and yield the server when it answers.
 
-    Raises `UsageError` where it would have to chat and cannot, what `serve` raises, and `EngineError`.
+    Raises UsageError if the model should chat but has no chat template, EngineError, and what `serve` raises.
     """
     if not completions and not can_chat(checkpoint):
-        raise UsageError(f"{checkpoint}: has no chat template; --completions asks a base model")
+        raise UsageError(f"{checkpoint}: the model has no chat template; ask a base model with --completions")
     port = _free_port()
     launch.prepare(checkpoint, engine=engine, options=Options(host=HOST, port=port), dry_run=True)
     key = secrets.token_urlsafe()
@@ -61,11 +61,11 @@ def serving(
         notice(f"serving {checkpoint}; its log is {log.name} ...")
         notice(f"ready in {served.wait_until_ready(HOST, port):.0f} s")
         yield Server(f"http://{HOST}:{port}/v1", key, timeout)
-    Path(log.name).unlink()  # it stays where something went wrong
+    Path(log.name).unlink()  # after an error it stays
 
 
 def _address(url: str) -> str:
-    """`url` with the usual `/v1` where it has no path. Raises `UsageError` where it is no address."""
+    """Check `url`, and add the usual `/v1` if it has no path. Raises UsageError."""
     try:
         parts = urlsplit(url)
         sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0

@@ -37,9 +37,12 @@ class Journal:
 
     def append(self, entry: Any) -> None:
         """Add a line, and wait until it is on the disk. Raises `DiskFullError` or `UnwritableError`."""
-        # The newline comes first: behind an entry that a full disk cut short, this one still has its own line.
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" + json.dumps(entry))
+        with disk_errors(self.path), self.path.open("a+b") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # behind an entry that a full disk cut short, this one has its own line
+                    file.write(b"\n")
+            file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 

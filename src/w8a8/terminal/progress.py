@@ -91,7 +91,8 @@ class _Lines:
         with self._lock:
             self._done += done
             now = time.monotonic()
-            if now - self._last < PLAIN_INTERVAL_SECONDS or not self._done:
+            ended = bool(said) and self._done >= self._total  # what is said is final then, such as the accuracy
+            if not self._done or (now - self._last < PLAIN_INTERVAL_SECONDS and not ended):
                 return
             self._last = now
             speed = self._done / (now - self._start)

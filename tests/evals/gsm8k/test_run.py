@@ -386,7 +386,7 @@ def test_it_prints_a_table_or_json(data: Path, out: Path) -> None:
         )
     assert "30.0%" in table.stdout
     assert str(out) in table.stdout
-    assert "20 of 20: 30.0% right" in table.stderr
+    assert "GSM8K: 20 of 20 questions, 30.0% right" in table.stderr
     assert json.loads(as_json.stdout) == read(out)
 
 

@@ -34,8 +34,8 @@ from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.models import CHUNK_BYTES, Predictor, score
 from w8a8.evals.kld.run import KldResult, bands, block_starts, histogram, prepare, run
 from w8a8.evals.kld.windows import Window, choose, cut
-from w8a8.evals.storing import store
 from w8a8.memory import ram_needed
+from w8a8.storage.writer import write_json
 from w8a8.texts.files import Text
 
 PROSE = """\
@@ -464,7 +464,7 @@ def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, P
         prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
     (tmp_path / "taken").mkdir()
     with pytest.raises(UnwritableError, match="cannot be written"):
-        store(measure(*pair).to_dict(), tmp_path / "taken")
+        write_json(tmp_path / "taken", measure(*pair).to_dict(), indent=1)
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 

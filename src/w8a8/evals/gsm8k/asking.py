@@ -1,8 +1,8 @@
-"""Asks a server many questions at once, and says each outcome as it comes.
+"""Asks a server many questions at once, and reports each reply as it comes.
 
-One request that fails, after the client's own retries, is an outcome like another. A server that is not there, refuses
-the key or does not know the model fails them all, so that is found by asking for its models first; and if it goes away
-later, so many failures in a row end the run.
+A request that fails, after the client's own retries, is a reply with an error. A server that cannot be reached, refuses
+the key or lacks the model would fail them all: asking for its models first finds that. If the server goes away later,
+a number of failures in a row ends the run.
 """
 
 import asyncio
@@ -16,25 +16,25 @@ from w8a8.errors import MissingExtraError, ServerError
 from w8a8.serve.client import explained, not_the_api
 
 RETRIES = 7
-"""Of one request, waiting 0.5 s, then 1, 2, 4, 8, 8, 8 (less a random quarter), or as long as the server says."""
+"""Retries of one request, after 0.5 s, then 1, 2, 4, 8, 8, 8 (less a random quarter), or when the server says."""
 
 FAILURES_IN_A_ROW = 8
-"""After so many failed requests, or twice as many as are under way at once, the server is given up."""
+"""Failed requests in a row that end the run; twice the concurrency, if that is more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """An OpenAI-compatible server: its base URL, ending in `/v1` or what the server has instead, and its key."""
+    """An OpenAI-compatible server: its base URL (most end in `/v1`) and its key."""
 
     base_url: str
     api_key: str
     timeout: float = 600
-    """Seconds that one try of a request may take."""
+    """Seconds that each try of a request may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that a server has, and who says so."""
+    """A model that a server lists, and the owner it names."""
 
     name: str
     owner: str
@@ -42,7 +42,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back: the text and why it ended, or what went wrong; tokens as the server counts them."""
+    """A reply: the text and why it ended, or the error; tokens as the server counts them."""
 
     text: str = ""
     finish_reason: str | None = None
@@ -52,7 +52,7 @@ class Reply:
 
 
 def find_model(server: Server, name: str | None) -> Model:
-    """The model `name`, or the only one the server lists. Raises `ServerError`, also where it has no such model."""
+    """Find the model `name`, or the only one that the server lists. Raises ServerError, also if there is none."""
     openai = _openai()
     with (
         _explained(server.base_url),
@@ -73,30 +73,30 @@ def ask_all(
     requests: Mapping[int, Mapping[str, Any]],
     *,
     concurrency: int,
-    say: Callable[[int, Reply, float], None],
+    answered: Callable[[int, Reply, float], None],
 ) -> None:
-    """Send `requests`, `concurrency` at a time, and `say(key, reply, seconds since the start)` as they come back.
+    """Send `requests`, `concurrency` at a time; call `answered(key, reply, seconds since the start)` for each reply.
 
-    A request with `messages` goes to the chat endpoint, one with `prompt` to the one for completions. Raises
-    `ServerError` if the server refuses them all; what was said before stays said.
+    A request with `messages` goes to the chat endpoint, one with `prompt` to the completions endpoint. Raises
+    ServerError if the server refuses them all; replies before that have been reported.
     """
-    asyncio.run(_ask_all(server, requests, concurrency, say))
+    asyncio.run(_ask_all(server, requests, concurrency, answered))
 
 
 async def _ask_all(
     server: Server,
     requests: Mapping[int, Mapping[str, Any]],
     concurrency: int,
-    say: Callable[[int, Reply, float], None],
+    answered: Callable[[int, Reply, float], None],
 ) -> None:
     start = time.monotonic()
     waiting = iter(requests.items())
-    failures = _Failures(server.base_url, min(len(requests), max(FAILURES_IN_A_ROW, 2 * concurrency)))
+    failures = FailuresInARow(server.base_url, min(len(requests), max(FAILURES_IN_A_ROW, 2 * concurrency)))
 
     async def work(client: Any) -> None:
         for key, request in waiting:
             reply = await _ask(client, request)
-            say(key, reply, time.monotonic() - start)
+            answered(key, reply, time.monotonic() - start)
             failures.count(reply)
 
     client = _openai().AsyncOpenAI(
@@ -111,15 +111,18 @@ async def _ask_all(
 
 
 @dataclass
-class _Failures:
+class FailuresInARow:
+    """Counts failed requests in a row, and gives the server up when `allowed` is reached."""
+
     base_url: str
     allowed: int
-    in_a_row: int = 0
+    number: int = 0
 
     def count(self, reply: Reply) -> None:
-        self.in_a_row = self.in_a_row + 1 if reply.error else 0
-        if self.in_a_row >= self.allowed:
-            raise ServerError(f"{self.base_url}: the last {self.in_a_row} requests failed: {reply.error}")
+        """Count a reply. Raises ServerError."""
+        self.number = self.number + 1 if reply.error else 0
+        if self.number >= self.allowed:
+            raise ServerError(f"{self.base_url}: the last {self.number} requests failed: {reply.error}")
 
 
 async def _ask(client: Any, request: Mapping[str, Any]) -> Reply:
@@ -139,30 +142,30 @@ async def _ask(client: Any, request: Mapping[str, Any]) -> Reply:
 
 
 def _read(answer: Any, *, chat: bool) -> Reply:
-    """The first choice of an answer, which may be anything: what is missing raises as Python does."""
+    """Read the first choice of an answer; missing fields raise Python's own errors."""
     choice = answer.choices[0]
     text, reason = choice.message.content if chat else choice.text, choice.finish_reason
     if not (isinstance(text, str | None) and isinstance(reason, str | None)):
-        raise TypeError("its text is none")
-    text = (text or "").encode(errors="replace").decode()  # half a surrogate pair could not be written
+        raise TypeError("text and reason must be strings")
+    text = (text or "").encode(errors="replace").decode()  # a lone surrogate cannot be written as UTF-8
     return Reply(text, reason, _count(answer, "prompt_tokens"), _count(answer, "completion_tokens"))
 
 
 def _count(answer: Any, name: str) -> int:
-    """Tokens, as far as the server counts them."""
+    """Tokens as the server counts them, 0 if it does not."""
     count = getattr(getattr(answer, "usage", None), name, None)
     return count if isinstance(count, int) else 0
 
 
 @contextmanager
 def _explained(base_url: str) -> Iterator[None]:
-    """Turn the client's errors, and what an answer lacks, into `ServerError`: one line, and what to do."""
+    """Turn the client's errors, and answers that lack a field, into ServerError: one line that says what to do."""
     openai = _openai()
     with explained(base_url):
         try:
             yield
         except openai.APITimeoutError as error:
-            raise ServerError(f"{base_url}: no answer in time; --timeout gives it more") from error
+            raise ServerError(f"{base_url}: no answer in time; give more with --timeout") from error
         except (AttributeError, LookupError, TypeError, RecursionError) as error:
             raise not_the_api(base_url) from error
 

@@ -1,7 +1,7 @@
-"""`w8a8 compare`: two models' answers to the same questions, question by question.
+"""`w8a8 compare`: two models' answers to the same questions, paired question by question.
 
-Paired, because that is far sharper than two accuracies side by side: the questions both get right or wrong say nothing
-about a difference, and what is left is a coin tossed once for each question that only one of them got right.
+Pairing is far sharper than two accuracies side by side. Questions that both models get right, or both get wrong, say
+nothing about a difference; if there is none, every other question is the toss of a fair coin.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ from w8a8.evals.statistics import bootstrap, jaccard, mcnemar
 SIGNIFICANCE = 0.05
 RESAMPLES = 10_000
 FEWEST = 6
-"""Questions answered differently that can have p < 0.05 at all: 2 / 2^6 = 0.03, and 2 / 2^5 = 0.06."""
+"""The smallest number of differing questions that can reach p < 0.05: 2 / 2^6 = 0.03, but 2 / 2^5 = 0.06."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """A question that only one model answered right: `right` is `base` or `quant`."""
+    """A question that only one model answered right; `right` names it, `base` or `quant`."""
 
     index: int
     question: str
@@ -33,7 +33,7 @@ class Flip:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two results, paired. `difference` and `interval` are shares of all questions, quantized less base."""
+    """Two results, paired. `difference` and `interval` are shares of all questions, quantized minus base."""
 
     base: str
     quant: str
@@ -47,19 +47,19 @@ class Comparison:
     interval: tuple[float, float]
     p_value: float
     jaccard: float
-    """How far the sets of questions answered right overlap."""
+    """The overlap of the two sets of questions answered right."""
     flips: tuple[Flip, ...]
     errors: tuple[int, int]
-    """Requests that failed, and so count as not right."""
+    """Failed requests of both, which count as not right."""
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """Of base and quantized."""
+        """The shares of questions answered right, of base and quantized."""
         return (self.both_right + self.only_base) / self.questions, (self.both_right + self.only_quant) / self.questions
 
     @property
     def verdict(self) -> str:
-        """One sentence that says no more than the data do."""
+        """One sentence that claims no more than the data show."""
         if not (self.both_right or self.only_base or self.only_quant):
             return f"Nothing to compare: neither model answers any of the {self.questions:,} questions right."
         before, after = (f"{accuracy:.1%}" for accuracy in self.accuracies)
@@ -82,14 +82,14 @@ class Comparison:
         return f"No difference shown: {figures} ({test}); a loss of up to {max(0, -low):.1f} points is not ruled out."
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The comparison as plain JSON values."""
         return {**asdict(self), "accuracies": self.accuracies, "verdict": self.verdict}
 
 
 def compare(base: Mapping[str, Any], quant: Mapping[str, Any], *, score: str = "strict") -> Comparison:
     """Pair two GSM8K results (`w8a8.evals.gsm8k.results.read`); `score` is `strict` or `flexible`.
 
-    Raises `UsageError` saying what differs if they were not asked the same questions in the same way.
+    Raises UsageError naming the difference if they were not asked the same questions in the same way.
     """
     _check_same(base, quant)
     first, second = ({o["index"]: o for o in result["outcomes"]} for result in (base, quant))
@@ -131,7 +131,10 @@ def _check_same(base: Mapping[str, Any], quant: Mapping[str, Any]) -> None:
     if not differing and _asked(base) != _asked(quant):
         differing = ["the questions"]
     if differing:
-        raise UsageError(f"not comparable, they were asked differently: {'; '.join(differing)}")
+        raise UsageError(
+            f"not comparable, the models were asked differently: {'; '.join(differing)}; run `w8a8 eval gsm8k` again, "
+            "with the same options for both"
+        )
 
 
 def _asked(result: Mapping[str, Any]) -> set[tuple[Any, ...]]:

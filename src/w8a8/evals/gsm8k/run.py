@@ -1,9 +1,9 @@
 """`w8a8 eval gsm8k`: how many of GSM8K's questions a model answers right, asked over an OpenAI-compatible API.
 
-The questions are put as the protocol says (questions.py), many at a time (runner.py); each outcome goes to a journal
-beside the result as it comes (journal.py), from which a run that was stopped goes on. The result depends on the
-outcomes alone, sorted by question, so neither concurrency nor an interruption changes it. A failed request is no right
-answer; it is counted, and asked again when the same command is given again.
+The prompts follow the protocol (questions.py), many requests run at a time (asking.py), and each outcome is added at
+once to a journal beside the result (journal.py), from which a stopped run continues. The result depends on the outcomes
+alone, sorted by question: neither concurrency nor an interruption changes it. A failed request counts as not right; the
+same command, given again, asks it again.
 """
 
 import platform
@@ -17,11 +17,11 @@ from urllib.parse import urlsplit
 
 from w8a8.errors import UsageError
 from w8a8.evals.gsm8k.asking import Model, Reply, Server, ask_all, find_model
-from w8a8.evals.gsm8k.journal import Journal, open_journal
+from w8a8.evals.gsm8k.journal import OutcomeJournal, open_journal
 from w8a8.evals.gsm8k.questions import ANSWER_FORMAT, DATASET, Data, Question, prompt_sha256, request
 from w8a8.evals.gsm8k.scoring import flexible, strict
 from w8a8.evals.statistics import wilson
-from w8a8.evals.storing import store
+from w8a8.storage.writer import write_json
 from w8a8.version import __version__
 
 KIND = "w8a8.gsm8k"
@@ -30,7 +30,7 @@ SCORES = ("strict", "flexible")
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """How the questions are asked; two results can be compared if all but `concurrency` is the same."""
+    """How the questions are asked; results are comparable if all fields but `concurrency` are equal."""
 
     questions: int
     shots: int
@@ -39,22 +39,22 @@ class Protocol:
     max_tokens: int
     concurrency: int
     prompt_sha256: str
-    """Of all that is sent but the question itself."""
+    """The hash of everything that is sent except the question."""
     questions_sha256: str
-    """Of the questions asked and their right answers."""
+    """The hash of the questions and their right answers."""
     dataset: str = DATASET
     split: str = "test"
     answer_format: str = ANSWER_FORMAT
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What the outcomes depend on."""
+        """The fields that outcomes depend on."""
         return {name: value for name, value in asdict(self).items() if name != "concurrency"}
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One question and what the model said."""
+    """One question and the model's reply."""
 
     index: int
     question: Question
@@ -62,16 +62,16 @@ class Outcome:
 
     @property
     def strict(self) -> bool:
-        """Whether the number after the last `####` is right."""
+        """Is the number after the last `####` right?"""
         return not self.reply.error and strict(self.reply.text) == strict(self.question.solution)
 
     @property
     def flexible(self) -> bool:
-        """Whether the last number is right."""
+        """Is the last number right?"""
         return not self.reply.error and flexible(self.reply.text) == strict(self.question.solution)
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the result."""
+        """The outcome as the result file holds it."""
         return {
             **self.about,
             "index": self.index,
@@ -82,7 +82,7 @@ class Outcome:
 
     @property
     def about(self) -> dict[str, Any]:
-        """What the question makes of the reply."""
+        """The question, its right answer, and whether the reply is right."""
         return {
             "question": self.question.text,
             "gold": self.question.gold,
@@ -93,7 +93,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an evaluation found; `to_dict` is the result file."""
+    """The result of an evaluation; `to_dict` is the content of its file."""
 
     model: str
     base_url: str
@@ -105,7 +105,7 @@ class Result:
     path: Path
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The result as plain JSON values."""
         replies = [outcome.reply for outcome in self.outcomes]
         return {
             "kind": KIND,
@@ -136,7 +136,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: questions answered of all and right (strictly), tokens and seconds of this run alone."""
+    """The state of a run: questions answered of all, those right (strict); tokens and seconds of this run alone."""
 
     done: int
     total: int
@@ -161,13 +161,15 @@ def evaluate(
 ) -> Result:
     """Ask all questions in `data` (or those a stopped run left), score the answers, and write the result to `out`.
 
-    `out` ends in .json (default: `results/gsm8k-MODEL.json`); the journal lies beside it and ends in .jsonl. Raises
-    `ServerError`, `UsageError` and what `open_journal` raises.
+    `out` ends in .json (default: `results/gsm8k-MODEL.json`); the journal beside it ends in .jsonl. Raises ServerError,
+    UsageError and what `open_journal` raises.
     """
+    # 1) Find the model: a server that would refuse every request ends the run before anything is written.
     found = find_model(server, model)
+    # 2) Fix where the result goes and how the questions are asked.
     out = out or Path("results") / f"gsm8k-{_file_name(found.name)}.json"
     if out.suffix != ".json" or out.is_dir():
-        raise UsageError(f"--out {out}: a file whose name ends in .json")
+        raise UsageError(f"--out {out}: not the name of a file that ends in .json")
     protocol = Protocol(
         questions=len(data.questions),
         shots=len(data.examples),
@@ -178,6 +180,7 @@ def evaluate(
         prompt_sha256=prompt_sha256(data.examples, completions=completions),
         questions_sha256=data.sha256,
     )
+    # 3) Open the journal, which may hold the answers of a run that was stopped.
     with open_journal(
         out.with_suffix(".jsonl"),
         asking={"model": found.name, **protocol.identity},
@@ -185,7 +188,14 @@ def evaluate(
         questions=len(data.questions),
         restart=restart,
     ) as journal:
-        _ask(server, found, data, protocol, journal, progress, notice)
+        # 4) Ask the questions it has no answer to.
+        if journal.replies:
+            notice(
+                f"{journal.path}: {len(journal.replies):,} of {len(data.questions):,} are answered already; "
+                "--restart asks them again"
+            )
+        _ask(server, found, data, protocol, journal, progress)
+        # 5) Sum up all outcomes, sorted by question.
         result = Result(
             model=found.name,
             base_url=_without_credentials(server.base_url),
@@ -196,7 +206,7 @@ def evaluate(
             outcomes=[Outcome(i, data.questions[i], reply) for i, reply in sorted(journal.replies.items())],
             path=out,
         )
-        store(result.to_dict(), result.path)
+        write_json(result.path, result.to_dict(), indent=1)
     return result
 
 
@@ -205,22 +215,17 @@ def _ask(
     model: Model,
     data: Data,
     protocol: Protocol,
-    journal: Journal,
+    journal: OutcomeJournal,
     progress: Callable[[Progress], None],
-    notice: Callable[[str], None],
 ) -> None:
-    """Ask what the journal has no answer to."""
-    before, done = journal.seconds, len(journal.replies)
+    """Ask the questions that the journal has no answer to, and record each outcome in it."""
+    before, done, tokens = journal.seconds, len(journal.replies), 0
     right = sum(Outcome(i, data.questions[i], reply).strict for i, reply in journal.replies.items())
-    tokens = 0
-    if done:
-        notice(f"{journal.path}: {done:,} of {len(data.questions):,} are answered already; --restart asks them again")
 
-    def say(index: int, reply: Reply, seconds: float) -> None:
+    def record(index: int, reply: Reply, seconds: float) -> None:
         nonlocal done, right, tokens
         outcome = Outcome(index, data.questions[index], reply)
-        journal.seconds = before + seconds
-        journal.append(index, reply, journal.seconds, outcome.about)
+        journal.record(index, reply, before + seconds, outcome.about)
         done, right, tokens = done + 1, right + outcome.strict, tokens + reply.completion_tokens
         progress(Progress(done, len(data.questions), right, tokens, seconds))
 
@@ -231,7 +236,7 @@ def _ask(
         for i, question in enumerate(data.questions)
         if i not in journal.replies
     }
-    ask_all(server, requests, concurrency=protocol.concurrency, say=say)
+    ask_all(server, requests, concurrency=protocol.concurrency, answered=record)
 
 
 def _versions(model: Model) -> dict[str, str]:
@@ -244,7 +249,7 @@ def _versions(model: Model) -> dict[str, str]:
 
 
 def _file_name(model: str) -> str:
-    """The end of a model's name, fit to be part of a file's."""
+    """The last part of a model's name, as a part of a file name."""
     return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name) or "model"
 
 

@@ -1,9 +1,9 @@
-"""Is an answer to a GSM8K question right? Two readings, both compared as numbers.
+"""Finds the number that an answer to a GSM8K question gives, in two ways.
 
-Strict is the number after the last `####`, the format that was asked for. Flexible is the last number anywhere, which
-also finds the result of a model that did not keep to the format. `$1,080.00`, `1080` and `1080.` are one number.
+Strict takes the number after the last `####`, the format that was asked for. Flexible takes the last number anywhere,
+and so scores models that do not keep to the format. Both compare numbers: `$1,080.00`, `1080` and `1080.` are equal.
 
-On answers that keep to the format both agree with lm-evaluation-harness's `gsm8k` filters
+On answers that keep to the format, both agree with lm-evaluation-harness's `gsm8k` filters
 (`tests/evals/gsm8k/test_scoring.py` runs those, and lists where the two differ and why).
 """
 
@@ -13,21 +13,21 @@ from decimal import Decimal
 MARK = "####"
 
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w)\]])[-−])?"  # after a digit, a word or a bracket it subtracts: 10-5
+    r"(?P<minus>(?<![\w)\]])[-−])?"  # behind a digit, a word or a bracket it means subtraction: 10-5
     r"(?:[$€£¥]\s?(?P<minus_inside>[-−])?)?"
     r"(?P<digits>[0-9][0-9,]*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
 
 
 def strict(answer: str) -> Decimal | None:
-    """The first number after the last `####`, `None` if there is none."""
+    """The first number after the last `####`, None if there is none."""
     _, mark, after = answer.rpartition(MARK)
     found = _NUMBER.search(after) if mark else None
     return _value(found) if found else None
 
 
 def flexible(answer: str) -> Decimal | None:
-    """The last number in the answer, `None` if there is none."""
+    """The last number in the answer, None if there is none."""
     found = None
     for found in _NUMBER.finditer(answer):  # noqa: B007 - the last one is wanted
         pass

@@ -1,12 +1,10 @@
-"""How evaluations look on a terminal: a live line while they run, then a table; flipped answers side by side."""
+"""How GSM8K looks on a terminal: a live line during a run, then a table; for `compare` flipped answers side by side."""
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich import progress as rich_progress
-from rich.console import Console, Group
+from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
@@ -14,52 +12,27 @@ from rich.text import Text
 from w8a8.evals.gsm8k.compare import Comparison, Flip
 from w8a8.evals.gsm8k.run import SCORES, Progress, Result
 from w8a8.terminal.output import plain_table
-from w8a8.terminal.progress import PLAIN_INTERVAL_SECONDS
+from w8a8.terminal.progress import live
 from w8a8.terminal.wording import clean, printable
 
 
 @contextmanager
-def live(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """A bar with the accuracy so far and tokens/s on standard error; plain lines where that is no terminal."""
-    console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield lambda _: None
-    elif console.is_terminal:
-        with rich_progress.Progress(
-            rich_progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            rich_progress.BarColumn(),
-            rich_progress.TextColumn("{task.description}"),
-            rich_progress.TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as bar:
-            task = bar.add_task("", total=None, visible=False)
-            yield lambda now: bar.update(
-                task, completed=now.done, total=now.total, description=_so_far(now), visible=True
-            )
-    else:
-        yield _Plain(console)
+def live_score(questions: int, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """Show a live line with the accuracy so far and tokens/s, while `questions` questions are asked."""
+    shown = 0
+    with live("GSM8K", questions, unit="questions", quiet=quiet) as line:
 
+        def show(now: Progress) -> None:
+            nonlocal shown
+            line.say(f"{now.right / now.done:.1%} right, {now.tokens / max(now.seconds, 1e-9):.0f} tokens/s")
+            line(now.done - shown)
+            shown = now.done
 
-class _Plain:
-    """A line now and then, for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._last = time.monotonic()
-
-    def __call__(self, now: Progress) -> None:
-        if now.done == now.total or time.monotonic() - self._last >= PLAIN_INTERVAL_SECONDS:
-            self._last = time.monotonic()
-            self._console.print(f"{now.done:,} of {now.total:,}: {_so_far(now)}", soft_wrap=True)
-
-
-def _so_far(now: Progress) -> str:
-    return f"{now.right / now.done:.1%} right, {now.tokens / max(now.seconds, 1e-9):.0f} tokens/s"
+        yield show
 
 
 def show_gsm8k(result: Result, say: Callable[[Any], None]) -> None:
-    """Both accuracies with their intervals, what went wrong, and where the result lies."""
+    """Show both accuracies with their intervals, the number of failures, and the path of the result."""
     found = result.to_dict()
     protocol = result.protocol
     say(
@@ -75,7 +48,7 @@ def show_gsm8k(result: Result, say: Callable[[Any], None]) -> None:
     say(table)
     say(f"cut off by max_tokens: {found['cut_off']:,}; empty: {found['empty']:,}; errors: {found['errors']:,}")
     if found["errors"]:
-        say("[yellow]failed requests count as not right; the same command asks them again[/yellow]")
+        say("[yellow]failed requests count as not right; give the same command to ask them again[/yellow]")
     tokens, seconds = found["tokens"], found["seconds"]
     say(
         f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out, {seconds:.0f} s "
@@ -85,7 +58,7 @@ def show_gsm8k(result: Result, say: Callable[[Any], None]) -> None:
 
 
 def show_comparison(found: Comparison, say: Callable[[Any], None], *, flips: int) -> None:
-    """The paired counts, the test, `flips` flipped questions to read, and the verdict."""
+    """Show `flips` flipped questions, the paired counts, the test, and the verdict."""
     for flip in found.flips[:flips]:
         say(_side_by_side(flip))
     say(f"base       [bold]{clean(found.base)}[/bold]\nquantized  [bold]{clean(found.quant)}[/bold]")
@@ -101,7 +74,7 @@ def show_comparison(found: Comparison, say: Callable[[Any], None], *, flips: int
     low, high = (f"{100 * bound:+.1f}" for bound in found.interval)
     say(
         f"difference {100 * found.difference:+.1f} points, 95% bootstrap interval {low} to {high};\n"
-        f"exact McNemar p = {found.p_value:.3g}; overlap of what they get right (Jaccard) {found.jaccard:.3f}"
+        f"exact McNemar p = {found.p_value:.3g}; overlap of the right answers (Jaccard) {found.jaccard:.3f}"
     )
     for name, errors in zip(("base", "quantized"), found.errors, strict=True):
         if errors:
@@ -116,7 +89,7 @@ def _share(number: int, of: int) -> str:
 
 
 def _side_by_side(flip: Flip) -> Panel:
-    """A question and both answers to it, in two columns."""
+    """A question, with both answers in two columns."""
     answers = Table.grid(expand=True, padding=(0, 2))
     heads = []
     for name, right in (("base", flip.right == "base"), ("quantized", flip.right == "quant")):
@@ -133,5 +106,5 @@ def _text(answer: str) -> Text:
 
 
 def _lines(text: str) -> str:
-    """`text` with its lines, but without what could move the cursor."""
+    """`text` with its line breaks, but without other characters that move the cursor."""
     return "\n".join(printable(line) for line in text.split("\n"))
