@@ -25,8 +25,8 @@ from tests.servers import Running, free_port, started
 from w8a8 import errors
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.header import write_header
+from w8a8.serve.address import check_address
 from w8a8.serve.calling import Call, can_chat
-from w8a8.serve.launch import check_address
 from w8a8.serve.process import telling
 
 CONFIG = {

@@ -4,9 +4,7 @@
 memory and computes the command. `run` starts what was prepared, and ends only when all of it has.
 """
 
-import errno
 import os
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -21,7 +19,6 @@ from w8a8.errors import (
     DoesNotFitError,
     MissingExtraError,
     NoDeviceError,
-    PortInUseError,
     UnsupportedSchemeError,
     UsageError,
     W8A8Error,
@@ -32,6 +29,7 @@ from w8a8.memory import Fit, fit, ram_needed
 from w8a8.memory.fit import DEFAULT_CONTEXT as CONTEXT
 from w8a8.memory.model import Model
 from w8a8.serve import int8_kernel
+from w8a8.serve.address import check_address
 from w8a8.serve.calling import Call, can_chat
 from w8a8.serve.installed import Installed, find
 from w8a8.serve.process import running
@@ -141,28 +139,6 @@ def run(launch: Launch, ready: Callable[[Call, float], None]) -> None:
         max_model_len=launch.context,
         ready=lambda _: ready(call, time.monotonic() - start),
     )
-
-
-def check_address(host: str, port: int) -> None:
-    """Try to listen on `host` and `port`. Raises `PortInUseError`, saying why it cannot be and what to do."""
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[
-            0
-        ]
-    except (OSError, ValueError) as error:
-        raise PortInUseError(f"--host {host}: no such address ({error}); 127.0.0.1 is this machine alone") from error
-    try:
-        with socket.socket(family, kind) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-            probe.listen()
-    except OSError as error:
-        reason = {
-            errno.EADDRINUSE: f"port {port} is taken by another process; end that one, or give another --port",
-            errno.EACCES: f"port {port} needs privileges; give a --port from 1024 up",
-            errno.EADDRNOTAVAIL: "not an address of this machine; 127.0.0.1 is this machine alone",
-        }.get(error.errno or 0, error.strerror)
-        raise PortInUseError(f"{host}:{port} cannot be listened on: {reason}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.real.test_gemma4 import TEXT, TOKENS, VISION
 from w8a8.serve.embedded import batching
-from w8a8.serve.embedded.batching import Batcher, StopStrings, joinable
+from w8a8.serve.embedded.batching import Batcher, joinable
+from w8a8.serve.embedded.stream import StopStrings
 
 VOCABULARY = 320
 EOS = 7

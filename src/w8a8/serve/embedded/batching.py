@@ -1,8 +1,8 @@
 """Many requests in one model, for the embedded engine: continuous batching over transformers' own caches.
 
-transformers' server runs one `model.generate` after another, or, with `--continuous-batching`, its paged attention,
-which (5.23) refuses models whose layers differ in their heads, as Gemma 4's do, takes the sampling settings of the
-first request for all, and knows no stop strings. So its handlers get this manager instead, through the place they have
+transformers' server runs one `model.generate` after another, or, with `--continuous-batching`, its paged attention. The
+latter (5.23) refuses models whose layers differ in their heads, as Gemma 4's do, applies the sampling settings of the
+first request to all, and knows no stop strings. So its handlers get this manager instead, through their own interface
 for one (`BaseGenerateManager`).
 
 One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own,
@@ -15,8 +15,6 @@ other than one per token) is run by `model.generate`, one request after another.
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -26,13 +24,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.cli.serving.utils import (
-    BaseGenerateManager,
-    DirectStreamer,
-    _StreamError,
-    get_response_template,
-    response_events_to_chunks,
-)
+from transformers.cli.serving.utils import BaseGenerateManager, _StreamError, get_response_template
+
+from w8a8.serve.embedded.stream import Stream, one_line
 
 MAX_RUNNING = 16
 """Sequences decoded together; more wait, first come first served."""
@@ -43,137 +37,16 @@ CHUNK = 512
 SHUTTING_DOWN = "the server is shutting down"
 
 TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-"""What a processor returns for a prompt without images; all but the first says nothing new about one sequence alone."""
+"""The inputs a processor returns for a prompt without images; for one sequence alone only the first tells anything."""
 
 _log = logging.getLogger(__name__)
 
 
-class Stream(DirectStreamer):  # type: ignore[misc]
-    """One request: what it asks for, its tokens so far, and its text on the way to the handler's queue.
-
-    transformers' streamer does the detokenizing; here stop strings are cut off first.
-    """
-
-    def __init__(
-        self,
-        inputs: dict[str, Tensor],
-        config: GenerationConfig,
-        processors: Callable[[Tensor, Tensor], Tensor] | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """`inputs` as the processor returned them, for one sequence: `input_ids` [1, prompt] and perhaps images.
-
-        `processors` turn `input_ids` [1, n] and `scores` [1, vocabulary] into scores, as in `model.generate`.
-        """
-        super().__init__(*args, **kwargs)
-        self.inputs = inputs
-        self.prompt: list[int] = inputs["input_ids"][0].tolist()
-        self.tokens: list[int] = []
-        self.done = False
-        self.config = config
-        self._processors = processors
-        self._generator = None
-        if (seed := getattr(config, "seed", None)) is not None:
-            self._generator = torch.Generator(inputs["input_ids"].device).manual_seed(seed)
-        eos = config.eos_token_id
-        self._eos = set(eos) if isinstance(eos, list) else {eos}
-        self._stop = StopStrings(config.stop_strings or ())
-        self._first = False
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the client is gone."""
-        return bool(self._cancelled.is_set())
-
-    def choose(self, logits: Tensor) -> None:
-        """Take the next token, from logits [vocabulary] of any float dtype."""
-        scores = logits.float()[None]
-        if self._processors is not None:
-            scores = self._processors(torch.tensor([self.prompt + self.tokens], device=scores.device), scores)
-        if self.config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-        else:
-            token = scores.argmax(-1)
-        self.take(int(token))
-
-    def take(self, token: int) -> None:
-        """Add a token, pass its text on, and see whether it is the last."""
-        self.tokens.append(token)
-        self.total_tokens += 1
-        self._emit(self._stop.feed(self._decode_stream.step(self._tokenizer, token) or ""))
-        if token in self._eos or self._stop.found:
-            self.config.max_new_tokens = None  # tells the handler that length was not the reason to stop
-            self.end()
-        elif self.total_tokens >= self.config.max_new_tokens:
-            self.end()
-
-    def end(self) -> None:
-        """Pass the rest of the text on, and close the stream."""
-        self.done = True
-        self._emit(self._stop.rest())
-        super().end()
-
-    def fail(self, message: str) -> None:
-        """Close the stream with an error."""
-        self.done = True
-        self._enqueue(_StreamError(message))
-
-    def cut(self, text: str) -> str:
-        """`text` before the stop string that ended the sequence, if one did."""
-        return StopStrings(self._stop.strings).feed(text) if self._stop.found else text
-
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the sequence."""
-        return self._stop.found
-
-    def _enqueue(self, item: Any) -> None:
-        with suppress(RuntimeError):  # the event loop has ended, and nobody listens
-            super()._enqueue(item)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            items = [text] if self._parser is None else response_events_to_chunks(self._parser.feed(text))
-            for item in items:
-                self._enqueue(item)
-
-
-class StopStrings:
-    """Passes text through up to the first of some strings, holding back what may be the beginning of one."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        """`strings`: none of them empty."""
-        self.strings = strings
-        self.found = False
-        self._held = ""
-
-    def feed(self, text: str) -> str:
-        """The part of the text so far that is safe to show."""
-        text = self._held + text
-        places = [place for place in map(text.find, self.strings) if place >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
-        longest = max(map(len, self.strings), default=1) - 1
-        kept = next((n for n in range(min(longest, len(text)), 0, -1) if self._may_begin(text[-n:])), 0)
-        self._held = text[len(text) - kept :]
-        return text[: len(text) - kept]
-
-    def rest(self) -> str:
-        """What was held back, once no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
-
-    def _may_begin(self, tail: str) -> bool:
-        return any(string.startswith(tail) for string in self.strings)
-
-
 class Batcher(BaseGenerateManager):  # type: ignore[misc]
-    """Runs the requests of all handlers in one model, on a thread of its own."""
+    """Run the requests of all handlers in one model, on a thread of its own."""
 
     def __init__(self, model: Any, context: int) -> None:
-        """`context`: the tokens a sequence may have, prompt and answer together."""
+        """Start the thread; `context` limits a sequence's tokens, prompt and answer together."""
         self.context = context
         self._model = model
         self._limit = MAX_RUNNING if joinable(model) else 1
@@ -185,7 +58,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         self._thread = threading.Thread(target=self._run, name="w8a8-batcher", daemon=True)
         self._thread.start()
 
-    # --- what the handlers call, on the event loop ----------------------------------------------------------------
+    # --- called by the handlers, on the event loop ----------------------------------------------------------------
 
     def generate_streaming(
         self,
@@ -196,7 +69,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         request_id: str,  # noqa: ARG002
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], Stream]:
-        """Queue a request: its text comes out of the queue returned, `None` last.
+        """Queue a request; its text comes out of the queue returned, `None` last.
 
         Raises HTTPException 400 for a request longer than the context, 503 when the engine is stopping.
         """
@@ -223,7 +96,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, list[int]]:
-        """The whole answer: `(text, prompt tokens, token ids)`."""
+        """Wait for the whole answer: `(text, prompt tokens, token ids)`."""
         queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
         pieces = []
         try:
@@ -242,7 +115,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         return "".join(pieces), len(stream.prompt), tokens
 
     def stop(self) -> None:
-        """End every request with an error, and the thread after its present step. Does not wait."""
+        """End every request with an error, and the thread after its current step, without waiting for it."""
         self.stopping = True
         self._waiting.put(None)
 
@@ -265,15 +138,17 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
     def _run(self) -> None:
         with torch.inference_mode():
             while not self.stopping:
+                # 1) Read waiting prompts, up to CHUNK tokens of them.
                 read = 0
                 while read < CHUNK and self._admit():
                     read += self._read()
+                # 2) Decode a token for every sequence whose prompt has been read.
                 if self._running:
                     self._decode()
         self._fail_all()
 
     def _admit(self) -> bool:
-        """Whether there is a prompt to read; waits for one if there is nothing else to do."""
+        """Say whether there is a prompt to read; wait for one if there is nothing else to do."""
         while self._reading is None and len(self._running) < self._limit and not self.stopping:
             try:
                 stream = self._waiting.get(block=not self._running)
@@ -284,7 +159,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         return self._reading is not None
 
     def _read(self) -> int:
-        """Read a chunk of the prompt at hand; its sequence joins the others after the last. Returns the tokens read."""
+        """Read a chunk of the current prompt; after the last its sequence joins the others. Return the tokens read."""
         prompt = self._reading
         assert prompt is not None
         read = 0
@@ -298,7 +173,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
                 self._join(prompt)
         except Exception as error:  # noqa: BLE001 - one request's, not the server's end
             _log.exception("a request failed")
-            prompt.stream.fail(_line(error))
+            prompt.stream.fail(one_line(error))
         self._reading = None
         return read
 
@@ -319,9 +194,9 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         self._running.append(prompt.stream)
 
     def _decode(self) -> None:
-        """One more token for every running sequence."""
+        """Decode one more token for every running sequence."""
         try:
-            # Every sequence has its last token, and that one alone, still to be read into the cache.
+            # The cache lacks one token of every sequence: its last.
             logits = self._model(**self._inputs(), past_key_values=self._cache, use_cache=True).logits[:, -1]
             for stream, row in zip(self._running, logits, strict=True):
                 if not stream.cancelled:
@@ -331,12 +206,12 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
             _log.exception("decoding failed")
             for stream in self._running:
                 if not stream.done:
-                    stream.fail(_line(error))
+                    stream.fail(one_line(error))
             self._running = []
 
     def _inputs(self) -> dict[str, Tensor | None]:
         device = self._model.device
-        lengths = torch.tensor([_length(stream) for stream in self._running], device=device)
+        lengths = torch.tensor([stream.length for stream in self._running], device=device)
         longest = int(lengths.max())
         # With the padding on the left: 0 where a shorter sequence has not begun.
         mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
@@ -347,7 +222,7 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         }
 
     def _leave(self) -> None:
-        """Take the sequences that have ended out of the batch, and with the longest of them the padding it needed."""
+        """Take the sequences that have ended out of the batch, and the padding that only they needed."""
         stay = [i for i, stream in enumerate(self._running) if not (stream.done or stream.cancelled)]
         if len(stay) == len(self._running):
             return
@@ -357,10 +232,10 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
             return
         self._cache.batch_select_indices(torch.tensor(stay, device=self._model.device))
         for layer in self._cache.layers:
-            _align(layer, max(map(_length, self._running)) - 1)
+            _align(layer, max(stream.length for stream in self._running) - 1)
 
     def _generate(self, stream: Stream) -> None:
-        """Run one request to its end by `model.generate`."""
+        """Run one request to its end with `model.generate`."""
         config = stream.config
         if (seed := getattr(config, "seed", None)) is not None:
             torch.manual_seed(seed)
@@ -390,7 +265,10 @@ class _Prompt:
         self.logits = torch.empty(0)
 
     def read(self, model: Any) -> int:
-        """Read the next chunk, or the whole of a prompt with images; the last leaves `logits` [vocabulary]."""
+        """Read the next chunk, or all of a prompt with images; return the number of tokens read.
+
+        The last chunk leaves `logits` [vocabulary].
+        """
         inputs = self.stream.inputs
         ids, begin = inputs["input_ids"], self.cache.get_seq_length()
         if inputs.keys() <= TEXT_INPUTS:
@@ -408,7 +286,7 @@ class _Prompt:
 
 
 class _Steps(StoppingCriteria):  # type: ignore[misc]
-    """What `model.generate` asks after every token whether to stop: passes the token on."""
+    """Pass on every token that `model.generate` makes, and tell it whether to stop."""
 
     def __init__(self, stream: Stream, batcher: Batcher) -> None:
         self._stream, self._batcher = stream, batcher
@@ -421,7 +299,7 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
 
 
 def joinable(model: Any) -> bool:
-    """Whether sequences of the model can be decoded together: caches of keys and values alone, a position per token."""
+    """Say whether sequences can be decoded together: caches hold only keys and values, and a token has one position."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
     positions_vary = any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "model", None)))
@@ -429,7 +307,7 @@ def joinable(model: Any) -> bool:
 
 
 def _align(layer: Any, length: int) -> None:
-    """Make a cache layer [batch, heads, tokens, head size] one of `length` tokens, by padding or cropping its left."""
+    """Pad or crop the left of a cache layer [batch, heads, tokens, head size] so that it has `length` tokens."""
     if layer.keys is None:  # it shares the keys and values of another
         return
     kept = length
@@ -439,13 +317,3 @@ def _align(layer: Any, length: int) -> None:
     more = kept - layer.keys.shape[-2]
     layer.keys = pad(layer.keys, (0, 0, more, 0))
     layer.values = pad(layer.values, (0, 0, more, 0))
-
-
-def _length(stream: Stream) -> int:
-    return len(stream.prompt) + len(stream.tokens)
-
-
-def _line(error: Exception) -> str:
-    """An error in one line that can stand inside a JSON string, where transformers' handlers put it as it is."""
-    text = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {text[0]}".replace("\\", "/").replace('"', "'")

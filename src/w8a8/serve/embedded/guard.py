@@ -1,29 +1,22 @@
-"""What stands before the embedded engine's app: the key, the size of a request, and the client that hangs up."""
+"""Guard the embedded engine's app: check the key, limit a request's size, notice the client that hangs up."""
 
 import asyncio
 import secrets
 from contextlib import suppress
 
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from w8a8.serve.embedded.protocol import failure
+
 MAX_BODY_BYTES = 64 * 2**20
-"""Of one request: a few large images, base64 included."""
-
-NAMES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLargeError"}
-
-
-def failure(status: int, message: str) -> JSONResponse:
-    """An error as the OpenAI API spells one."""
-    kind = NAMES.get(status, "InvalidRequestError" if status < 500 else "InternalServerError")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+"""Limit of a request's body: room for a few large images in base64."""
 
 
 class Guard:
-    """ASGI middleware. Everything but `/health` needs the key, if there is one.
+    """ASGI middleware: everything but `/health` needs the key, if there is one.
 
-    A body is read whole before the app sees it, and the app is cancelled when the client goes away; the handlers notice
-    only that, and only so does a generation end with nobody to read it.
+    It reads a body whole before the app sees it, and cancels the app when the client goes away. Cancelling is all that
+    the handlers notice, so without it a generation would go on with nobody to read it.
     """
 
     def __init__(self, app: ASGIApp, api_key: str | None) -> None:
@@ -31,7 +24,7 @@ class Guard:
         self._expected = f"Bearer {api_key}".encode() if api_key else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or pass on one request."""
+        """Answer one request, or pass it on."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif not self._may_enter(scope):
@@ -75,7 +68,7 @@ class Guard:
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The whole body, or None for one too large or never finished."""
+    """Read the whole body; None if it is too large or never finished."""
     body = bytearray()
     while True:
         message = await receive()

@@ -1,8 +1,8 @@
-"""What a request to the embedded engine may say, checked before transformers' handlers see it.
+"""The API's requests and errors: a request to the embedded engine is checked before transformers' handlers see it.
 
-Those take what they know out of the JSON as it is: a string where a number belongs is their 500, an option they do not
-have is ignored, and an image may be any URL or any file of this machine. Here everything has a type and a range, what
-cannot be done is refused, and an image comes inside the request.
+They take the fields they know out of the JSON unchecked: a string where a number belongs is their 500, an option they
+do not have is ignored, and an image may be any URL or any file of this machine. Here every field has a type and a
+range, a request that cannot be answered is refused, and an image comes inside the request.
 """
 
 import base64
@@ -13,6 +13,7 @@ from io import BytesIO
 from typing import Annotated, Any, Literal, Self
 
 from fastapi import HTTPException
+from fastapi.responses import JSONResponse
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -20,8 +21,17 @@ MAX_IMAGE_PIXELS = 50_000_000
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 
 
+NAMES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLargeError"}
+
+
+def failure(status: int, message: str) -> JSONResponse:
+    """Spell an error as the OpenAI API does."""
+    kind = NAMES.get(status, "InvalidRequestError" if status < 500 else "InternalServerError")
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+
+
 def _only(allowed: Any = None) -> Any:
-    """A field of the API that this engine has nothing behind: accepted where it asks for nothing."""
+    """A field that this engine does not support: it accepts null, and the one value that asks for nothing."""
 
     def check(value: Any) -> Any:
         if value is not None and value != allowed:
@@ -32,7 +42,7 @@ def _only(allowed: Any = None) -> Any:
 
 
 def open_image(url: str) -> Image.Image:
-    """The image a `data:` URL holds. Raises ValueError if it holds none that Pillow can read, or one too large."""
+    """Decode the image in a `data:` URL. Raises ValueError if Pillow cannot read it, or if it is too large."""
     head, _, data = url.partition(",")
     if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
@@ -66,7 +76,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 
 
 class _Request(_Fields):
-    """What both endpoints take; `top_k` to `ignore_eos` as in vLLM."""
+    """The fields of both endpoints; `top_k` to `ignore_eos` as in vLLM."""
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -85,11 +95,11 @@ class _Request(_Fields):
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:
-        """The request that `body` is. Raises HTTPException 400 that names a field at fault."""
+        """Check `body`. Raises HTTPException 400 that names a field at fault."""
         try:
             return cls.model_validate(body)
         except ValidationError as error:
-            # Of a union, every branch complains; the one that got furthest is the one that was meant.
+            # Every branch of a union complains; the one that got furthest is the one that was meant.
             deepest = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
             where = ".".join(map(str, deepest["loc"]))
             message = deepest["msg"].removeprefix("Value error, ")
