@@ -1,5 +1,6 @@
 """The report, looked at with a real browser; the checkpoints are real, the results about invented questions."""
 
+import errno
 import json
 import math
 import os
@@ -21,7 +22,14 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 import w8a8
 from tests.publish import results
-from w8a8.errors import InvalidResultError, MissingExtraError, UnsupportedSchemeError, UsageError
+from w8a8.errors import (
+    DiskFullError,
+    InvalidResultError,
+    MissingExtraError,
+    UnsupportedSchemeError,
+    UnwritableError,
+    UsageError,
+)
 from w8a8.publish.report import write as reports
 from w8a8.publish.report.data import Place, place, short
 from w8a8.publish.report.facts import Report
@@ -274,6 +282,27 @@ def test_a_checkpoint_that_fails_says_so_first(gemma4: Path, gemma4_w8a8: Path, 
     written = reports.write(reports.run(reports.prepare(out, gemma4)), tmp_path / "report.html", tmp_path)
     page.goto(written.page.as_uri())
     assert page.inner_text("section:first-of-type h2").startswith("FAILED")
+
+
+def test_what_cannot_be_stored_leaves_the_page_that_was_there(
+    plain: tuple[Report, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report, _ = plain
+    page, figures = tmp_path / "report.html", tmp_path / "figures"
+    page.write_text("the one before")
+    figures.write_text("a file where the folder should be")
+    with pytest.raises(UnwritableError, match="figures"):
+        reports.write(report, page, figures)
+    figures.unlink()
+
+    def full(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DiskFullError, match=r"size\.png"):
+        reports.write(report, page, figures)
+    assert page.read_text() == "the one before"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["figures", "report.html"]
 
 
 def test_hard_rows_draw(golden: Path, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ Parameters, sizes and ratio come from the headers, how it was made from `w8a8.js
 anything, and is escaped where the template prints it unless it says otherwise.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import TargetExistsError, UsageError, W8A8Error
 from w8a8.formats.provenance import PROVENANCE
@@ -31,7 +31,7 @@ from w8a8.publish.card.text import (
     with_metadata,
 )
 from w8a8.publish.made import Made
-from w8a8.storage.writer import disk_errors
+from w8a8.storage.writer import write_whole
 from w8a8.terminal.wording import clean, printable
 
 ASIDE = "README.before.md"
@@ -130,18 +130,10 @@ def write(card: Card, *, overwrite: bool = False) -> None:
     if card.stranger and (not overwrite or aside.exists()):
         way_out = f"{ASIDE} is there too: move one of them" if overwrite else f"--overwrite moves it to {ASIDE}"
         raise TargetExistsError(f"{card.path}: is there already, and not written by `w8a8 card`; {way_out}")
-    temporary = card.path.with_name(f".{README}.{os.getpid()}")
-    try:
-        with disk_errors(card.path), temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(card.text)
-            file.flush()
-            os.fsync(file.fileno())
-        with disk_errors(card.path):
-            if card.stranger:
-                card.path.rename(aside)
-            temporary.replace(card.path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    if card.stranger:
+        with reading(card.path):
+            write_whole(aside, card.path.read_bytes())
+    write_whole(card.path, card.text.encode())
 
 
 def show(card: Card, say: Callable[[Any], None]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 from matplotlib import rc_context
@@ -36,15 +36,16 @@ STYLE: Mapping[str, Any] = {
 }
 
 
-def draw(report: Report, folder: Path) -> tuple[Path, ...]:
-    """Write one PNG for each figure that the report has into `folder`; returns their paths."""
+def draw(report: Report) -> dict[str, bytes]:
+    """Draw every figure that the report has data for: PNG by name."""
     with rc_context(dict(STYLE)):
-        return tuple(_save(figure, folder / f"{name}.png") for name, figure in _figures(report))
+        return {name: _png(figure) for name, figure in _figures(report)}
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, facecolor="white")
-    return path
+def _png(figure: Figure) -> bytes:
+    stored = BytesIO()
+    figure.savefig(stored, format="png", facecolor="white")
+    return stored.getvalue()
 
 
 def _figures(report: Report) -> Iterator[tuple[str, Figure]]:

@@ -19,7 +19,7 @@ from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.report.data import ridges, sizes, stacks
 from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
-from w8a8.storage.writer import disk_errors
+from w8a8.storage.writer import disk_errors, write_whole
 from w8a8.verification import run as verification
 
 
@@ -110,18 +110,25 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
 
 
 def write(report: Report, page: Path, figures: Path) -> Written:
-    """Write the HTML to `page` and the PNGs into `figures`. Raises `UnwritableError` or `DiskFullError`."""
+    """Write the HTML to `page` and the PNGs into `figures`, each file whole or not at all.
+
+    Raises `UnwritableError` or `DiskFullError`.
+    """
     from w8a8.publish.report.figures import draw
     from w8a8.publish.report.page import render
 
-    html = render(report)
-    for folder in (page.parent, figures):
+    # 1) draw all of it, so that an error leaves no file behind
+    html = render(report).encode(errors="replace")  # an answer may hold half a surrogate pair
+    drawn = {figures / f"{name}.png": png for name, png in draw(report).items()}
+
+    # 2) store it, the page last
+    for folder in (figures, page.parent):
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-    with disk_errors(page):
-        page.write_text(html, encoding="utf-8")
-    with disk_errors(figures):
-        return Written(report.headline, page, draw(report, figures))
+    for path, png in drawn.items():
+        write_whole(path, png)
+    write_whole(page, html)
+    return Written(report.headline, page, tuple(drawn))
 
 
 def show(written: Written, say: Callable[[Any], None]) -> None:
