@@ -32,8 +32,8 @@ from w8a8.errors import (
 from w8a8.evals.statistics import wilson
 from w8a8.machine import describe
 from w8a8.memory import fit
-from w8a8.publish.card.facts import Results
 from w8a8.publish.card.write import make, write
+from w8a8.publish.results import Results
 from w8a8.quantization import Options
 from w8a8.terminal.wording import count, size
 
@@ -168,7 +168,7 @@ def test_gpus_too_small_for_it_are_refused(out: Path) -> None:
 def test_a_model_for_several_gpus_gets_an_example_with_as_many(
     gemma3_w8a8: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("w8a8.publish.card.facts.ONE_GPU", "0.5GiB")
+    monkeypatch.setattr("w8a8.publish.card.usage.ONE_GPU", "0.5GiB")
     assert "--tensor-parallel-size 4" in make(gemma3_w8a8).text
 
 

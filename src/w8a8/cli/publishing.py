@@ -55,8 +55,8 @@ def card(
 
     What is not measured says so. What you add between lines marked `yours` stays when it is written again.
     """
-    from w8a8.publish.card.facts import Results
     from w8a8.publish.card.write import make, show, write
+    from w8a8.publish.results import Results
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from w8a8.checkpoint import Checkpoint
+from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, read_json
 from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import UnsupportedSchemeError, W8A8Error
 from w8a8.execute.workers import worker_count
 from w8a8.formats import Scheme, detect, section
 from w8a8.formats.provenance import PROVENANCE
+from w8a8.plan import scale_name
 from w8a8.terminal.wording import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
@@ -79,6 +80,15 @@ class Made:
     def from_hub(self) -> bool:
         """Whether the source was a repository; a folder goes by its last name, which has no slash."""
         return "/" in self.source
+
+    @property
+    def sees(self) -> bool:
+        """Whether the model takes images."""
+        return bool(section(self.checkpoint.config, "vision_config"))
+
+    def is_quantized(self, tensor: TensorSpec) -> bool:
+        """Whether `tensor` holds codes that belong to a scale."""
+        return tensor.dtype == "I8" and scale_name(tensor.name) in self.checkpoint.tensors
 
     def problems(self) -> Iterator[str]:
         """What headers, index and folder say against `w8a8.json`, without reading a weight."""

@@ -15,8 +15,9 @@ from typing import Any
 from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import HubError, UsageError, W8A8Error
+from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
-from w8a8.terminal.wording import clean, plural, printable, size
+from w8a8.terminal.wording import clean, plural, size
 from w8a8.verification import run as verification
 from w8a8.version import __version__
 
@@ -64,7 +65,8 @@ def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | P
 
     Raises `UsageError` for an impossible id, what opening raises, and `PathEscapeError` for a link out of the folder.
     """
-    _check_id(repo)
+    if "/" not in valid_id(repo, "REPO"):
+        raise UsageError(f"{repo}: the owner is missing; give it as `org/name`")
     made = Made.open(out)
     files = tuple(_files(made.path))
     return Job(made, repo, public, files, verification.prepare(out, source) if source else None)
@@ -126,18 +128,6 @@ def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
     for name in pushed.files:
         say(clean(name))
     say(f"would go to [bold]{clean(pushed.repo)}[/bold]: {what}; its checks hold")
-
-
-def _check_id(repo: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UsageError(f"{printable(repo)}: no Hub id ({error})") from error
-    if "/" not in repo:
-        raise UsageError(f"{repo}: whose? Give it as `org/name`")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:

@@ -15,6 +15,7 @@ from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import read_json
 from w8a8.errors import InvalidResultError
 from w8a8.evals.gsm8k import results
+from w8a8.evals.gsm8k.compare import Comparison, compare
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,35 @@ class Kld:
     perplexity_candidate: float
     histogram: tuple[Bar, ...]
     positions: tuple[Bar, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """Result files: GSM8K of the original and of the quantized model, and the KL divergence between them."""
+
+    baseline: Path | None = None
+    quant: Path | None = None
+    kld: Path | None = None
+
+    def read(self) -> "Measured":
+        """Read the files there are.
+
+        Raises `InvalidResultError` where one is something else, `UsageError` where the two GSM8K results do not
+        compare.
+        """
+        baseline, quant = (read_gsm8k(path) if path else None for path in (self.baseline, self.quant))
+        paired = compare(baseline.raw, quant.raw) if baseline and quant else None
+        return Measured(baseline, quant, paired, read_kld(self.kld) if self.kld else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What result files say; `paired` compares the two GSM8K results question by question."""
+
+    baseline: Gsm8k | None
+    quant: Gsm8k | None
+    paired: Comparison | None
+    kld: Kld | None
 
 
 def read_gsm8k(path: Path) -> Gsm8k:

@@ -60,14 +60,6 @@ def render(context: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(context)
 
 
-def with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
-    """The whole README, read back as the Hub reads it."""
-    from huggingface_hub import CardData, ModelCard
-
-    card = ModelCard(f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}")
-    return str(card)
-
-
 # --- what was there -----------------------------------------------------------------------------------------------
 
 
@@ -122,8 +114,11 @@ class Places:
         return [place for place, text in self._kept.items() if text.strip()]
 
 
+# --- metadata -----------------------------------------------------------------------------------------------------
+
+
 def metadata_of(text: str) -> Mapping[str, Any]:
-    """The metadata of a README. Raises `UsageError` where they are none."""
+    """Return the metadata of a README. Raises `UsageError` where the block is no YAML."""
     from huggingface_hub.repocard import REGEX_YAML_BLOCK
     from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
 
@@ -131,5 +126,13 @@ def metadata_of(text: str) -> Mapping[str, Any]:
     try:
         values = safe_load(block.group(2)) if block else {}
     except YAMLError as error:
-        raise UsageError(f"{README}: its metadata are no YAML ({' '.join(str(error).split())[:200]})") from error
+        said = " ".join(str(error).split())[:200]
+        raise UsageError(f"{README}: the metadata between the --- lines are no YAML ({said}); fix them") from error
     return values if isinstance(values, dict) else {}
+
+
+def with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
+    """Return the whole README, with `metadata` before `text`, read back as the Hub reads it."""
+    from huggingface_hub import CardData, ModelCard
+
+    return str(ModelCard(f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"))

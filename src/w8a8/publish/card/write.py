@@ -6,7 +6,9 @@ Parameters, sizes and ratio come from the headers, how it was made from `w8a8.js
 anything, and is escaped where the template prints it unless it says otherwise.
 """
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,12 @@ from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import TargetExistsError, UsageError, W8A8Error
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.inspection import inspect
-from w8a8.publish.card import facts
-from w8a8.publish.card.facts import Results
+from w8a8.inspection import Inspection, inspect
+from w8a8.plan import module_name
+from w8a8.publish.card.accuracy import accuracy
+from w8a8.publish.card.metadata import OURS, describe_model
+from w8a8.publish.card.origin import find_origin
+from w8a8.publish.card.reproduce import citation, commands
 from w8a8.publish.card.text import (
     README,
     STAMP,
@@ -30,19 +35,29 @@ from w8a8.publish.card.text import (
     render,
     with_metadata,
 )
+from w8a8.publish.card.usage import example, hardware, python_example
+from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
+from w8a8.publish.results import Results
 from w8a8.storage.writer import write_whole
 from w8a8.terminal.wording import clean, printable
 
 ASIDE = "README.before.md"
 
-_OURS = {"base_model", "base_model_relation", "tags", "library_name", "pipeline_tag", "model-index"}
-"""Metadata this command writes; others in a card stay."""
+FIGURES = {
+    "size": "Size by component, before and after",
+    "sqnr": "SQNR by layer and projection",
+    "worst": "The matrices with the largest error",
+    "scales": "Weight scales by projection",
+    "gsm8k": "GSM8K accuracy",
+    "kld": "KL divergence from the original",
+}
+"""Figures that `w8a8 report` draws: what each shows, by file name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A finished card and where it belongs. `stranger` says that a README.md is there which is not a card of ours."""
+    """A finished card and where it belongs; `stranger` says that a README.md is there which `card` did not write."""
 
     path: Path
     text: str
@@ -62,63 +77,67 @@ def make(
     describe: str | None = None,
     repo: str | None = None,
 ) -> Card:
-    """Write the card of the checkpoint in the folder `out`, which `quantize` made; nothing is stored yet.
+    """Compose the card of the checkpoint in the folder `out`, which `quantize` made; `write` stores it.
 
     `base_model` is the source's Hub id, or its folder, whose README.md then says the license; by default it is what
     `w8a8.json` says. `describe` are the GPUs of the example, as in `4x24GiB:gfx1100`; by default one of 24 GiB, or the
     reference, or the least that fits. `repo` is the id it will have on the Hub.
 
-    Raises what opening raises, `UsageError` for impossible arguments, result files that are none, or a card whose
-    `yours` lines are broken, and `MissingExtraError`.
+    Raises what opening raises, `UsageError` for impossible arguments, `InvalidResultError` for a file that is not a
+    result, `UsageError` where the `yours` lines of the old card are broken, and `MissingExtraError`.
     """
+    # 1) open the checkpoint, and the card that is there
     made = Made.open(out)
     for problem in made.problems():
         raise W8A8Error(f"{out}: {problem}")
-    old = read_text(made.path / README)
-    base, license_, notices = facts.origin(made, base_model)
-    name = facts.valid_id(repo, "--repo") if repo else printable(made.path.resolve().name)
-    gpus, launch = facts.example(made, describe)
-    launch = facts.named(launch, name)
-    measured = facts.Measured.read(results or Results())
+    before = read_text(made.path / README)
+    ours = before if is_ours(before) else ""
+
+    # 2) find out what the card says
+    origin = find_origin(made, base_model)
+    name = valid_id(repo, "--repo") if repo else printable(made.path.resolve().name)
+    measured = (results or Results()).read()
+    gpus, launch = example(made, describe, name)
     inspection = inspect(made.path)
-    data = facts.metadata(made, inspection, base, license_, measured, name)
-    kept_metadata = metadata_of(old) if is_ours(old) else {}
-    merged = {k: v for k, v in kept_metadata.items() if k not in _OURS} | data
-    if "license" not in merged:
-        notices.append("no license in the card: the source's metadata do not say one, or were not found")
-    yours = Places(kept(old) if is_ours(old) else {})
+
+    # 3) metadata: what a person added stays
+    added = {key: value for key, value in metadata_of(ours).items() if key not in OURS}
+    metadata = added | describe_model(made, origin, measured.quant, name)
+    notices = list(origin.notices)
+    if "license" not in metadata:
+        notices.append("no license in the card: the source names none, or could not be read; add it to the metadata")
+
+    # 4) fill in the template, with what a person wrote at its places
+    yours = Places(kept(ours))
     context = {
         "name": name,
         "stamp": Verbatim(STAMP),
-        "base": base,
-        "source": made.source,
+        "origin": origin,
         "made": made,
         "inspection": inspection,
         "compression": f"{made.source_bytes / inspection.nbytes:.1f}x",
         "unquantized": [row for row in inspection.components if row.dtype != "I8" and row.component != "scales"],
         "quantized": [row for row in inspection.components if row.dtype == "I8"],
-        "tied_head": facts.tied_head(made, inspection),
-        "quantized_tensors": sum(facts.is_quantized(t, made) for t in inspection.specs),
-        "excludes": facts.summary(inspection.excludes),
-        "measured": measured,
-        "launch": launch,
+        "tied_head": _tied_head(inspection),
+        "quantized_tensors": sum(map(made.is_quantized, inspection.specs)),
+        "excludes": _summary(inspection.excludes),
+        "accuracy": accuracy(measured),
         "gpus": gpus,
-        "python": facts.python_example(made, name),
-        "hardware": facts.hardware(made),
-        "commands": facts.commands(made, base, name),
-        "figures": facts.figures(made),
-        "citation": facts.citation(made, base, name),
-        "license": merged.get("license"),
-        "license_files": [printable(n) for n in made.checkpoint.sidecars if facts.LICENSE_FILE.fullmatch(n)],
-        "changed": [*(s.name for s in made.checkpoint.shards), *([INDEX] if made.checkpoint.indexed else [])],
-        "unchanged": [printable(n) for n in made.checkpoint.sidecars if n not in {"config.json", PROVENANCE}],
-        "provenance": PROVENANCE,
+        "launch": launch,
+        "python": python_example(made, name),
+        "hardware": hardware(made),
+        "commands": commands(made, origin, name),
+        "citation": citation(made, origin, name),
+        "figures": _figures(made.path),
+        "license": metadata.get("license"),
+        "license_files": list(map(printable, origin.license_files)),
         "yours": yours,
+        **_files(made),
     }
     text = render(context)
     if lost := yours.unused:
         raise UsageError(f"{made.path / README}: the card has no place called {lost[0]!r}; move that text to another")
-    return Card(made.path / README, with_metadata(text, merged), tuple(notices), bool(old) and not is_ours(old))
+    return Card(made.path / README, with_metadata(text, metadata), tuple(notices), bool(before) and not ours)
 
 
 def write(card: Card, *, overwrite: bool = False) -> None:
@@ -139,3 +158,30 @@ def write(card: Card, *, overwrite: bool = False) -> None:
 def show(card: Card, say: Callable[[Any], None]) -> None:
     """Where it is."""
     say(f"[bold]{clean(str(card.path))}[/bold] written; add to it between the lines marked `yours`")
+
+
+def _files(made: Made) -> Mapping[str, Any]:
+    """Names of the files that the card lists: those that quantizing changed, and those it copied."""
+    sidecars = [name for name in made.checkpoint.sidecars if name not in {"config.json", PROVENANCE}]
+    return {
+        "changed": [*(s.name for s in made.checkpoint.shards), *([INDEX] if made.checkpoint.indexed else [])],
+        "unchanged": [printable(name) for name in sidecars],
+        "provenance": PROVENANCE,
+    }
+
+
+def _figures(folder: Path) -> list[tuple[str, str]]:
+    """Figures that `w8a8 report --png OUT/figures` drew: name, and what it shows."""
+    return [(name, what) for name, what in FIGURES.items() if (folder / "figures" / f"{name}.png").is_file()]
+
+
+def _tied_head(inspection: Inspection) -> str:
+    """The dtype of the output layer where it is the embedding table; empty where it has a tensor of its own."""
+    if any(module_name(tensor.name).endswith("lm_head") for tensor in inspection.specs):
+        return ""
+    return next((row.dtype for row in inspection.components if row.component == "embeddings"), "")
+
+
+def _summary(modules: Sequence[str]) -> list[tuple[str, int]]:
+    """Names of `modules`, layer numbers replaced by a star, and how many each stands for."""
+    return list(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", printable(name)) for name in modules).items())

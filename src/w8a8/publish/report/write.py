@@ -13,12 +13,11 @@ from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import inside, read_json
 from w8a8.checkpoint.source import cached, hub_id
 from w8a8.errors import MissingExtraError, UnsupportedSchemeError, W8A8Error
-from w8a8.evals.gsm8k.compare import Comparison, compare
 from w8a8.formats import Scheme, detect, section
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.report.data import ridges, sizes, stacks
 from w8a8.publish.report.facts import Report
-from w8a8.publish.results import Gsm8k, Kld, read_gsm8k, read_kld
+from w8a8.publish.results import Measured, Results
 from w8a8.storage.writer import disk_errors, write_whole
 from w8a8.verification import run as verification
 
@@ -30,10 +29,7 @@ class Job:
     out: Checkpoint
     scheme: Scheme
     verification: verification.Job | None
-    baseline: Gsm8k | None
-    quant: Gsm8k | None
-    paired: Comparison | None
-    kld: Kld | None
+    measured: Measured
 
     @property
     def nbytes(self) -> int:
@@ -73,16 +69,9 @@ def prepare(
     scheme = detect(checkpoint.config)
     if not scheme.w8a8:
         raise UnsupportedSchemeError(f"{out}: {scheme.summary}; a report is about what `w8a8 quantize` writes")
-    first, second = (read_gsm8k(path) if path else None for path in (baseline, quant))
-    return Job(
-        checkpoint,
-        scheme,
-        verification.prepare(out, source) if source is not None else _beside(checkpoint),
-        first,
-        second,
-        compare(first.raw, second.raw) if first and second else None,
-        read_kld(kld) if kld else None,
-    )
+    measured = Results(baseline, quant, kld).read()
+    against = verification.prepare(out, source) if source is not None else _beside(checkpoint)
+    return Job(checkpoint, scheme, against, measured)
 
 
 def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
@@ -102,10 +91,10 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
         stacks=stacks(errors.tensors) if errors else (),
         ridges=found,
         scale_range=(low, high),
-        baseline=job.baseline,
-        quant=job.quant,
-        paired=job.paired,
-        kld=job.kld,
+        baseline=job.measured.baseline,
+        quant=job.measured.quant,
+        paired=job.measured.paired,
+        kld=job.measured.kld,
     )
 
 

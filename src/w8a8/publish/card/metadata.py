@@ -1,0 +1,48 @@
+"""The metadata of a card, which the Hub reads: the YAML block before its text."""
+
+from typing import TYPE_CHECKING, Any
+
+from w8a8.publish.card.origin import Origin
+from w8a8.publish.made import Made
+from w8a8.publish.results import Gsm8k
+from w8a8.terminal.wording import plural
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
+
+OURS = {"base_model", "base_model_relation", "tags", "library_name", "pipeline_tag", "model-index"}
+"""Metadata that `w8a8 card` writes; any other that a person added stays."""
+
+
+def describe_model(made: Made, origin: Origin, quant: Gsm8k | None, name: str) -> dict[str, Any]:
+    """Return the metadata of a checkpoint that the Hub will know as `name`; `quant` is its score, if measured."""
+    from huggingface_hub import ModelCardData
+
+    model_type = str(made.checkpoint.config.get("model_type", ""))
+    tags = ["int8", "w8a8", "ptpc", "8-bit", made.scheme.method, "vllm", model_type]
+    values: dict[str, Any] = {
+        **({"base_model": origin.base, "base_model_relation": "quantized"} if origin.base else {}),
+        **origin.license,
+        "library_name": "vllm",
+        "pipeline_tag": "image-text-to-text" if made.sees else "text-generation",
+        "tags": [tag for tag in tags if tag],
+    }
+    if quant:
+        values |= {"model_name": name, "eval_results": [_score(quant)]}
+    return dict(ModelCardData(**values).to_dict())  # type: ignore[no-untyped-call]
+
+
+def _score(result: Gsm8k) -> "EvalResult":
+    """A GSM8K score for the Hub's model-index, in percent."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type="openai/gsm8k",
+        dataset_name="GSM8K",
+        dataset_config="main",
+        dataset_split="test",
+        metric_type="exact_match",
+        metric_name=f"{result.shots}-shot accuracy, strict, {plural(result.questions, 'question')}",
+        metric_value=round(result.strict.value * 100, 2),
+    )
