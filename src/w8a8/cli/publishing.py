@@ -8,7 +8,7 @@ import typer
 from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
 from w8a8.errors import UsageError
 
-Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original.")]
+Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original model.")]
 Quantized = Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")]
 Divergence = Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")]
 
@@ -23,13 +23,13 @@ Examples:
 """
 )
 def card(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint; its README.md is written.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint; README.md is written into it.")],
     base_model: Annotated[
         str | None,
         typer.Option(
             metavar="ID|SRC",
             help="The source's Hub id, or its folder, whose README.md says the license.",
-            show_default="what `quantize` noted",
+            show_default="the source that `quantize` recorded",
         ),
     ] = None,
     baseline: Baseline = None,
@@ -38,22 +38,23 @@ def card(
     describe: Annotated[
         str | None,
         typer.Option(
-            metavar="GPUS", help="GPUs of the vLLM example.", show_default="24GiB, or 4x24GiB:gfx1100 where it needs it"
+            metavar="GPUS", help="GPUs of the vLLM example.", show_default="24GiB, or 4x24GiB:gfx1100 if it needs more"
         ),
     ] = None,
     repo: Annotated[
         str | None,
-        typer.Option("--repo", envvar="HF_REPO_ID", help="Hub id the examples use.", show_default="the folder's name"),
+        typer.Option("--repo", envvar="HF_REPO_ID", help="Hub id in the examples.", show_default="the folder's name"),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Move aside a README.md that this command did not write.")
+        bool, typer.Option("--overwrite", help="Move a README.md of yours to README.before.md, to write the card.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write the model card of a checkpoint: README.md with Hub metadata, from its files and its results.
 
-    What is not measured says so. What you add between lines marked `yours` stays when it is written again.
+    Without a result the card says "not measured". Text that you add between lines marked `yours` stays when the card is
+    written again.
     """
     from w8a8.publish.card.write import make, show, write
     from w8a8.publish.results import Results
@@ -82,28 +83,29 @@ def report(
     source: Annotated[
         str | None,
         typer.Option(
-            help="What it was made from: folder or Hub id `org/name[@revision]`.",
-            show_default="what OUT says, if that lies beside OUT or in the Hub's cache",
+            help="The source checkpoint: folder or Hub id `org/name[@revision]`.",
+            show_default="the source that OUT names, if it lies beside OUT or in the Hub's cache",
         ),
     ] = None,
     baseline: Baseline = None,
     quant: Quantized = None,
     kld: Divergence = None,
     page: Annotated[
-        Path | None, typer.Option("--out", metavar="HTML", help="The page.", show_default="OUT-report/report.html")
+        Path | None,
+        typer.Option("--out", metavar="HTML", help="The page to write.", show_default="OUT-report/report.html"),
     ] = None,
     png: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where the figures go, as PNG.", show_default="beside the page"),
+        typer.Option(metavar="FOLDER", help="Folder for the figures, as PNG.", show_default="beside the page"),
     ] = None,
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page about a quantized checkpoint, to look at, and its figures as PNG.
+    """Write one HTML page about a quantized checkpoint, and its figures as PNG.
 
-    Sizes, errors of every matrix, weight scales, and the results of the evaluations that are given. The page needs
-    no network and no script, and opens anywhere.
+    It shows sizes, the error of every matrix, weight scales, and the results that are given. The page needs no network
+    and no script, and opens anywhere.
     """
     from w8a8.publish.report.write import prepare, run, show, write
     from w8a8.terminal.output import Terminal
@@ -130,24 +132,28 @@ def push(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
     repo: Annotated[
         str | None,
-        typer.Argument(metavar="REPO", envvar="HF_REPO_ID", help="Hub id `org/name`; made if it is not there."),
+        typer.Argument(
+            metavar="REPO",
+            envvar="HF_REPO_ID",
+            help="Hub id `org/name`; the repository is created if it does not exist.",
+        ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Let everyone see a repository that this makes.", show_default="private")
+        bool, typer.Option("--public", help="Make a new repository public.", show_default="private")
     ] = False,
     source: Annotated[
-        str | None, typer.Option(help="What it was made from, for a full `verify` first: folder or Hub id.")
+        str | None, typer.Option(help="The source checkpoint (folder or Hub id), for a full `verify` first.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and list what would be uploaded; ask the Hub nothing.")
+        bool, typer.Option("--dry-run", help="Check, and list the files to upload; ask the Hub nothing.")
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Upload a checkpoint to the Hub, once it has been checked. Private unless you say `--public`.
+    """Check a checkpoint and upload it to the Hub; a new repository is private without `--public`.
 
-    Every shard's checksum is compared with what `quantize` wrote, or all of it with --source. Given again after an
-    interruption, the same command sends only what is missing.
+    Every shard's checksum is compared with the one that `quantize` recorded; with --source, every tensor with its
+    source. After an interruption, the same command sends only the missing files.
     """
     from w8a8.publish.push import check, planned, prepare, run, show
     from w8a8.terminal.output import Terminal

@@ -1,7 +1,6 @@
-"""A checkpoint that `quantize` made: its folder, and what `w8a8.json` says of how it came about.
+"""A checkpoint that `quantize` made: its folder, and its provenance as `w8a8.json` records it.
 
-Both card and push begin here. `w8a8.json` is a file like any other: it is validated before it is believed, and what it
-says of the shards has to be what the headers say.
+Both card and push begin here. The shards that `w8a8.json` lists must be those of the headers.
 """
 
 import re
@@ -22,7 +21,7 @@ from w8a8.plan import scale_name
 from w8a8.terminal.wording import printable
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
-"""Weights by their names: beside a checkpoint's own they have no business."""
+"""Endings of weight files; beside a checkpoint's own shards there should be none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +61,12 @@ class Made:
         checkpoint = Checkpoint.open(folder)
         scheme = detect(checkpoint.config)
         if not scheme.w8a8:
-            raise UnsupportedSchemeError(f"{folder}: {scheme.summary}; this is for what `w8a8 quantize` makes")
+            raise UnsupportedSchemeError(
+                f"{folder}: {scheme.summary}; only a checkpoint that `w8a8 quantize` made can be published"
+            )
         path = checkpoint.path / PROVENANCE
         if not path.is_file():
-            raise W8A8Error(f"{folder}: no {PROVENANCE}, so nothing says how it was made; `w8a8 quantize` writes it")
+            raise W8A8Error(f"{folder}: no {PROVENANCE}, which says how it was made; `w8a8 quantize` writes it")
         try:
             return cls(checkpoint, scheme, **_provenance(read_json(path)))
         except (ValueError, OSError) as error:
@@ -78,7 +79,7 @@ class Made:
 
     @property
     def from_hub(self) -> bool:
-        """Whether the source was a repository; a folder goes by its last name, which has no slash."""
+        """Whether the source was a repository on the Hub; the name of a folder has no slash."""
         return "/" in self.source
 
     @property
@@ -91,7 +92,7 @@ class Made:
         return tensor.dtype == "I8" and scale_name(tensor.name) in self.checkpoint.tensors
 
     def problems(self) -> Iterator[str]:
-        """What headers, index and folder say against `w8a8.json`, without reading a weight."""
+        """Yield where headers, index and folder differ from `w8a8.json`; no weight is read."""
         found = {shard.name: shard.size for shard in self.checkpoint.shards}
         for name in sorted(found.keys() | self.shards.keys()):
             recorded = self.shards.get(name, (None, ""))[0]
@@ -103,10 +104,10 @@ class Made:
                 yield f"{INDEX}: total_size is {total}, the tensors have {self.checkpoint.nbytes} bytes"
         for left in self.checkpoint.left_out:
             if left.name.lower().endswith(UNVERIFIED):
-                yield f"{left.name}: weights that are no part of the checkpoint, so nothing vouches for them"
+                yield f"{left.name}: weights that are not part of the checkpoint, so no checksum covers them"
 
     def wrong_checksums(self, advance: Callable[[int], None] = lambda _: None) -> list[str]:
-        """Read every shard: those whose SHA-256 is not the recorded one, as sentences. `advance` is told of bytes."""
+        """Read every shard, and name those whose SHA-256 differs from `w8a8.json`. `advance` gets the bytes done."""
 
         def check(name: str) -> str | None:
             same = file_sha256(self.path / name) == self.shards[name][1]

@@ -1,9 +1,9 @@
-"""`w8a8 push`: a checked checkpoint to the Hub.
+"""`w8a8 push`: upload a checked checkpoint to the Hub.
 
 The folder is checked before the Hub is asked anything: headers, index and every shard's checksum against `w8a8.json`,
-or, given the source, all that `verify` checks. Then huggingface_hub uploads it, through Xet where that is installed:
-what an interrupted upload had sent already is on the Hub and is not sent again. Hidden files (its own state, `.git`,
-unfinished work) stay here.
+or, given the source, all that `verify` checks. Then huggingface_hub uploads it, through Xet where that is installed.
+Files that an interrupted upload had sent are on the Hub and are not sent again. Hidden files (its own state, `.git`,
+unfinished work) are never uploaded.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,14 +22,15 @@ from w8a8.verification import run as verification
 from w8a8.version import __version__
 
 HIDDEN = (".*", "*/.*")
-"""What is not uploaded, as globs over relative paths."""
+"""Files that are not uploaded, as globs over relative paths."""
 
 _SHOWN = 3
+"""Problems that the error names."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A folder to upload, its `files` with their bytes, and what it will be checked against."""
+    """A folder to upload, its `files` with their bytes, and the verification it must pass, None without a source."""
 
     made: Made
     repo: str
@@ -39,14 +40,14 @@ class Job:
 
     @property
     def bytes_to_check(self) -> int:
-        """What `check` will read, in bytes of shards."""
+        """Bytes of shards that `check` will read."""
         opened = self.against.source if self.against else self.made.checkpoint
         return sum(shard.size for shard in opened.shards)
 
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What was uploaded, or (a dry run) would be; `bytes` of all `files`. Without a `url` nothing was."""
+    """The files that were uploaded, or would be: a dry run has no `url`. `bytes` is their sum."""
 
     repo: str
     private: bool
@@ -61,7 +62,7 @@ class Pushed:
 
 
 def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | Path | None = None) -> Job:
-    """Open `out`, and its `source` if it is to be compared with that, and list what would be uploaded to `repo`.
+    """Open `out`, and the `source` to verify it against if one is given, and list the files to upload to `repo`.
 
     Raises `UsageError` for an impossible id, what opening raises, and `PathEscapeError` for a link out of the folder.
     """
@@ -73,7 +74,7 @@ def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | P
 
 
 def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
-    """Raise `W8A8Error` unless the folder is what `quantize` made. Reads all of it; `advance` is told of bytes."""
+    """Raise `W8A8Error` unless the folder is what `quantize` made. Reads every shard; `advance` gets the bytes done."""
     problems = list(job.made.problems())
     if not problems and job.against:
         problems = list(verification.run(job.against, advance=advance).problems)
@@ -81,18 +82,20 @@ def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
         problems = job.made.wrong_checksums(advance)
     if problems:
         more = f" (and {plural(len(problems) - _SHOWN, 'problem')} more)" if len(problems) > _SHOWN else ""
-        raise W8A8Error(f"{job.made.path}: not uploaded: {'; '.join(problems[:_SHOWN])}{more}")
+        raise W8A8Error(
+            f"{job.made.path}: not uploaded, since it is not what `quantize` made: {'; '.join(problems[:_SHOWN])}{more}"
+        )
 
 
 def planned(job: Job) -> Pushed:
-    """What `run` would upload."""
+    """Return what `run` would upload."""
     return Pushed(job.repo, not job.public, tuple(name for name, _ in job.files), sum(n for _, n in job.files))
 
 
 def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
-    """Upload a checked folder, making the repository if it is not there; what the Hub has already is not sent.
+    """Upload a checked folder; the repository is created if it does not exist, and files that the Hub has are not sent.
 
-    Raises `HubError`, and `UsageError` where the repository is public and that was not asked for.
+    Raises `HubError`, and `UsageError` where the repository is public and `public` was not asked for.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -106,9 +109,9 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
             api.create_repo(job.repo, private=not job.public, exist_ok=True)
             private = not job.public
         if not private and not job.public:
-            raise UsageError(f"{job.repo}: is there and public; --public uploads to it, or choose another name")
+            raise UsageError(f"{job.repo}: exists and is public; upload to it with --public, or choose another name")
         if private and job.public:
-            notice(f"{job.repo} is there and private, and stays so; its settings on the Hub make it public")
+            notice(f"{job.repo} exists and is private, and stays so; change that in its settings on the Hub")
         commit = api.upload_folder(
             repo_id=job.repo,
             folder_path=job.made.path,
@@ -120,18 +123,18 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
 
 
 def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
-    """Where it is now; of a dry run, what there is to upload."""
+    """Print the address of the upload; after a dry run, the files it would send."""
     what = f"{plural(len(pushed.files), 'file')}, {size(pushed.bytes)}, {'private' if pushed.private else 'public'}"
     if pushed.url:
         say(f"[bold]{clean(pushed.url)}[/bold]: {what}")
         return
     for name in pushed.files:
         say(clean(name))
-    say(f"would go to [bold]{clean(pushed.repo)}[/bold]: {what}; its checks hold")
+    say(f"all checks passed; would go to [bold]{clean(pushed.repo)}[/bold]: {what}")
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """What is not hidden, by relative name, with its bytes."""
+    """Yield every file that is not hidden: relative name and bytes."""
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     with reading(folder):
@@ -142,7 +145,7 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def _explained(repo: str) -> Iterator[None]:
-    """Errors of huggingface_hub, in a line that says what to do."""
+    """Turn errors of huggingface_hub into a `HubError` that says in one line what to do."""
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HfHubHTTPError,
         HTTPError,
@@ -153,7 +156,7 @@ def _explained(repo: str) -> Iterator[None]:
     try:
         yield
     except LocalTokenNotFoundError as error:
-        raise HubError(f"{repo}: no token here; `hf auth login`, or set HF_TOKEN") from error
+        raise HubError(f"{repo}: no token found; run `hf auth login`, or set HF_TOKEN") from error
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         said = getattr(cause, "server_message", None) or cause
@@ -163,9 +166,9 @@ def _explained(repo: str) -> Iterator[None]:
 def _advice(error: BaseException) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return "the Hub does not know the token; `hf auth login`, or set HF_TOKEN"
+        return "the Hub does not know the token; run `hf auth login`, or set HF_TOKEN"
     if status == 403:
-        return "the token may not write there; `hf auth login` with one that may"
+        return "the token may not write there; run `hf auth login` with one that may"
     if status is not None:
-        return f"the Hub refused ({status}); what it has is kept, the same command goes on"
-    return "the upload did not finish; what the Hub has is kept, the same command goes on"
+        return f"the Hub refused ({status}); files it has are kept, the same command goes on"
+    return "the upload did not finish; files the Hub has are kept, the same command goes on"

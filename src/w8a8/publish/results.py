@@ -1,7 +1,7 @@
-"""The result files a report reads: GSM8K scores and KL divergence, as values that can be trusted.
+"""Result files of `w8a8 eval`, read for a card or a report: GSM8K scores and KL divergence as checked values.
 
-They are a user's files, perhaps from elsewhere: every number is checked before anything is drawn from it. What is text
-in them (questions, answers, names) stays text, and is only ever shown escaped.
+They are a user's files, perhaps from elsewhere: every number is checked before it is shown. Text in them (questions,
+answers, names) stays text, and is only ever shown escaped.
 """
 
 import sys
@@ -44,7 +44,7 @@ class Gsm8k:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A bar of a histogram (`value` tokens from `start` to `end` nats), or positions (`value` nats per token)."""
+    """A bar of a histogram: `value` tokens from `start` to `end` nats, or nats per token at these positions."""
 
     start: float
     end: float
@@ -53,8 +53,10 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Kld:
-    """How far the candidate's next-token distribution lies from the reference's, in nats; both as they are stored, or
-    computed in float32."""
+    """KL divergence of the candidate's next-token distributions from the reference's, in nats.
+
+    `float32` says that both were computed in float32, not in the dtype they are stored in.
+    """
 
     reference: str
     candidate: str
@@ -102,7 +104,7 @@ class Measured:
 
 
 def read_gsm8k(path: Path) -> Gsm8k:
-    """Read what `w8a8 eval gsm8k` wrote. Raises `InvalidResultError` where it is something else."""
+    """Read a result of `w8a8 eval gsm8k`. Raises `InvalidResultError` where the file is something else."""
     raw = results.read(path)
     with _named(path, "gsm8k"):
         result = _Fields(raw)
@@ -120,7 +122,7 @@ def read_gsm8k(path: Path) -> Gsm8k:
 
 
 def read_kld(path: Path) -> Kld:
-    """Read what `w8a8 eval kld` wrote. Raises `InvalidResultError` where it is something else."""
+    """Read a result of `w8a8 eval kld`. Raises `InvalidResultError` where the file is something else."""
     with _named(path, "kld"):
         with reading(path):
             result = read_json(path)
@@ -135,7 +137,7 @@ def _named(path: Path, kind: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InvalidResultError(
-            f"{path}: not a result of `w8a8 eval {kind}` that this version reads: {error}"
+            f"{path}: not a result of `w8a8 eval {kind}` that this version reads ({error}); run it again with --out"
         ) from error
 
 
@@ -160,7 +162,7 @@ def _kld(result: "_Fields", *, float32: bool) -> Kld:
 
 
 class _Fields:
-    """A JSON object whose values are asked for by name and kind; `ValueError` says what is wrong, and where."""
+    """A JSON object whose values are read by name and type; `ValueError` says which one is wrong, and how."""
 
     def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
         self._values, self._where = values, where
@@ -171,7 +173,7 @@ class _Fields:
     def rows(self, name: str) -> list["_Fields"]:
         rows = self._get(name, list)
         if not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{self._where}{name} holds something else than objects")
+            raise ValueError(f"{self._where}{name} holds something other than objects")
         return [_Fields(row, f"{self._where}{name}[{i}].") for i, row in enumerate(rows)]
 
     def text(self, name: str) -> str:
@@ -196,7 +198,7 @@ class _Fields:
     def share(self, name: str) -> Interval:
         found = self.interval(name)
         if not 0 <= found.low <= found.high <= 1 or not 0 <= found.value <= 1:
-            raise ValueError(f"{self._where}{name} and its interval are no shares of one")
+            raise ValueError(f"{self._where}{name} and its interval are not shares of one")
         return found
 
     def _finite(self, value: float, name: str) -> float:

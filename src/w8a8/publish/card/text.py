@@ -1,6 +1,6 @@
 """The text of a card: the template, escaping, and what a person wrote into the card before.
 
-Every name may hold anything, so what the template prints is escaped unless it is `Verbatim`.
+Every name may hold anything, so all values in the template are escaped unless they are `Verbatim`.
 """
 
 import re
@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint import reading
-from w8a8.errors import MissingExtraError, UsageError
+from w8a8.errors import MissingExtraError, UsageError, first_line
 from w8a8.terminal.wording import count, plural, printable, size
 
 README = "README.md"
 STAMP = "<!-- Written by `w8a8 card`, and written anew by it: only what stands between `yours` lines is kept. -->"
 
 _MARKER = re.compile(r"<!-- yours: (?P<what>begin|end) (?P<place>[a-z]+) -->")
-_MEND = "mend the marked lines, and nothing you wrote is lost (the file is as it was)"
+_MEND = "mend the marked lines; the file was not changed"
 
 
 class Verbatim(str):
-    """Text that is Markdown already."""
+    """Text that is Markdown already, and not escaped."""
 
     __slots__ = ()
 
 
 def _escaped(value: Any) -> str:
-    """A value as Markdown that shows just that, in a table too."""
+    """Return a value as Markdown that shows it literally, in a table too."""
     if isinstance(value, Verbatim):
         return value
     text = printable(str(value)).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
@@ -36,13 +36,13 @@ def _escaped(value: Any) -> str:
 
 
 def _code(text: str, language: str) -> str:
-    """A fenced block that nothing in `text` can close."""
+    """Return a fenced block that nothing in `text` can close."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return Verbatim(f"{fence}{language}\n{text}\n{fence}")
 
 
 def render(context: Mapping[str, Any]) -> str:
-    """The template with all of `context`; a name it lacks is an error. Raises `MissingExtraError`."""
+    """Fill in the template; a name that `context` lacks is an error. Raises `MissingExtraError`."""
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -60,16 +60,16 @@ def render(context: Mapping[str, Any]) -> str:
     return environment.from_string(template).render(context)
 
 
-# --- what was there -----------------------------------------------------------------------------------------------
+# --- the card that is there ---------------------------------------------------------------------------------------
 
 
 def read_text(path: Path) -> str:
-    """A README, empty where there is none. Raises `UsageError` where it is no text."""
+    """Read a README; empty where there is none. Raises `UsageError` where it is not text."""
     try:
         with reading(path):
             return path.read_text(encoding="utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: is not UTF-8 text ({error}); move it away") from error
+        raise UsageError(f"{path}: not UTF-8 text ({first_line(error)}); move the file away") from error
 
 
 def is_ours(text: str) -> bool:
@@ -78,7 +78,7 @@ def is_ours(text: str) -> bool:
 
 
 def kept(text: str) -> dict[str, str]:
-    """What a person wrote, by place. Raises `UsageError` where the marked lines do not come in pairs."""
+    """Return what a person wrote, by place. Raises `UsageError` where the marked lines do not come in pairs."""
     kept: dict[str, str] = {}
     place, lines = "", list[str]()
     for number, line in enumerate(text.splitlines(keepends=True), 1):
@@ -99,18 +99,18 @@ def kept(text: str) -> dict[str, str]:
 
 
 class Places:
-    """The places for a person's text, filled as the template comes by them."""
+    """The places for a person's text, which the template fills one by one."""
 
     def __init__(self, kept: Mapping[str, str]) -> None:
         self._kept = dict(kept)
 
     def __call__(self, place: str) -> str:
-        """A place's marked lines, with what was kept between them."""
+        """Return a place's marked lines, with the text kept between them."""
         return Verbatim(f"<!-- yours: begin {place} -->\n{self._kept.pop(place, '')}<!-- yours: end {place} -->")
 
     @property
     def unused(self) -> list[str]:
-        """Places with text that the template did not come by."""
+        """Places with text that the template does not have."""
         return [place for place, text in self._kept.items() if text.strip()]
 
 

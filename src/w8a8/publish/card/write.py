@@ -1,9 +1,8 @@
 """`w8a8 card`: the README.md of a checkpoint, written from its files and its results.
 
-Parameters, sizes and ratio come from the headers, how it was made from `w8a8.json`, the command from what `serve
---dry-run` prints, the hardware from `fit`, accuracies from result files. What a person adds between the lines marked
-`yours` stays when the card is written again; so do metadata this command does not write. Every name in it may hold
-anything, and is escaped where the template prints it unless it says otherwise.
+Parameters, sizes and ratio come from the headers, the way it was made from `w8a8.json`, the command from
+`serve --dry-run`, the hardware from `fit`, accuracies from result files. Text that a person adds between the lines
+marked `yours` stays when the card is written again, and so do metadata that this command does not write.
 """
 
 import re
@@ -141,14 +140,14 @@ def make(
 
 
 def write(card: Card, *, overwrite: bool = False) -> None:
-    """Store a card, whole or not at all. A README.md that is none of ours is moved aside if `overwrite`, else kept.
+    """Store a card, whole or not at all; `overwrite` moves a README.md aside that this command did not write.
 
-    Raises `TargetExistsError` for such a README.md, and what writing raises.
+    Raises `TargetExistsError` where such a README.md is in the way, `UnwritableError` or `DiskFullError`.
     """
     aside = card.path.with_name(ASIDE)
     if card.stranger and (not overwrite or aside.exists()):
         way_out = f"{ASIDE} is there too: move one of them" if overwrite else f"--overwrite moves it to {ASIDE}"
-        raise TargetExistsError(f"{card.path}: is there already, and not written by `w8a8 card`; {way_out}")
+        raise TargetExistsError(f"{card.path}: exists, and `w8a8 card` did not write it; {way_out}")
     if card.stranger:
         with reading(card.path):
             write_whole(aside, card.path.read_bytes())
@@ -156,7 +155,7 @@ def write(card: Card, *, overwrite: bool = False) -> None:
 
 
 def show(card: Card, say: Callable[[Any], None]) -> None:
-    """Where it is."""
+    """Print where the card is."""
     say(f"[bold]{clean(str(card.path))}[/bold] written; add to it between the lines marked `yours`")
 
 

@@ -1,7 +1,7 @@
-"""What a report shows of a checkpoint: sizes, errors and scales, gathered into values ready to be drawn.
+"""Sizes, errors and scales of a checkpoint, gathered into values ready to be drawn.
 
-A tensor's place in the picture follows from its name: what stands before the first number is the stack (the decoder,
-a vision tower), the number is the layer, the rest is the projection; further numbers (experts) are taken together.
+A tensor's place in the picture follows from its name: the part before the first number is the stack (the decoder, a
+vision tower), the number is the layer, the rest is the projection. Further numbers (experts) are taken together.
 """
 
 import math
@@ -23,7 +23,7 @@ BINS = 90
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor stands: its stack, layer and projection. What is in no layer has layer 0 of a stack `""`."""
+    """A tensor's stack, layer and projection; a tensor outside the layers has layer 0 of the stack `""`."""
 
     stack: str
     layer: int
@@ -32,7 +32,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Bytes of a component in the result, with its scales, and in the source, if that is known."""
+    """Bytes of a component: after, with its scales, and before, None where the source is not known."""
 
     component: str
     before: int | None
@@ -42,7 +42,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The quantized tensors at one place: error in dB, largest difference in scales, codes at the ends of the range."""
+    """The quantized tensors at one place: SQNR in dB, largest error in scales, codes at the ends of the range."""
 
     place: Place
     sqnr_db: float
@@ -52,7 +52,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Every cell of a stack, and its axes in order; not every layer need have every projection."""
+    """All cells of a stack, and its axes in order; a layer may lack some projections."""
 
     name: str
     layers: tuple[int, ...]
@@ -77,7 +77,7 @@ class Ridge:
 
 
 def place(tensor: str) -> Place:
-    """Where the tensor of this name stands."""
+    """Return the place that follows from the name of a `tensor`."""
     parts = module_name(tensor).split(".")
     number = next((i for i, part in enumerate(parts) if part.isdecimal() and len(part) < 6), None)
     if number is None:
@@ -87,14 +87,14 @@ def place(tensor: str) -> Place:
 
 
 def short(projection: str, among: Sequence[str]) -> str:
-    """The last part of a projection's name without `_proj`, if that says which one `among` these it is."""
+    """Shorten a projection's name to its last part without `_proj`, if no other `among` these ends alike."""
     last = [name.rpartition(".")[2] for name in among]
     leaf = projection.rpartition(".")[2]
     return leaf.removesuffix("_proj") if last.count(leaf) == 1 else projection
 
 
 def sizes(out: Checkpoint, source: Checkpoint | None) -> tuple[Size, ...]:
-    """Bytes by component, the largest first."""
+    """Sum up bytes by component, the largest first."""
     rules = Rules.for_config(out.config)
     owners = {scale_name(t.name): t for t in out.tensors.values() if t.dtype == "I8"}
     after: dict[str, int] = defaultdict(int)
@@ -112,7 +112,7 @@ def sizes(out: Checkpoint, source: Checkpoint | None) -> tuple[Size, ...]:
 
 
 def stacks(errors: Iterable[TensorError]) -> tuple[Stack, ...]:
-    """The errors by stack, layer and projection; the largest stack first."""
+    """Group the errors by stack, layer and projection, the largest stack first."""
     groups: dict[Place, list[TensorError]] = defaultdict(list)
     for error in errors:
         groups[place(error.name)].append(error)
@@ -134,7 +134,10 @@ def stacks(errors: Iterable[TensorError]) -> tuple[Stack, ...]:
 
 
 def ridges(out: Checkpoint) -> tuple[tuple[Ridge, ...], float, float]:
-    """The weight scales by projection, and the log10 between which all of them lie. None where there are no scales."""
+    """Read the weight scales: their histograms by projection, and the range of log10 that holds all of them.
+
+    Without scales there are no histograms, and the range is 0 to 0.
+    """
     groups: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
     for tensor in out.tensors.values():
         scale = out.tensors.get(scale_name(tensor.name))

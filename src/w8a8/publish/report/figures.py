@@ -1,4 +1,8 @@
-"""The report's figures as PNG, for a model card: the same data as on the page, drawn by matplotlib on white."""
+"""The report's figures as PNG, for a model card: drawn by matplotlib, on white.
+
+The page draws the same data itself, as HTML: its numbers keep their size on a phone, take the colours of the reader's
+scheme, and say more under the mouse; a picture cannot. Colours, ranges and ticks are shared (`style`).
+"""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,7 +20,7 @@ from w8a8.publish.results import Gsm8k, Interval, Kld
 from w8a8.terminal.wording import printable, size
 
 NUMBERED = 24
-"""Layers, up to which a cell has room for its number."""
+"""Most layers for which a cell has room for its number."""
 
 BLUE, GREY = "#2f6f8f", "#8a8f9a"
 STYLE: Mapping[str, Any] = {
@@ -63,7 +67,7 @@ def _figures(report: Report) -> Iterator[tuple[str, Figure]]:
 
 
 def _label(name: str) -> str:
-    """A name from a checkpoint, on one line and no longer than a figure is wide."""
+    """A name from a checkpoint, on one line and cut to the width of a figure."""
     return printable(name)[-60:]
 
 
@@ -135,7 +139,7 @@ def _worst(report: Report) -> Figure:
     axes.set_yticks(range(len(names)), names)
     axes.grid(axis="y", color="#ebe7dd")
     axes.invert_yaxis()
-    axes.set_title("The matrices that lost most")
+    axes.set_title("The matrices with the largest error")
     axes.set_xlabel("SQNR (dB)")
     return figure
 
@@ -174,7 +178,7 @@ def _gsm8k(results: Mapping[str, Gsm8k], limits: tuple[float, float]) -> Figure:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.invert_yaxis()
     axes.margins(y=0.15)
-    axes.set_title("GSM8K: share answered rightly, 95% Wilson intervals")
+    axes.set_title("GSM8K: share of right answers, 95% Wilson intervals")
     return figure
 
 
@@ -184,7 +188,7 @@ def _kld(kld: Kld) -> Figure:
     axes.bar(range(len(kld.histogram)), [bar.value for bar in kld.histogram], width=0.95, align="edge", color=BLUE)
     marks = bar_marks(kld.histogram)
     axes.set_xticks([i for i, _ in marks], [label for _, label in marks])
-    axes.set_title(f"KL divergence: mean {number(kld.mean.value)} nats, same first choice {percent(kld.top1.value)}")
+    axes.set_title(f"KL divergence: mean {number(kld.mean.value)} nats, same top token {percent(kld.top1.value)}")
     axes.set_xlabel("nats")
     axes.set_ylabel("tokens")
     return figure

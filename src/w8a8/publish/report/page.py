@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, no font, no request; it opens from a disk, a mail, a web server.
+"""The report as one HTML page without scripts, fonts or requests: it opens from a disk, a mail or a web server.
 
 Shapes are plain elements placed in per cent, or SVG stretched to its box; words and numbers are HTML, so that they
 keep their size on a phone and take the colours of the reader's scheme. Names and answers come from files that may hold
@@ -65,7 +65,7 @@ def render(report: Report) -> str:
 
 
 def captions(report: Report) -> dict[str, str]:
-    """A sentence under each figure: what there is to see in it."""
+    """Return a sentence for each figure, by section."""
     found = {"size": _size_caption(report)}
     if any(math.isfinite(cell.sqnr_db) for stack in report.stacks for cell in stack.cells):
         found["sqnr"] = _sqnr_caption(report.stacks)
@@ -105,7 +105,7 @@ def _scales_caption(ridges: Sequence[Ridge]) -> str:
 
 
 def absent(report: Report) -> list[str]:
-    """What the page would show if it had been given."""
+    """Name the results that were not given, for the end of the page."""
     wanted = {
         "errors and sizes of the source (--source)": report.errors,
         "GSM8K of the original (--baseline)": report.baseline,
@@ -120,13 +120,13 @@ def _where(cell: Cell) -> str:
 
 
 def ridge_path(ridge: Ridge) -> str:
-    """The outline of a distribution in a box of `BINS` by 100, its peak at the top."""
+    """Return an SVG path: the outline of a histogram in a box of `BINS` by 100, its peak at the top."""
     peak = max(ridge.counts)
     points = (f"{i + 0.5:g},{100 - 96 * n / peak:.4g}" for i, n in enumerate(ridge.counts))
     return f"M0,100L{' '.join(points)} {BINS},100Z"
 
 
 def cut(text: str) -> str:
-    """`text`, or its beginning and how much is missing."""
+    """Return `text`, or its beginning and the number of characters left out."""
     missing = len(text) - SHOWN_CHARACTERS
     return text if missing <= 0 else f"{text[:SHOWN_CHARACTERS]}\n… {missing:,} characters more"

@@ -1,4 +1,4 @@
-"""`w8a8 report`: what became of a checkpoint, as one HTML page to look at, and its figures as PNG.
+"""`w8a8 report`: one HTML page about a quantized checkpoint, and its figures as PNG.
 
 Everything is gathered first (`data` from the checkpoints, `results` from the result files) into one value, `Report`;
 `page` and `figures` draw it. What was not given is not drawn, and the page says so.
@@ -24,7 +24,7 @@ from w8a8.verification import run as verification
 
 @dataclass(frozen=True)
 class Job:
-    """What a report is made from, open and checked; no weight read yet."""
+    """The files that a report is made from, opened and checked; no weight is read yet."""
 
     out: Checkpoint
     scheme: Scheme
@@ -33,13 +33,13 @@ class Job:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that will be read for the errors."""
+        """Bytes that `run` will read to measure the errors."""
         return sum(shard.size for shard in self.verification.source.shards) if self.verification else 0
 
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the page, and the figures."""
+    """The files that were written, and the page's headline."""
 
     headline: str
     page: Path
@@ -58,24 +58,25 @@ def prepare(
     quant: Path | None = None,
     kld: Path | None = None,
 ) -> Job:
-    """Open all that a report on the checkpoint `out` is made from.
+    """Open the checkpoint `out`, its source, and the result files.
 
-    Without `source`, the one that w8a8.json names is used where it lies beside `out` or in the Hub's cache. Raises
-    `UnsupportedSchemeError` where `out` is no INT8 W8A8, `MissingExtraError`, `InvalidResultError` for a result file
-    that is none, `UsageError` for two that do not compare, and the source errors of `w8a8.errors`.
+    Without `source`, the one that w8a8.json names is used if it lies beside `out` or in the Hub's cache.
+
+    Raises `UnsupportedSchemeError` where `out` is not INT8 W8A8, `InvalidResultError` where a file is not a result,
+    `UsageError` where two results do not compare, `MissingExtraError`, and the source errors of `w8a8.errors`.
     """
     _require_extra()
     checkpoint = Checkpoint.open(out)
     scheme = detect(checkpoint.config)
     if not scheme.w8a8:
-        raise UnsupportedSchemeError(f"{out}: {scheme.summary}; a report is about what `w8a8 quantize` writes")
+        raise UnsupportedSchemeError(f"{out}: {scheme.summary}; a report needs a checkpoint that `w8a8 quantize` made")
     measured = Results(baseline, quant, kld).read()
     against = verification.prepare(out, source) if source is not None else _beside(checkpoint)
     return Job(checkpoint, scheme, against, measured)
 
 
 def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> Report:
-    """Gather all that is shown; reads the source and the result once where the source is known."""
+    """Gather the facts; where the source is known, source and result are read once to measure the errors."""
     errors = verification.run(job.verification, workers=workers, advance=advance) if job.verification else None
     source = job.verification.source if job.verification else None
     found, low, high = ridges(job.out)
@@ -121,7 +122,7 @@ def write(report: Report, page: Path, figures: Path) -> Written:
 
 
 def show(written: Written, say: Callable[[Any], None]) -> None:
-    """Print where the report is, for a person."""
+    """Print the headline and where the files are."""
     from rich.text import Text
 
     say(Text(written.headline, style="bold"))
@@ -129,7 +130,7 @@ def show(written: Written, say: Callable[[Any], None]) -> None:
 
 
 def _beside(out: Checkpoint) -> verification.Job | None:
-    """The verification against the source that w8a8.json names, if that is at hand."""
+    """Prepare to verify against the source that w8a8.json names; None where it is not on this machine."""
     try:
         recorded = section(read_json(out.path / PROVENANCE), "source")
     except (OSError, ValueError):
