@@ -116,7 +116,7 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
             repo_id=job.repo,
             folder_path=job.made.path,
             ignore_patterns=list(HIDDEN),
-            commit_message=f"INT8 W8A8 by w8a8 {job.made.version}",
+            commit_message=f"INT8 W8A8 by w8a8 {job.made.provenance.version}",
         )
     done = planned(job)
     return Pushed(job.repo, private, done.files, done.bytes, f"{api.endpoint}/{job.repo}", commit.oid)

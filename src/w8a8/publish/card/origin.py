@@ -10,6 +10,7 @@ from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.card.text import README, metadata_of, read_text
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
+from w8a8.terminal.wording import printable
 
 LICENSE_FILE = re.compile(r"(?i)(licen[cs]e|notice|copying|use_policy|gemma_.*terms).*")
 
@@ -18,10 +19,14 @@ _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The source as the card shows it: `base` is its Hub id, None where it has none; `license` is Hub metadata."""
+    """The source as the card shows it: `base` is its Hub id, None where it has none; `license` is Hub metadata.
+
+    `name` is the Hub id or the folder's name, printable; `revision` the commit that was quantized, if it is known.
+    """
 
     base: str | None
     name: str
+    revision: str | None
     license: Mapping[str, Any]
     license_files: tuple[str, ...]
     notices: tuple[str, ...]
@@ -32,20 +37,21 @@ def find_origin(made: Made, base_model: str | None) -> Origin:
 
     Raises `UsageError` where it is neither.
     """
+    source = made.provenance.source
     folder = Path(base_model) if base_model and Path(base_model).is_dir() else None
     base: str | None = None
     notices: tuple[str, ...] = ()
-    if folder or not (base_model or made.from_hub):
-        where = f"{base_model} is a folder" if folder else f"made from the folder {made.source}"
+    if folder or not (base_model or "/" in source.name):
+        where = f"{base_model} is a folder" if folder else f"made from the folder {source.name}"
         notices = (f"{where}, not a Hub id: no base_model in the card (--base-model ORG/NAME)",)
     elif base_model:
         base = valid_id(base_model, "--base-model", expected="a folder or a Hub id")
     else:
-        base = valid_id(made.source, PROVENANCE)
-    revision = made.revision if base == made.source else None
+        base = valid_id(source.name, PROVENANCE)
+    revision = source.revision if base == source.name else None
     license_files = tuple(name for name in made.checkpoint.sidecars if LICENSE_FILE.fullmatch(name))
     found = _license(_source_metadata(folder, base, revision), made.checkpoint.sidecars, license_files, base)
-    return Origin(base, base or made.source, found, license_files, notices)
+    return Origin(base, base or printable(source.name), revision, found, license_files, notices)
 
 
 def _source_metadata(folder: Path | None, base: str | None, revision: str | None) -> Mapping[str, Any]:

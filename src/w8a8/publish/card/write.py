@@ -113,8 +113,9 @@ def make(
         "stamp": Verbatim(STAMP),
         "origin": origin,
         "made": made,
+        "provenance": made.provenance,
         "inspection": inspection,
-        "compression": f"{made.source_bytes / inspection.nbytes:.1f}x",
+        "compression": f"{made.provenance.bytes.source / inspection.nbytes:.1f}x",
         "unquantized": [row for row in inspection.components if row.dtype != "I8" and row.component != "scales"],
         "quantized": [row for row in inspection.components if row.dtype == "I8"],
         "tied_head": _tied_head(inspection),
@@ -165,7 +166,6 @@ def _files(made: Made) -> Mapping[str, Any]:
     return {
         "changed": [*(s.name for s in made.checkpoint.shards), *([INDEX] if made.checkpoint.indexed else [])],
         "unchanged": [printable(name) for name in sidecars],
-        "provenance": PROVENANCE,
     }
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint import Checkpoint
-from w8a8.checkpoint.reader import inside, read_json
+from w8a8.checkpoint.reader import inside
 from w8a8.checkpoint.source import cached, hub_id
 from w8a8.errors import MissingExtraError, UnsupportedSchemeError, W8A8Error
-from w8a8.formats import Scheme, detect, section
-from w8a8.formats.provenance import PROVENANCE
+from w8a8.formats import Scheme, detect
+from w8a8.formats.provenance import Provenance
 from w8a8.publish.report.data import ridges, sizes, stacks
 from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Measured, Results
@@ -132,15 +132,14 @@ def show(written: Written, say: Callable[[Any], None]) -> None:
 def _beside(out: Checkpoint) -> verification.Job | None:
     """Prepare to verify against the source that w8a8.json names; None where it is not on this machine."""
     try:
-        recorded = section(read_json(out.path / PROVENANCE), "source")
-    except (OSError, ValueError):
-        return None
-    name, revision = str(recorded.get("name", "")), recorded.get("revision")
-    try:
-        if "/" in name:
-            folder = cached(hub_id(name)[0], str(revision) if revision else None)
+        provenance = Provenance.read(out.path)
+        if provenance is None:
+            return None
+        source = provenance.source
+        if "/" in source.name:
+            folder = cached(hub_id(source.name)[0], source.revision)
         else:
-            folder = inside(out.path.resolve().parent, name)
+            folder = inside(out.path.resolve().parent, source.name)
         return verification.prepare(out.path, folder) if folder is not None and folder.is_dir() else None
     except W8A8Error:
         return None
