@@ -10,16 +10,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import inside
-from w8a8.errors import HubError, UsageError, W8A8Error
+from w8a8.errors import HubError, UsageError, W8A8Error, first_line
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
 from w8a8.terminal.wording import clean, plural, size
 from w8a8.verification import run as verification
 from w8a8.version import __version__
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 HIDDEN = (".*", "*/.*")
 """Files that are not uploaded, as globs over relative paths."""
@@ -97,21 +100,11 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
 
     Raises `HubError`, and `UsageError` where the repository is public and `public` was not asked for.
     """
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub import HfApi
 
     api = HfApi(library_name="w8a8", library_version=__version__)
     with _explained(job.repo):
-        api.whoami()
-        try:
-            private = bool(api.model_info(job.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).private)
-        except RepositoryNotFoundError:
-            api.create_repo(job.repo, private=not job.public, exist_ok=True)
-            private = not job.public
-        if not private and not job.public:
-            raise UsageError(f"{job.repo}: exists and is public; upload to it with --public, or choose another name")
-        if private and job.public:
-            notice(f"{job.repo} exists and is private, and stays so; change that in its settings on the Hub")
+        private = _repository(api, job, notice)
         commit = api.upload_folder(
             repo_id=job.repo,
             folder_path=job.made.path,
@@ -120,6 +113,24 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
         )
     done = planned(job)
     return Pushed(job.repo, private, done.files, done.bytes, f"{api.endpoint}/{job.repo}", commit.oid)
+
+
+def _repository(api: "HfApi", job: Job, notice: Callable[[str], None]) -> bool:
+    """Find the repository, or create it; return whether it is private."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    api.whoami()
+    try:
+        private = bool(api.model_info(job.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).private)
+    except RepositoryNotFoundError:
+        api.create_repo(job.repo, private=not job.public, exist_ok=True)
+        return not job.public
+    if not private and not job.public:
+        raise UsageError(f"{job.repo}: exists and is public; upload to it with --public, or choose another name")
+    if private and job.public:
+        notice(f"{job.repo} exists and is private, and stays so; change that in its settings on the Hub")
+    return private
 
 
 def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
@@ -159,8 +170,8 @@ def _explained(repo: str) -> Iterator[None]:
         raise HubError(f"{repo}: no token found; run `hf auth login`, or set HF_TOKEN") from error
     except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        said = getattr(cause, "server_message", None) or cause
-        raise HubError(f"{repo}: {_advice(cause)} ({' '.join(str(said).split())[:300]})") from error
+        said = " ".join(str(getattr(cause, "server_message", None) or first_line(cause)).split())
+        raise HubError(f"{repo}: {_advice(cause)} ({said[:300]})") from error
 
 
 def _advice(error: BaseException) -> str:

@@ -126,8 +126,9 @@ def metadata_of(text: str) -> Mapping[str, Any]:
     try:
         values = safe_load(block.group(2)) if block else {}
     except YAMLError as error:
-        said = " ".join(str(error).split())[:200]
-        raise UsageError(f"{README}: the metadata between the --- lines are no YAML ({said}); fix them") from error
+        raise UsageError(
+            f"{README}: the metadata between the --- lines are not YAML ({first_line(error)}); fix them"
+        ) from error
     return values if isinstance(values, dict) else {}
 
 
