@@ -126,9 +126,8 @@ def metadata_of(text: str) -> Mapping[str, Any]:
     try:
         values = safe_load(block.group(2)) if block else {}
     except YAMLError as error:
-        raise UsageError(
-            f"{README}: the metadata between the --- lines are not YAML ({first_line(error)}); fix them"
-        ) from error
+        said = " ".join(str(error).split())[:200]  # its second line says where
+        raise UsageError(f"{README}: the metadata between the --- lines are not YAML ({said}); fix them") from error
     return values if isinstance(values, dict) else {}
 
 
