@@ -188,7 +188,7 @@ def _component_table(plan: "Plan", *, why: bool = False) -> Table:
     for row in plan.components():
         cells = (
             row.component,
-            "INT8" if row.quantized else "as it is",
+            "INT8" if row.quantized else "unchanged",
             f"{row.tensors:,}",
             count(row.parameters),
             size(row.bytes_in),
