@@ -1,4 +1,4 @@
-"""Everything that can go wrong, as one family.
+"""Every error of this tool, as one family.
 
 Each error says what was found, where, and what to do, and carries the exit code the command line ends with. Codes are
 part of the interface: scripts may rely on them, so a code is never reused for another meaning.
@@ -14,7 +14,7 @@ class W8A8Error(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line: its first, or its kind where it says nothing."""
+    """Give the first line of another library's error, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -70,7 +70,7 @@ class MissingTensorError(W8A8Error):
 
 
 class DuplicateTensorError(W8A8Error):
-    """One tensor name stands twice."""
+    """A tensor name occurs twice."""
 
     exit_code = 17
 
@@ -241,6 +241,6 @@ class InvalidResultError(W8A8Error):
 
 
 class UnsupportedModelError(W8A8Error):
-    """No recipe knows the model's layers, or they cannot be run one at a time, as calibrating and streaming do."""
+    """No recipe knows the model's layers, or they cannot run one at a time, as calibrating and streaming need."""
 
     exit_code = 61

@@ -1,4 +1,4 @@
-"""`w8a8 inspect`: what a checkpoint is, from its headers alone."""
+"""`w8a8 inspect`: a checkpoint at a glance, from its headers alone."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path

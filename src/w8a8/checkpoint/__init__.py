@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk: config, tensors by name, sidecar files. Knows nothing of quantization.
+"""A checkpoint on disk: config, tensors by name, sidecar files. Knows nothing of quantization.
 
 `Checkpoint.open` reads headers only, and trusts none of them: every offset is checked against the file before anything
 is allocated, and the safetensors library has the last word on every file. `resolve` turns what a user types (a folder,

@@ -50,7 +50,7 @@ show = _shown.repr
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Where one tensor lies: `nbytes` bytes from byte `offset` of the file named `shard`."""
+    """The place of one tensor: `nbytes` bytes from byte `offset` of the file named `shard`."""
 
     name: str
     dtype: str
@@ -107,7 +107,7 @@ def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int, int]], 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn the `OSError`s of reading `path`, or what lies in it, into `UnreadableError`."""
+    """Turn an `OSError` from reading `path`, or a file in it, into `UnreadableError`."""
     try:
         yield
     except OSError as error:
@@ -187,7 +187,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _nbytes(shape: list[int], dtype: str) -> int | None:
-    """Bytes of a tensor, or None once 64 bits do not hold them: a million dimensions would multiply for hours."""
+    """Count a tensor's bytes; None once 64 bits do not hold them: a million dimensions would multiply for hours."""
     nbytes = DTYPE_BYTES[dtype]
     for size in shape:
         nbytes *= size

@@ -38,7 +38,7 @@ MAX_JSON_DEPTH = 100
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One safetensors file: its name in the folder, bytes, tensors in file order, and what its header says of it."""
+    """One safetensors file: its name in the folder, bytes, tensors in file order, and the metadata of its header."""
 
     name: str
     size: int
@@ -48,7 +48,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder: opened by headers, no weight read."""
+    """A checkpoint folder, opened by its headers; no weight is read."""
 
     path: Path
     config: Mapping[str, Any]
@@ -92,7 +92,7 @@ class Checkpoint:
 
 
 def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None, Sequence[str]]:
-    """The index of the folder at `path`, if it has one, and which of its files, called `names`, are the weights."""
+    """Return the index of the folder at `path`, if it has one, and the weight files among its files `names`."""
     index = _read_index(path) if INDEX in names else None
     return index, sorted(set(index.values())) if index is not None else [_single_file(path, names)]
 
@@ -110,7 +110,7 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def _roots(folder: Path) -> tuple[Path, ...]:
-    """The folder itself and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
+    """Return the folder and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
     folder = folder.resolve()
     blobs = folder.parent.parent / "blobs"
     return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
@@ -214,7 +214,7 @@ def _open_shard(path: Path, name: str) -> Shard:
 
 
 def _check_copyable(file: Path) -> None:
-    """Say now that a file cannot be read, not after hours of quantizing."""
+    """Raise now if a file cannot be read, not after hours of quantizing."""
     with reading(file):
         if not stat.S_ISREG(file.stat().st_mode):
             raise UnreadableError(f"{file}: not a regular file, so it cannot be copied; remove it")

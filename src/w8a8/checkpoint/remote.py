@@ -1,4 +1,4 @@
-"""A checkpoint on the Hub, by its headers alone: a few hundred kB instead of all of it.
+"""Opens a checkpoint on the Hub by its headers alone: a few hundred kB instead of the whole.
 
 A safetensors header lies at the start of its file and says all that is needed, so HTTP range requests fetch the config,
 the index and each shard's first bytes, and no more is read than was asked for, whatever the server sends. They are laid
@@ -69,7 +69,7 @@ class _Files:
         self._repo, self._commit = repo, commit
 
     def start(self, name: str, count: int) -> tuple[bytes, int]:
-        """At most the first `count` bytes of a file, and its length."""
+        """Fetch at most the first `count` bytes of a file; return them and its length."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,

@@ -1,4 +1,4 @@
-"""The files beside the weights: which travel with the checkpoint, and which stay behind, with the reason.
+"""Sorts the files beside the weights: which travel with the checkpoint, which stay behind, and why.
 
 A file travels when something needs it to load, run or lawfully pass on the model: configs, tokenizer, chat template,
 processor, remote code (copied as text, never run), licence texts. Everything else stays behind and is named.

@@ -1,4 +1,4 @@
-"""What a user types as SRC: a local folder, or a Hub id `org/name[@revision]`.
+"""Finds SRC as a user types it: a local folder, or a Hub id `org/name[@revision]`.
 
 A folder that exists wins. A Hub id is looked up first and downloaded only if it holds safetensors; of its files, only
 those the result needs are fetched. Where the Hub cannot be reached, what an earlier run fetched serves. The token,
@@ -25,7 +25,7 @@ _NOT_FETCHED = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint's folder, the name it goes by, and its Hub commit if it has one."""
+    """A checkpoint's folder, its name, and its Hub commit if it has one."""
 
     path: Path
     name: str
@@ -47,7 +47,7 @@ def resolve(source: str | Path) -> Source:
 
 
 def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str | None]:
-    """Repository and revision of a Hub id. Raises `SourceNotFoundError` if `source` is none, or a file."""
+    """Split a Hub id into repository and revision. Raises `SourceNotFoundError` if `source` is none, or a file."""
     match = _HUB_ID.fullmatch(str(source))
     exists = Path(source).exists() if exists is None else exists
     if match is None or exists:
@@ -57,7 +57,7 @@ def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str 
 
 
 def cached(repo: str, revision: str | None) -> Path | None:
-    """The folder of a repository in the cache, which may lack files; none if it is not there."""
+    """Find a repository in the cache, where files may be missing; None if it is not there."""
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -67,7 +67,7 @@ def cached(repo: str, revision: str | None) -> Path | None:
 
 
 def refused(label: str, error: Exception) -> W8A8Error:
-    """What an error of huggingface_hub means to the user."""
+    """Translate an error of huggingface_hub for the user."""
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
@@ -90,7 +90,7 @@ def refused(label: str, error: Exception) -> W8A8Error:
 
 
 def _local(path: Path) -> Source:
-    """A local folder; in a Hub cache the repository and commit are read off its path."""
+    """Describe a local folder; in a Hub cache its path tells repository and commit."""
     folder = path.resolve()
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
@@ -131,7 +131,7 @@ def _download(repo: str, revision: str | None) -> Source:
 
 
 def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
-    """The snapshot's folder, filled from the Hub, or as it lies in the cache."""
+    """Download the snapshot, or find it in the cache; return its folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 

@@ -1,4 +1,4 @@
-"""Reading a file once, front to back: a thread of its own reads and hashes, the caller works on what it hands over.
+"""Reads a file once, front to back: a thread of its own reads and hashes, the caller works on the blocks it hands over.
 
 SHA-256 must see a file's bytes in order, and is the slowest thing the quantizer does to a byte (`w8a8 bench quantize`
 has it as a row). So it gets a core to itself, on bytes that are still in cache from reading, and everything
@@ -30,12 +30,12 @@ BUFFERS = 4
 
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
-    """Another shard failed or the user interrupted: this one ends early."""
+    """Another shard failed, or the user interrupted; this one ends early."""
 
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What tells a file from a changed one: inode, bytes, and time of last change in nanoseconds."""
+    """A file as it was at one moment: inode, bytes, and time of last change in nanoseconds."""
 
     inode: int
     size: int
@@ -43,7 +43,7 @@ class Identity:
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """The identity of the file at `path` as it is now. Raises `UnreadableError`."""
+        """Look at the file at `path` now. Raises `UnreadableError`."""
         with reading(path):
             status = path.stat()
         return cls(status.st_ino, status.st_size, status.st_mtime_ns)
@@ -60,13 +60,13 @@ class Block:
 
 
 def row_bytes(tensor: TensorSpec) -> int:
-    """Bytes of one row of a matrix; of one element of anything else."""
+    """Count the bytes of one row of a matrix, or of one element of any other tensor."""
     count = tensor.shape[0] if len(tensor.shape) == 2 else tensor.numel
     return tensor.nbytes // max(count, 1)
 
 
 def tensor_blocks(tensor: TensorSpec) -> Iterator[Block]:
-    """A tensor in blocks of whole rows, each at most `BLOCK_BYTES` unless a single row is longer."""
+    """Cut a tensor into blocks of whole rows, each at most `BLOCK_BYTES` unless a single row is longer."""
     if tensor.nbytes == 0:
         return
     width = row_bytes(tensor)
@@ -77,7 +77,7 @@ def tensor_blocks(tensor: TensorSpec) -> Iterator[Block]:
 
 
 def shard_blocks(shard: Shard) -> Iterator[Block]:
-    """A whole shard, first byte to last: its header, then its tensors, which tile the rest."""
+    """Cut a whole shard into blocks, first byte to last: its header, then its tensors, which tile the rest."""
     data_start = shard.tensors[0].offset if shard.tensors else shard.size
     for offset in range(0, data_start, BLOCK_BYTES):
         yield Block(None, 0, offset, min(BLOCK_BYTES, data_start - offset))
@@ -145,7 +145,7 @@ def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
 
 
 def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | None = None) -> bytearray:
-    """The bytes of a tensor of the checkpoint in `folder`, or those from `start` up to `end`.
+    """Read a tensor of the checkpoint in `folder`, or its bytes from `start` up to `end`.
 
     Raises what `inside` and `read_exactly` raise.
     """
@@ -157,7 +157,7 @@ def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | No
 
 
 def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
-    """SHA-256 of a file, in hex."""
+    """Compute the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with reading(path), path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(BLOCK_BYTES))

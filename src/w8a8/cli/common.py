@@ -1,4 +1,4 @@
-"""What the commands share: the apps they belong to, the options they have in common, how they are interrupted."""
+"""Shared by all commands: the apps they belong to, their common options, and how they are interrupted."""
 
 import signal
 import sys
@@ -34,7 +34,7 @@ Workers = Annotated[
 
 
 def engines() -> list[str]:
-    """The names that `--engine` takes."""
+    """List the names that `--engine` takes."""
     from w8a8.serve.launch import ENGINES
 
     return list(ENGINES)
@@ -42,12 +42,12 @@ def engines() -> list[str]:
 
 @contextmanager
 def interruptible(consequence: str) -> Iterator[None]:
-    """On Ctrl-C or SIGTERM end in order, with 130 or 143, and say what that means."""
+    """End in order on Ctrl-C or SIGTERM, with 130 or 143, and say the consequence."""
 
     codes = [130]
 
     def terminate(_signal: int, frame: FrameType | None) -> None:
-        """As Ctrl-C does, which asyncio turns into cancelling; an exception would surface in any of its tasks."""
+        """Do as Ctrl-C does: asyncio turns it into cancelling; an exception would surface in any of its tasks."""
         codes.append(143)
         interrupt = signal.getsignal(signal.SIGINT)
         if not callable(interrupt):  # Ctrl-C is ignored, as in the background of a script

@@ -60,10 +60,12 @@ def quantize(
         ),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Glob of tensors to quantize although the rules would not. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Quantize tensors that match this glob although the rules would not. Repeatable."),
     ] = None,
     exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob of tensors to leave as they are. Repeatable; wins over --include.")
+        list[str] | None,
+        typer.Option(help="Leave tensors that match this glob unquantized. Repeatable; wins over --include."),
     ] = None,
     recipe: Annotated[
         str | None,
@@ -77,20 +79,21 @@ def quantize(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What to calibrate on: plain text, JSONL (`text`, `question` and `answer`, or `messages`), or a data "
+            help="Text to calibrate on: plain text, JSONL (`text`, `question` and `answer`, or `messages`), or a data "
             "set `org/name[:config]`.",
             show_default="a small built-in text",
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Samples taken of the text at most.")] = SAMPLES,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = TOKENS,
+    samples: Annotated[int, typer.Option(min=2, help="Number of samples of the text, at most.")] = SAMPLES,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = TOKENS,
     keep_bf16: Annotated[
         str | None,
         typer.Option(
-            metavar="SHARE", help="Let OUT grow by so much, as in `2%`, for what loses most to stay as it is."
+            metavar="SHARE",
+            help="Allow OUT to grow by this share (e.g. `2%`) so that the most damaged layers stay in BF16.",
         ),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT, once the new one is whole.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
     workers: Workers = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
@@ -99,10 +102,10 @@ def quantize(
     """Quantize a checkpoint to INT8 W8A8: weights per channel, activations per token and dynamic.
 
     Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
-    opened again; a run that was killed goes on where it was when the same command is given again.
+    opened again. Give the same command again to resume a run that was killed.
 
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
-    there is one. OUT is as large and as fast as without, and closer to SRC.
+    there is one. OUT has the same size and speed, and is closer to SRC.
     """
     from w8a8.cli.tables import show_plan, show_quantized
     from w8a8.quantization import Options, calibrated, prepare, run
@@ -130,7 +133,7 @@ def quantize(
         show_plan(terminal, job.plan)
         return
     with (
-        interruptible("the same command goes on from here"),
+        interruptible("give the same command again to go on from here"),
         calibrated(
             job,
             out,
@@ -154,16 +157,16 @@ Examples:
 )
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
-    source: Annotated[str, typer.Option(help="What it was made from: folder or Hub id `org/name[@revision]`.")],
-    top: Annotated[int, typer.Option(min=0, help="How many of the worst tensors to list.")] = 10,
+    source: Annotated[str, typer.Option(help="The source it was made from: folder or Hub id `org/name[@revision]`.")],
+    top: Annotated[int, typer.Option(min=0, help="Number of worst tensors to list.")] = 10,
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check a W8A8 checkpoint against its source, tensor by tensor and byte by byte.
 
-    Every source tensor must be accounted for, copies identical, quantized ones near; scales finite and positive;
-    config, index, shards and checksums in agreement. Exits with 1 if anything is wrong.
+    Checks that every source tensor is accounted for, copies are identical and quantized tensors near, scales are finite
+    and positive, and config, index, shards and checksums agree. Exits with 1 if anything is wrong.
     """
     from w8a8.cli.tables import show_verified
     from w8a8.terminal.output import Terminal
@@ -197,7 +200,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what a checkpoint is, quantized or not, from its headers alone."""
+    """Show a checkpoint, quantized or not, at a glance: read from its headers alone."""
     from w8a8.cli.tables import show_inspected
     from w8a8.inspection import inspect as inspect_
     from w8a8.terminal.output import Terminal

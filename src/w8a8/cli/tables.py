@@ -1,4 +1,4 @@
-"""How the results of quantize, verify, inspect, fit and serve look: tables for a person, JSON for a machine."""
+"""Prints the results of quantize, verify, inspect, fit and serve: tables for a person, JSON for a machine."""
 
 import sys
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ SHOWN = 10
 
 
 def show_plan(terminal: Terminal, plan: "Plan") -> None:
-    """What `quantize` would do."""
+    """Print what `quantize` would do."""
     if terminal.json:
         terminal.print_json({**plan.to_dict(), "totals": _totals(plan)})
         return
@@ -41,7 +41,7 @@ def show_plan(terminal: Terminal, plan: "Plan") -> None:
 
 
 def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
-    """What `quantize` did."""
+    """Print what `quantize` did."""
     plan = result.plan
     if terminal.json:
         terminal.print_json(
@@ -69,7 +69,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
 
 
 def show_verified(terminal: Terminal, result: "VerifyResult", top: int) -> None:
-    """What `verify` found."""
+    """Print what `verify` found."""
     if terminal.json:
         terminal.print_json(result.to_dict())
         return
@@ -86,7 +86,7 @@ def show_verified(terminal: Terminal, result: "VerifyResult", top: int) -> None:
 
 
 def show_inspected(terminal: Terminal, found: "Inspection", *, tensors: bool) -> None:
-    """What `inspect` saw."""
+    """Print what `inspect` saw."""
     if terminal.json:
         terminal.print_json(found.to_dict(tensors=tensors))
         return
@@ -113,7 +113,7 @@ def show_inspected(terminal: Terminal, found: "Inspection", *, tensors: bool) ->
 
 
 def show_fit(terminal: Terminal, found: "Fit") -> None:
-    """Whether a checkpoint fits."""
+    """Print whether a checkpoint fits."""
     if terminal.json:
         terminal.print_json(found.to_dict())
         return
@@ -123,7 +123,7 @@ def show_fit(terminal: Terminal, found: "Fit") -> None:
 
 
 def show_command(terminal: Terminal, launch: "Launch") -> None:
-    """What `serve` would start, and how to call it then."""
+    """Print the command that `serve` would start, and how to call the server."""
     if terminal.json:
         terminal.print_json(launch.to_dict())
         return
@@ -135,14 +135,14 @@ def show_command(terminal: Terminal, launch: "Launch") -> None:
 
 
 def show_start(terminal: Terminal, launch: "Launch") -> None:
-    """What `serve` starts."""
+    """Say which command `serve` starts."""
     for notice in launch.notices:
         terminal.notice(notice)
     terminal.notice(" ".join(launch.shell.replace("\\\n", "").split()))
 
 
 def show_ready(terminal: Terminal, launch: "Launch", call: "Call", seconds: float) -> None:
-    """That a server answers, and how to call it."""
+    """Say that a server answers, and how to call it."""
     if terminal.json:
         terminal.print_json({**launch.to_dict(), "url": call.url, "seconds": round(seconds, 1)})
         sys.stdout.flush()
@@ -151,7 +151,7 @@ def show_ready(terminal: Terminal, launch: "Launch", call: "Call", seconds: floa
 
 
 def show_bench(terminal: Terminal, result: "BenchResult") -> None:
-    """What a benchmark measured."""
+    """Print what a benchmark measured."""
     if terminal.json:
         terminal.print_json(result.to_dict())
         return
@@ -212,7 +212,7 @@ def _error_table(result: "VerifyResult", top: int) -> Table:
 
 
 def _reasons(plan: "Plan") -> dict[tuple[str, bool], str]:
-    """Why each component fares as it does: its tensors' reasons, the most frequent first."""
+    """Collect why each component is quantized or not: its tensors' reasons, the most frequent first."""
     tally: dict[tuple[str, bool], dict[str, int]] = {}
     for d in plan.decisions:
         reasons = tally.setdefault((d.component, d.quantize), {})

@@ -86,7 +86,7 @@ def execute(
 def _jobs(
     plan: Plan, checkpoint: Checkpoint, staging: Staging, arithmetic: Arithmetic, finished: Mapping[str, Finished]
 ) -> Iterator[ShardJob]:
-    """The jobs of the shards that no earlier run has finished."""
+    """Make the jobs of the shards that no earlier run has finished."""
     shards = {shard.name: shard for shard in checkpoint.shards}
     for shard in plan.shards:
         if shard.name not in staging.finished:
@@ -96,7 +96,7 @@ def _jobs(
 
 
 def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """What decides the result's bytes: the plan, this version, and the source files as they are now."""
+    """Name all that decides the result's bytes: the plan, this version, and the source files as they are now."""
     files = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
     return {
         "version": __version__,

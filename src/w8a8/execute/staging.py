@@ -1,4 +1,4 @@
-"""Where an unfinished result lives, and how it becomes the result.
+"""The hidden folder of an unfinished result, and how it becomes the result.
 
 Beside OUT lies a hidden folder `.OUT.w8a8` with three things: `out/`, which will become OUT by a single rename;
 `journal.jsonl`, whose first line says what is being made from what, and each further line that a shard is on the disk;
@@ -151,7 +151,7 @@ class Staging:
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What sets two jobs apart, as a sentence."""
+    """Say what sets two jobs apart."""
     changed = [name for name, state in now["sources"].items() if before.get("sources", {}).get(name) != state]
     if changed:
         return f"an interrupted run was made from another {', '.join(sorted(changed))}; starting over"

@@ -1,4 +1,4 @@
-"""How a quantized tensor and its config are spelled.
+"""The spellings of a quantized tensor and its config.
 
 A `Format` is a value: the dtype and shape of the stored scale, the arithmetic that makes scales and codes, and the
 `quantization_config`. `get_format` picks one by the names the command line uses.

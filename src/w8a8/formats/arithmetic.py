@@ -25,7 +25,7 @@ _LLM_COMPRESSOR_ZERO_SCALE = {"BF16": np.float32(2.0**-7), "F16": np.float32(2.0
 
 
 def exact_scales(amax: Float32s, dtype: str) -> Float32s:  # noqa: ARG001 - the same for every dtype
-    """amax/127 in float32, for rows of any finite magnitude: positive, never clipping, and 127 times it is finite.
+    """Compute amax/127 in float32 for rows of any finite magnitude: positive, never clipping, 127 times it finite.
 
     Rounding to nearest would break that at the two ends of the range. Where the quotient is subnormal, float32 has no
     relative precision left, so it is rounded up: a larger scale costs resolution, a smaller one would clip the row's
@@ -40,7 +40,7 @@ def exact_scales(amax: Float32s, dtype: str) -> Float32s:  # noqa: ARG001 - the 
 
 
 def quark_scales(amax: Float32s, dtype: str, observer: str) -> Float32s:
-    """AMD Quark's: amax/127.5 rounded to the weights' dtype, at least 2**-23.
+    """Compute AMD Quark's scales: amax/127.5 rounded to the weights' dtype, at least 2**-23.
 
     `observer` is the dtype of its min/max buffers: F32 in 0.13; in 0.11 the config's `torch_dtype`, which may be
     narrower than the weights.
@@ -50,7 +50,7 @@ def quark_scales(amax: Float32s, dtype: str, observer: str) -> Float32s:
 
 
 def llm_compressor_scales(amax: Float32s, dtype: str) -> Float32s:
-    """llm-compressor's: amax/127.5 rounded to the weights' dtype, and that dtype's epsilon where that is zero."""
+    """Compute llm-compressor's scales: amax/127.5 rounded to the weights' dtype, its epsilon where that is zero."""
     scales = round_to(amax / np.float32(127.5), dtype)
     return np.where(scales == 0, _LLM_COMPRESSOR_ZERO_SCALE[dtype], scales).astype(np.float32)
 
@@ -60,12 +60,12 @@ LLM_COMPRESSOR = Arithmetic(llm_compressor_scales, quotient="divide-rounded", lo
 
 
 def quark(observer: str) -> Arithmetic:
-    """AMD Quark's arithmetic for the given observer dtype."""
+    """Give AMD Quark's arithmetic for an observer dtype."""
     return Arithmetic(functools.partial(quark_scales, observer=observer), quotient="reciprocal", low=-128)
 
 
 def round_to(values: Float32s, dtype: str) -> Float32s:
-    """`values` rounded to the safetensors dtype BF16, F16 or F32, nearest even, subnormals kept; as float32."""
+    """Round `values` to the safetensors dtype BF16, F16 or F32, nearest even, subnormals kept; return float32."""
     if dtype == "BF16":
         return _widen(bf16_bits(values))
     with np.errstate(over="ignore"):
@@ -73,25 +73,25 @@ def round_to(values: Float32s, dtype: str) -> Float32s:
 
 
 def bf16_bits(values: Float32s) -> NDArray[np.uint16]:
-    """The BF16 bit patterns nearest to finite or infinite float32 `values`, ties to even."""
+    """Round finite or infinite float32 `values` to BF16, ties to even; return bit patterns."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def _widen(bits: NDArray[np.uint16]) -> Float32s:
-    """BF16 bit patterns as the float32 of the same value."""
+    """Widen BF16 bit patterns to the float32 of the same value."""
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def decode(data: Buffer, dtype: str) -> Float32s:
-    """The bytes of a BF16, F16 or F32 tensor as float32: the inverse of `encode`."""
+    """Turn the bytes of a BF16, F16 or F32 tensor into float32: the inverse of `encode`."""
     if dtype == "BF16":
         return _widen(np.frombuffer(data, "<u2"))
     return np.frombuffer(data, "<f2" if dtype == "F16" else "<f4").astype(np.float32)
 
 
 def encode(values: Float32s, dtype: str) -> bytes:
-    """`values` as the little-endian bytes of a BF16, F16 or F32 tensor."""
+    """Turn `values` into the little-endian bytes of a BF16, F16 or F32 tensor."""
     if dtype == "BF16":
         return bf16_bits(values).astype("<u2").tobytes()
     with np.errstate(over="ignore"):

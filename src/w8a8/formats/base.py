@@ -1,4 +1,4 @@
-"""`Format` and `Arithmetic`: what a spelling of W8A8 consists of."""
+"""`Format` and `Arithmetic`: the parts of a spelling of W8A8."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -21,14 +21,14 @@ _COMPONENTS = (
 
 
 def quantization_config(selection: Selection) -> dict[str, Any]:
-    """The `quantization_config` of config.json: layers left alone are ignored by name, whole components by pattern."""
+    """Write the `quantization_config`: layers left alone are ignored by name, whole components by pattern."""
     parts = {part for name in selection.left_alone for part in name.split(".")}
     patterns = _harmless([rf"re:(.*\.)?{part}(\..*)?$" for part in _COMPONENTS if part in parts], selection)
     return _config([*patterns, *selection.left_alone])
 
 
 def compat_config(selection: Selection) -> dict[str, Any]:
-    """What llm-compressor writes: the caller's `ignore` list verbatim.
+    """Write what llm-compressor writes: the caller's `ignore` list verbatim.
 
     The list is the usual recipe's four patterns, and the exact names of whatever else is left alone.
     """
@@ -38,12 +38,12 @@ def compat_config(selection: Selection) -> dict[str, Any]:
 
 
 def _harmless(patterns: Sequence[str], selection: Selection) -> list[str]:
-    """The patterns that match no quantized layer: a component may have been included in part."""
+    """Keep the patterns that match no quantized layer: a component may have been included in part."""
     return [pattern for pattern in patterns if not any(matches(pattern, name) for name in selection.quantized)]
 
 
 def _config(ignore: Sequence[str]) -> dict[str, Any]:
-    """Keyed as compressed-tensors `VERSION` does it."""
+    """Key the config as compressed-tensors `VERSION` does."""
     return {
         "config_groups": {
             "W8A8": {

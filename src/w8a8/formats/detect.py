@@ -1,4 +1,4 @@
-"""What scheme a config.json declares, whoever wrote it."""
+"""Reads the scheme that a config.json declares, whoever wrote it."""
 
 import re
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
 
 
 def detect(config: Mapping[str, Any]) -> Scheme:
-    """The scheme a config declares; one that is not understood is described, not guessed at."""
+    """Read the scheme a config declares; an unknown one is described, not guessed at."""
     quantization = _declared(config)
     if quantization is None:
         return UNQUANTIZED
@@ -47,7 +47,7 @@ def detect(config: Mapping[str, Any]) -> Scheme:
 
 
 def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization config, from any of the places engines look for one."""
+    """Find the quantization config in any of the places where engines look."""
     for place in (config, section(config, "text_config")):
         for key in ("quantization_config", "compression_config"):
             if place.get(key):
@@ -91,7 +91,7 @@ _MIXED = "not one scheme for all layers"
 
 
 def section(values: Mapping[str, Any], *keys: str) -> Mapping[str, Any]:
-    """The object at a path of keys; empty where there is none."""
+    """Get the object at a path of keys; empty where there is none."""
     found: Any = values
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None

@@ -1,4 +1,4 @@
-"""`w8a8.json`, beside every checkpoint that this tool makes: what it was made from, how, and the checksums of both.
+"""`w8a8.json`, beside every checkpoint that this tool makes: its source, its making, and the checksums of both.
 
 One schema, written and read here only. The file is validated before it is believed, like any other; it holds no times
 and no paths, so that the same job gives the same bytes anywhere.
@@ -131,5 +131,5 @@ class Provenance:
 
 
 def calibration_record(values: Mapping[str, Any]) -> CalibrationRecord | None:
-    """What a plan says of calibration, as `w8a8.json` holds it; None where it says nothing."""
+    """Turn a plan's account of calibration into the record of `w8a8.json`; None where there is none."""
     return msgspec.convert(values, CalibrationRecord) if values else None

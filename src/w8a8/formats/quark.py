@@ -14,12 +14,12 @@ VERSION_013 = "0.13"
 
 
 def quantization_config(selection: Selection) -> dict[str, Any]:
-    """The `quantization_config` of config.json."""
+    """Write the `quantization_config` of config.json."""
     return _config(selection.left_alone, VERSION_013, pack_method="order")
 
 
 def compat_config(selection: Selection, version: str) -> dict[str, Any]:
-    """What Quark `version` itself writes: `exclude` names what it takes for a linear layer, which is by name alone."""
+    """Write what Quark `version` writes: `exclude` lists the layers that it takes for linear ones by their names."""
     exclude = {t.name.removesuffix(".weight") for t in selection.copied if _quark_takes_for_linear(t, version)}
     return _config(sorted(exclude), version, pack_method="reorder")
 
@@ -31,7 +31,7 @@ def _quark_takes_for_linear(tensor: TensorSpec, version: str) -> bool:
 
 
 def _config(exclude: Sequence[str], version: str, pack_method: str) -> dict[str, Any]:
-    """Keyed and ordered as Quark `version` does it."""
+    """Key and order the config as Quark `version` does."""
     return {
         "global_quant_config": {
             "input_tensors": _tensor_spec(version, is_dynamic=True, ch_axis=1),

@@ -17,7 +17,7 @@ COMPATS = {"quark-0.11": "quark", "quark-0.13": "quark", "llm-compressor-0.14": 
 
 
 def get_format(name: str | None = None, compat: str | None = None, config: Mapping[str, Any] | None = None) -> Format:
-    """The format called `name` (quark if nothing is said), or the one that reproduces the tool `compat`.
+    """Find the format called `name` (default: quark), or the one that reproduces the tool `compat`.
 
     `config` is the source's config.json. Raises `UsageError` for an unknown name, or two that contradict each other.
     """

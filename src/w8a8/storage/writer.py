@@ -26,7 +26,7 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a disk says while it is written into `DiskFullError` or `UnwritableError`."""
+    """Turn an `OSError` from writing `path` into `DiskFullError` or `UnwritableError`."""
     try:
         yield
     except OSError as error:
@@ -60,7 +60,7 @@ def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
 
 
 class SequentialWriter:
-    """Appends to a new file at `path`. After `finish`, `sha256` and `size` describe what is on the disk."""
+    """Append to a new file at `path`. After `finish`, `sha256` and `size` describe what is on the disk."""
 
     def __init__(self, path: Path, largest: int = BLOCK_BYTES) -> None:
         """`largest` is the most that `reserve` will be asked for."""

@@ -1,1 +1,1 @@
-"""What a person sees on a terminal: text, tables, one live progress line."""
+"""The terminal: text, tables, one live progress line."""

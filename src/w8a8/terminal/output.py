@@ -1,4 +1,4 @@
-"""What commands print: notices, tables and results, or JSON.
+"""Prints notices, tables and results, or JSON.
 
 Results go to standard output; notices about the work go to standard error, so that a pipe gets the results alone.
 """

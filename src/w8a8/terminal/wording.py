@@ -6,7 +6,7 @@ from rich import markup
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people, in powers of 1000: `33.1 GB`."""
+    """Write bytes for people, in powers of 1000: `33.1 GB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -15,7 +15,7 @@ def size(nbytes: float) -> str:
 
 
 def count(number: float) -> str:
-    """A number of parameters for people: `31.2B`."""
+    """Write a number of parameters for people: `31.2B`."""
     for unit in ("", "K", "M"):
         if number < 1000:
             return f"{number:.0f}" if not unit else f"{number:.1f}{unit}"
@@ -24,21 +24,21 @@ def count(number: float) -> str:
 
 
 def plural(number: int, what: str) -> str:
-    """`1 shard`, `2 shards`."""
+    """Write a count and its noun: `1 shard`, `2 shards`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def first_few(names: Sequence[str], shown: int = 3) -> str:
-    """The first few of many names, and how many more there are."""
+    """List the first few of many names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return clean(", ".join(names[:shown])) + more
 
 
 def printable(text: str) -> str:
-    """`text` with what could move the cursor or start a line spelled out: names in a checkpoint may hold anything."""
+    """Spell out what could move the cursor or start a line: names in a checkpoint may hold anything."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def clean(text: str) -> str:
-    """`text` safe to put between Rich markup."""
+    """Make `text` safe to put between Rich markup."""
     return markup.escape(printable(text))

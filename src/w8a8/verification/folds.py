@@ -22,7 +22,7 @@ Floats = NDArray[Any]
 
 
 def fit(source: Floats, made: Floats) -> tuple[Floats, Floats]:
-    """Factors `(rows [rows], columns [columns])` that take `source` nearest to `made`, both [rows, columns] float32."""
+    """Find the factors `(rows [rows], columns [columns])` that take `source` nearest to `made`, float32 matrices."""
     rows = np.ones(len(source))
     square, product = source.astype(np.float64) ** 2, source.astype(np.float64) * made
     for _ in range(TURNS):
@@ -33,7 +33,7 @@ def fit(source: Floats, made: Floats) -> tuple[Floats, Floats]:
 
 
 def misfit(columns: Floats, energy: Floats, before: Floats, after: Floats, offset: float) -> float:
-    """How far fitted factors [columns] are from those that a norm's weights `before` and `after` ask for, 0 to 1.
+    """Measure how far fitted factors [columns] are from those a norm's weights `before` and `after` ask for, 0 to 1.
 
     Columns count by their `energy`, because noise hides the factors of those that have none; a channel that the norm
     switches off has no say, if it was off before.
@@ -49,5 +49,5 @@ def misfit(columns: Floats, energy: Floats, before: Floats, after: Floats, offse
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:
-    """Least squares; 1 where there is nothing to fit to."""
+    """Divide, as least squares do; 1 where there is nothing to fit to."""
     return np.divide(numerator, denominator, out=np.ones_like(numerator), where=denominator > 0)

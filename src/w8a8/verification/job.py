@@ -1,4 +1,4 @@
-"""A verification before any weight is read: both checkpoints, open, and what the result says of itself."""
+"""A verification before any weight is read: both checkpoints, open, and the provenance of the result."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What verification finds: errors per tensor and component, problems, warnings, and a verdict."""
+"""The findings of verification: errors per tensor and component, problems, warnings, and a verdict."""
 
 import math
 from collections import defaultdict
@@ -38,7 +38,7 @@ class ComponentError:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What was found. `problems` make the checkpoint unfit; `warnings` do not. `tensors` are worst first."""
+    """All findings. `problems` make the checkpoint unfit; `warnings` do not. `tensors` are worst first."""
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -73,7 +73,7 @@ class VerifyResult:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The outcome in one line."""
         if self.problems:
             return f"FAILED: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}; do not use it"
         total = sqnr(sum(t.signal for t in self.tensors), sum(t.noise for t in self.tensors))
@@ -102,7 +102,7 @@ class VerifyResult:
 
 
 def sqnr(signal: float, noise: float) -> float:
-    """Signal to quantization noise in dB: infinite without noise, minus infinite with nothing else."""
+    """Compute signal to quantization noise in dB: infinite without noise, minus infinite without signal."""
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf

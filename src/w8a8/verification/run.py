@@ -80,7 +80,7 @@ def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> Co
 
 
 def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Comparison:
-    """The result's own shard against w8a8.json."""
+    """Compare one shard of the result with its checksum in w8a8.json."""
     recorded = job.provenance.shards.get(shard.name) if job.provenance else None
     if recorded is not None and file_sha256(job.out.path / shard.name, stopped) == recorded.sha256:
         return Comparison([], [], checksums=1)
@@ -88,7 +88,7 @@ def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Compariso
 
 
 def _compare_shard(job: Job, shard: Shard, stopped: Callable[[], bool], advance: Callable[[int], None]) -> Comparison:
-    """One source shard, block by block, against wherever its tensors are in the result."""
+    """Compare one source shard, block by block, with its tensors wherever they are in the result."""
     found = Comparison([], [])
     digest = hashlib.sha256() if job.provenance is not None else None
     tallies = {t.name: held for t in shard.tensors if (held := tally(t, job)) is not None}
@@ -121,7 +121,7 @@ def _compare_shard(job: Job, shard: Shard, stopped: Callable[[], bool], advance:
 
 
 def _fold_problems(job: Job, factors: Mapping[str, tuple[folds.Floats, folds.Floats]]) -> Iterator[str]:
-    """Norms that do not undo what was folded into the weights behind them."""
+    """Name the weights whose fold the norm before them does not undo."""
     for fold in job.folds():
         before, after = read_values(job.source, fold.before), read_values(job.out, fold.after)
         for name in fold.readers:

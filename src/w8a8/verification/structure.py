@@ -1,4 +1,4 @@
-"""What headers, config and index alone tell: every source tensor accounted for, and nothing else there."""
+"""Checks by headers, config and index alone: every source tensor accounted for, and nothing else there."""
 
 from collections.abc import Iterator
 
@@ -21,7 +21,7 @@ def is_quantized(tensor: TensorSpec, job: Job) -> bool:
 
 
 def structure_problems(job: Job) -> Iterator[str]:
-    """Every source tensor accounted for, with the right shape and a fitting scale, and nothing else there."""
+    """Check that every source tensor is there, with its shape and a fitting scale, and nothing else."""
     if not job.scheme.w8a8:
         yield f"config.json: does not declare INT8 W8A8 per channel and per token ({job.scheme.summary})"
     scales = set()
@@ -56,7 +56,7 @@ def scale_shape_problems(tensor: TensorSpec, scale: TensorSpec | None) -> Iterat
 
 
 def bookkeeping_problems(job: Job) -> Iterator[str]:
-    """Config, index and sidecars: as the source's, apart from what quantizing adds."""
+    """Check that config, index and sidecars are the source's, apart from what quantizing adds."""
     theirs = {key: value for key, value in job.out.config.items() if key != "quantization_config"}
     if theirs != dict(job.source.config):
         changed = sorted(
@@ -73,7 +73,7 @@ def bookkeeping_problems(job: Job) -> Iterator[str]:
 
 
 def exclude_warnings(job: Job) -> Iterator[str]:
-    """Linear layers that stay as they were must be excluded by name, or engines build them as INT8."""
+    """Name linear layers that are unquantized but not excluded: engines would build them as INT8."""
     for tensor in job.source.tensors.values():
         if is_linear(tensor, job.rules.judge(tensor).component) and not is_quantized(tensor, job):
             module = module_name(tensor.name)

@@ -1,4 +1,4 @@
-"""How a result's tensor is held against its source, block by block: copied, folded, rounded, or calibrated."""
+"""Compares a result's tensor with its source, block by block: copied, folded, rounded, or calibrated."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from w8a8.verification.structure import is_quantized, scale_of, scale_shape_prob
 
 @dataclass
 class Comparison:
-    """What the worker threads found, each adding its own shard's findings at its end."""
+    """The findings so far; each worker thread adds those of its shard at its end."""
 
     problems: list[str]
     errors: list[TensorError]
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def tally(tensor: TensorSpec, job: Job) -> "CopyTally | CodesTally | None":
-    """What to do with a tensor's bytes; nothing where the headers already tell that it is wrong."""
+    """Choose how to compare a tensor's bytes; None where the headers already tell that it is wrong."""
     made = job.out.tensors.get(tensor.name)
     if made is None or made.shape != tensor.shape:
         return None
@@ -99,7 +99,7 @@ class CodesTally:
         self._saturated = self._zeroed = 0
 
     def counterpart_bytes(self, nbytes: int) -> int:
-        """One byte per weight."""
+        """Count one byte per weight."""
         return nbytes * self.source.numel // self.source.nbytes
 
     def compare(self, data: memoryview, made: memoryview, row: int) -> None:
@@ -134,7 +134,7 @@ class CodesTally:
         )
 
     def _error_problems(self, job: Job, _ratio: float) -> list[str]:
-        """Further from the source than rounding to nearest takes it."""
+        """Name a tensor further from its source than rounding to nearest takes it."""
         if self._max_error <= job.error_limit:
             return []
         return [
@@ -175,7 +175,7 @@ class ChangedTally(CodesTally):
         found.factors[self.source.name] = columns, self._energy
 
     def _error_problems(self, _job: Job, ratio: float) -> list[str]:
-        """Not the source, by whatever factors."""
+        """Name a tensor that is not its source by whatever factors."""
         if ratio >= folds.MIN_SQNR_DB:
             return []
         return [
