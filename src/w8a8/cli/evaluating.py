@@ -33,7 +33,7 @@ def eval_gsm8k(
     ] = "auto",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with train.jsonl and test.jsonl.", show_default="openai/gsm8k, by `datasets`"),
+        typer.Option(help="Folder with train.jsonl and test.jsonl.", show_default="openai/gsm8k from the Hub"),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Ask only this many questions, from the first.", show_default="all 1,319")
@@ -128,7 +128,7 @@ def eval_kld(
     tokens: Annotated[int, typer.Option(min=1, help="Maximum number of tokens to predict.")] = 8192,
     context: Annotated[int, typer.Option(min=2, help="Maximum tokens per window.")] = 512,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Hold one layer at a time, as is done anyway if RAM is too small for both.")
+        bool, typer.Option("--stream", help="Keep one layer at a time in memory; automatic if RAM cannot hold both.")
     ] = False,
     float32: Annotated[
         bool, typer.Option("--float32", help="Compute in float32, so that BF16's own rounding does not count.")

@@ -460,7 +460,7 @@ def test_a_person_reads_a_table(pair: tuple[Path, Path], book: Path) -> None:
 
 
 def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UnwritableError, match="no folder"):
+    with pytest.raises(UnwritableError, match="not a folder that can be written"):
         prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
     (tmp_path / "taken").mkdir()
     with pytest.raises(UnwritableError, match="cannot be written"):

@@ -1,12 +1,12 @@
 """The two models of `w8a8 eval kld`, and how far their next-token distributions lie apart.
 
-Logits are the model's own: its body reads a window once, then its own `forward` runs for a few positions at a time on
-what the body gave, so that the head, and whatever an architecture does to its logits (Gemma's soft cap, Cohere's
-scale), are as they are when it serves, and no more than `CHUNK_VALUES` logits exist at once.
+The logits are the model's own. Its body reads a window once; then the model's `forward` runs on the body's output, a
+few positions at a time. So the head, and all that an architecture does to its logits (Gemma's soft cap, Cohere's
+scale), work as they do when the model is served, and at most `CHUNK_VALUES` logits exist at once.
 
-With logits p and q, KL is the mean of p - q weighted by exp(p - max p), less the difference of their log-sum-exps.
-Element by element that is float32, which is exact for what BF16 logits differ by; sums are carried on in float64,
-because a log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models differ.
+With logits p and q, KL is the mean of p - q weighted by exp(p - max p), minus the difference of their log-sum-exps.
+Elements are computed in float32, which is exact for the difference of BF16 logits; sums continue in float64, because a
+log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models differ.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,17 +30,18 @@ except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
 
 Dtype = Literal["float32", "bfloat16"]
-"""What a model may be made to compute in, whatever it is stored in."""
+"""The dtypes that a model can be made to compute in, whatever it is stored in."""
 CHUNK_VALUES = 2**24
 """Logits of one model that exist at once: 64 positions of a vocabulary of 262,144."""
 CHUNK_BYTES = CHUNK_VALUES * 24
-"""What a chunk takes: both models' logits, and up to four arrays in float32."""
+"""Memory of a chunk: both models' logits, and up to four arrays in float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Per predicted token, in order `[tokens]`: its position in its window, KL(ref || cand) and both models'
-    negative log-likelihoods of the true token in nats (float64), whether both think the same token likeliest."""
+    """One value per predicted token, in order, `[tokens]`: its position in its window; KL(ref || cand) and both models'
+    negative log-likelihoods of the true token, in nats (float64); whether both models find the same token likeliest.
+    """
 
     position: NDArray[np.int64]
     kl: NDArray[np.float64]
@@ -53,9 +54,9 @@ class Predictor:
     """A checkpoint as a model of the next token."""
 
     def __init__(self, name: str, folder: Path, dtype: Dtype | None = None) -> None:
-        """Load it onto the device there is, to compute in `dtype`, or as stored.
+        """Load it onto the GPU, or into RAM, to compute in `dtype` (None: the stored one).
 
-        Raises EngineError, or what is wrong with the checkpoint.
+        Raises EngineError, or the error of an invalid checkpoint.
         """
         self.name = name
         self.model = load_model(name, folder, dtype or "auto")
@@ -66,10 +67,10 @@ class Predictor:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
-        """The logits `[at most rows, vocabulary]` that follow each of `ids`, in order, in the model's dtype.
+        """Yield the logits `[at most rows, vocabulary]` that follow each of `ids`, in order, in the model's dtype.
 
-        One reading at a time: the model is not itself before the last is taken. Raises EngineError, out of memory
-        included.
+        Exhaust one such iterator before the next: until then the body's `forward` is replaced. Raises EngineError, also
+        when out of memory.
         """
         body = self.model.base_model
         read = body.forward
@@ -93,7 +94,7 @@ class Predictor:
 
 
 class StreamedPredictor(Predictor):
-    """A checkpoint too large for memory: its layers read all windows, one layer after another, before the head does."""
+    """A checkpoint too large for memory: layer by layer reads all windows, then the head."""
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class StreamedPredictor(Predictor):
         advance: Callable[[int], None] = lambda _: None,
         dtype: Dtype | None = None,
     ) -> None:
-        """Let each layer read, in `dtype` or as stored, which `advance(tokens)` is told of.
+        """Let each layer read all windows, in `dtype` (None: the stored one); `advance(tokens)` reports progress.
 
         Raises EngineError, UnsupportedModelError.
         """
@@ -114,16 +115,16 @@ class StreamedPredictor(Predictor):
         self._streamed.fill_head()
 
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
-        """As a `Predictor`'s, of the windows that were read."""
+        """Yield the logits as a `Predictor` does, for one of the windows that were read."""
         self._streamed.last_states(self._states[tuple(ids)])
         found: Iterator[Any] = super().logits(ids, rows)
         return found
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _read(self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None]) -> dict[tuple[int, ...], Any]:
-        """The states [1, tokens, hidden] that leave the last layer, by the ids that were read."""
+        """The states `[1, tokens, hidden]` behind the last layer, by the ids that were read."""
         states: dict[tuple[int, ...], Any] = {}
-        kwargs: dict[int, Any] = {}  # depend on the length alone
+        kwargs: dict[int, Any] = {}  # they depend on the length alone
         for ids in readings:
             states[ids], kwargs[len(ids)] = self._streamed.embed(ids)
         for number in range(self._streamed.count):
@@ -134,18 +135,25 @@ class StreamedPredictor(Predictor):
         return states
 
 
-def limits(name: str, folder: Path) -> tuple[int, int | None, int]:
-    """How many tokens a checkpoint's model tells apart, and reads at most, if it says so; and how many layers it has.
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """A model's size: tokens it knows, tokens it can read (None if its config does not say), decoder layers."""
 
-    Raises EngineError.
-    """
+    vocabulary: int
+    context: int | None
+    layers: int
+
+
+def limits(name: str, folder: Path) -> Limits:
+    """Read the limits of a checkpoint's model from its config. Raises EngineError."""
     with engine_errors(f"{name}: its config cannot be read"):
         config = load_config(folder).get_text_config(decoder=True)
-        return int(config.vocab_size), getattr(config, "max_position_embeddings", None), int(config.num_hidden_layers)
+        context = getattr(config, "max_position_embeddings", None)
+        return Limits(int(config.vocab_size), context, int(config.num_hidden_layers))
 
 
 def has_gpu() -> bool:
-    """Whether models will be put on a GPU."""
+    """Is there a GPU, where the models will go?"""
     return bool(torch.cuda.is_available())
 
 
@@ -157,9 +165,10 @@ def score(
     advance: Callable[[int], None] = lambda _: None,
     chunk_values: int = CHUNK_VALUES,
 ) -> Scores:
-    """Let both models predict the windows; `advance(tokens)` is called as it goes.
+    """Let both models predict the windows' tokens; `advance(tokens)` reports progress.
 
-    Raises EngineError, naming model and place, where logits are no numbers or rule out what the other holds possible.
+    Raises EngineError, naming model and place, if logits are not finite, or rule out a token that the other model or
+    the text has.
     """
     rows = max(1, chunk_values // reference.model.config.get_text_config(decoder=True).vocab_size)
     parts = []
@@ -175,14 +184,14 @@ def score(
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a chunk begins."""
+    """The place at which a chunk begins."""
 
     window: int
     document: int
     position: int
 
     def check(self, values: Any, problem: str) -> None:
-        """Raises EngineError at the first of `values` `[rows]` that is not finite."""
+        """Raise EngineError at the first of `values` `[rows]` that is not finite."""
         bad = (~values.isfinite()).nonzero()
         if len(bad):
             at = self.position + int(bad[0, 0])
@@ -191,7 +200,7 @@ class _Place:
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
 def _compare(names: tuple[str, str], pair: tuple[Any, Any], labels: Sequence[int], place: _Place) -> Iterator[Any]:
-    """KL, both negative log-likelihoods, agreement `[rows]`, of logits `[rows, vocabulary]` and as many true tokens."""
+    """Yield KL, both negative log-likelihoods and agreement, each `[rows]`, from logits `[rows, vocabulary]`."""
     device, rows = pair[0].device, len(pair[0])
     true = torch.tensor(labels[:rows], device=device)[:, None]
     p, q = (logits.to(device).float() for logits in pair)
@@ -212,5 +221,5 @@ def _exponentials(name: str, logits: Any, place: _Place) -> tuple[Any, Any, Any]
     weight = (logits - largest).exp_()
     total = weight.sum(-1).double()
     norm = total.log() + largest[:, 0].double()
-    place.check(norm, f"{name}: the logits are not numbers (NaN or infinity)")
+    place.check(norm, f"{name}: the logits are not finite (NaN or infinity)")
     return weight, total, norm

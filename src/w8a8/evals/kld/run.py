@@ -1,13 +1,13 @@
 """`w8a8 eval kld`: how far a candidate's next-token distribution lies from the reference's on the same text.
 
-Both checkpoints are run side by side as the embedded engine runs them, in the dtypes they are stored in, so that what
-is measured is what is served; or in float32, so that what BF16 arithmetic rounds does not hide what quantization does:
-logits of 20 are 1/8 apart in BF16. `prepare` checks what can be checked before weights are read: the text, that both
-have one vocabulary and cut the text into the same tokens, that both fit into memory. `run` measures.
+Both checkpoints run side by side as the embedded engine runs them: in the dtypes they are stored in, as when served; or
+in float32, so that the rounding of BF16 arithmetic (logits of 20 are 1/8 apart) does not hide that of quantization.
+`prepare` checks the request before weights are read: the text, that both have one vocabulary and cut the text into the
+same tokens, that they fit into memory. `run` measures.
 
-The intervals are percentile bootstrap intervals (Efron 1979), over blocks: tokens near each other share their context,
-so that resampling single tokens would make the intervals too narrow. A block is a run of at most 128 tokens of
-one window, and at most an eighth of the text.
+The intervals are percentile bootstrap intervals over blocks. Neighbouring tokens share their context, so resampling
+single tokens would make the intervals too narrow. A block is a run of at most 128 tokens of one window, and at most an
+eighth of the text.
 """
 
 import math
@@ -40,11 +40,11 @@ BLOCK = 128
 MIN_BLOCKS = 8
 RESAMPLES = 2000
 FIRST_EDGE, EDGES_PER_DECADE = -6, 4
-"""The histogram's bins: below 1e-6 nats, then four to a decade."""
+"""Bins of the histogram: one below 1e-6 nats, then four per decade."""
 FIRST_BAND = 16
-"""Positions of the first band; every further one is as long as all before it."""
+"""Positions in the first band; each further band is as long as all before it."""
 MAX_NLL = 709.0
-"""Nats whose exponential a float still holds."""
+"""The largest mean in nats whose exponential a float can hold."""
 
 Floats = NDArray[np.float64]
 Dtypes = tuple["Dtype | None", "Dtype | None"]
@@ -52,9 +52,9 @@ Dtypes = tuple["Dtype | None", "Dtype | None"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is about to be measured: names and folders of both checkpoints, the text, its windows.
+    """A checked request: names and folders of both checkpoints, the text, its windows.
 
-    `streamed` says that both are run layer by layer, `dtypes` what they compute in, None for as they are stored.
+    `streamed` runs both layer by layer; `dtypes` are those that they compute in, None for the stored one.
     """
 
     reference: str
@@ -70,18 +70,18 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """How many tokens will be predicted."""
+        """Number of tokens to predict."""
         return sum(window.scored for window in self.windows)
 
     @property
     def steps(self) -> int:
-        """How many tokens are read, by whole models or, streamed, by layers; once more to compare."""
+        """Units of progress: tokens compared, and, streamed, also each token that a layer of either model reads."""
         return self.tokens * (2 * self.layers + 1 if self.streamed else 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Positions `first` to `last` of a window (0 has read one token): tokens scored there and their mean KL."""
+    """Positions `first` to `last` of a window (at 0 one token has been read): tokens predicted there, their mean KL."""
 
     first: int
     last: int
@@ -91,7 +91,7 @@ class Band:
 
 @dataclass(frozen=True, slots=True)
 class KldResult:
-    """KL divergences in nats per token, top-1 agreement as a share, 95% intervals, both perplexities."""
+    """The result: KL divergence in nats per token, top-1 agreement as a share, 95% intervals, both perplexities."""
 
     reference: str
     candidate: str
@@ -117,7 +117,7 @@ class KldResult:
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The result file's contents."""
+        """The content of the result file."""
         return {
             "kind": "w8a8.kld",
             "schema": 1,
@@ -156,55 +156,80 @@ def prepare(
     stream: bool = False,
     dtypes: Dtypes = (None, None),
 ) -> Job:
-    """Check the request before weights are read; `tokens` at most are predicted, in windows of at most `context`.
+    """Check the request before weights are read: to predict at most `tokens` tokens, in windows of at most `context`.
 
-    `dtypes` are what the reference and the candidate compute in, None for what they are stored in. They are streamed,
-    layer by layer, if `stream` says so, or where both do not fit into RAM and there is no GPU.
+    `dtypes` are those that the reference and the candidate compute in, None for the stored one. Both are streamed layer
+    by layer with `stream`, or if there is no GPU and RAM cannot hold both.
 
     Raises UsageError, MissingExtraError, what opening a checkpoint raises, EngineError for a config or tokenizer that
-    cannot be loaded, DoesNotFitError where not even that fits, and UnwritableError where `out` could not be written.
+    cannot be loaded, DoesNotFitError if not even two layers fit, and UnwritableError if `out` cannot be written.
     """
-    from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu, limits
+    from w8a8.evals.kld.models import limits
     from w8a8.runtime.loading import load_tokenizer
 
+    # 1) Check the options.
     if tokens < 1 or context < MIN_CONTEXT:
         raise UsageError(f"--tokens must be at least 1, and --context at least {MIN_CONTEXT}")
     if out is not None and not os.access(out.parent, os.W_OK):
-        raise UnwritableError(f"{out}: {out.parent} is no folder that can be written")
+        raise UnwritableError(f"{out}: {out.parent} is not a folder that can be written; give another --out")
+    # 2) Check that the models have one vocabulary, and read windows of this length.
     names = str(reference), str(candidate)
     folders = resolve(reference).path, resolve(candidate).path
-    (vocabulary, limit, layers), (other, *_) = map(limits, names, folders)
-    if vocabulary != other:
-        raise UsageError(f"{names[0]} knows {vocabulary:,} tokens, {names[1]} {other:,}: not a model and its copy")
-    if context > (limit or context):
-        raise UsageError(f"--context {context}: {names[0]} reads {limit} tokens at most")
+    ours, theirs = map(limits, names, folders)
+    if ours.vocabulary != theirs.vocabulary:
+        raise UsageError(
+            f"{names[0]} knows {ours.vocabulary:,} tokens, {names[1]} {theirs.vocabulary:,}: not a model and its "
+            "quantized copy, so their predictions cannot be compared"
+        )
+    if context > (ours.context or context):
+        raise UsageError(f"--context {context}: {names[0]} reads {ours.context} tokens at most")
+    # 3) Check that both cut the text into the same tokens, and cut those into windows.
     tokenizers = [load_tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
-    (documents, first), ours = [(tokenize(text, each), first_token(each)) for each in tokenizers]
-    if (documents, first) != ours:
-        raise UsageError(f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its copy")
-    windows = cut(documents, first, context, tokens)
+    (documents, first), other = [(tokenize(text, each), first_token(each)) for each in tokenizers]
+    if (documents, first) != other:
+        raise UsageError(
+            f"{names[0]} and {names[1]} cut the text into different tokens: not a model and its quantized copy, so "
+            "their predictions cannot be compared"
+        )
+    windows = tuple(cut(documents, first, context, tokens))
+    # 4) Choose how they run: both whole at the same time, or layer by layer.
     opened = [Checkpoint.open(folder) for folder in folders]
+    streamed = stream or not _fit_whole(opened, dtypes, context)
+    if streamed:
+        _check_layers_fit(opened, dtypes, max(ours.layers, 1), sum(window.scored for window in windows))
+    return Job(*names, folders, text, sum(map(len, documents)), windows, context, ours.layers, streamed, dtypes)
+
+
+def _fit_whole(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, context: int) -> bool:
+    """Can both models be in memory at the same time? On a GPU they can: what it cannot hold goes to RAM."""
+    from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu
+
     widened = sum(
-        _in_memory(t, dtype) - t.nbytes
-        for each, dtype in zip(opened, dtypes, strict=True)
-        for t in each.tensors.values()
+        _in_memory(tensor, dtype) - tensor.nbytes
+        for checkpoint, dtype in zip(checkpoints, dtypes, strict=True)
+        for tensor in checkpoint.tensors.values()
     )
-    needed = sum(ram_needed(each, context) for each in opened) + widened + CHUNK_BYTES
-    streamed = stream or (not has_gpu() and needed > available_memory())
-    if streamed and not has_gpu():
-        needed = CHUNK_BYTES + streamed_ram(opened, dtypes, max(layers, 1), sum(window.scored for window in windows))
-        if needed > (free := available_memory()):
-            raise DoesNotFitError(
-                f"both models, layer by layer, need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are "
-                "available; end other programs, or use a machine with more or a GPU"
-            )
-    return Job(*names, folders, text, sum(map(len, documents)), tuple(windows), context, layers, streamed, dtypes)
+    needed = sum(ram_needed(checkpoint, context) for checkpoint in checkpoints) + widened + CHUNK_BYTES
+    return has_gpu() or needed <= available_memory()
+
+
+def _check_layers_fit(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int, tokens: int) -> None:
+    """Raises DoesNotFitError if RAM, without a GPU, cannot hold both models layer by layer."""
+    from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu
+
+    needed, free = CHUNK_BYTES + streamed_ram(checkpoints, dtypes, layers, tokens), available_memory()
+    if needed > free and not has_gpu():
+        raise DoesNotFitError(
+            f"both models, layer by layer, need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are "
+            "available; end other programs, or use a machine with more RAM or a GPU"
+        )
 
 
 def streamed_ram(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int, tokens: int) -> int:
-    """Bytes of RAM to run models of `layers` layers one layer at a time over `tokens` tokens; an estimate.
+    """Estimate the bytes of RAM that models of `layers` layers need to run layer by layer over `tokens` tokens.
 
-    Kept are both heads, and the states of all tokens; a layer is the rest of the larger model's share, twice.
+    RAM holds both heads, the states of all tokens, and, twice, a layer of the larger model, counted as an equal share
+    of all but its head.
     """
     heads = states = layer = 0
     for checkpoint, dtype in zip(checkpoints, dtypes, strict=True):
@@ -217,7 +242,7 @@ def streamed_ram(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int,
 
 
 def _in_memory(tensor: TensorSpec, dtype: "Dtype | None") -> int:
-    """Bytes that a tensor takes where the model computes in `dtype`."""
+    """Bytes that a tensor takes in a model that computes in `dtype`."""
     return tensor.numel * 4 if dtype == "float32" and tensor.dtype in {"BF16", "F16"} else tensor.nbytes
 
 
@@ -227,20 +252,25 @@ def run(
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> KldResult:
-    """Load both and measure; `advance(steps)` is called as it goes. Raises EngineError, UnsupportedModelError."""
+    """Load both models and measure; `advance(steps)` reports progress. Raises EngineError, UnsupportedModelError."""
     from w8a8.evals.kld.models import Predictor, StreamedPredictor, score
 
     start = time.monotonic()
-    loaded: list[Predictor] = []
-    for name, folder, dtype in zip((job.reference, job.candidate), job.folders, job.dtypes, strict=True):
+
+    def load(name: str, folder: Path, dtype: "Dtype | None") -> Predictor:
         notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}")
-        streamed = job.streamed and StreamedPredictor(name, folder, job.windows, advance, dtype)
-        loaded.append(streamed or Predictor(name, folder, dtype))
-    reference, candidate = loaded
+        if job.streamed:
+            return StreamedPredictor(name, folder, job.windows, advance, dtype)
+        return Predictor(name, folder, dtype)
+
+    # 1) Load both models; streamed, their layers read all windows here.
+    reference, candidate = map(load, (job.reference, job.candidate), job.folders, job.dtypes)
+    # 2) Let both predict every token, and compare.
     scores = score(reference, candidate, job.windows, advance=advance)
-    blocks = block_starts(job.windows)
+    # 3) Resample blocks of tokens: the intervals.
     agree = scores.agree.astype(np.float64)
-    intervals = bootstrap(np.stack([scores.kl, agree]), blocks, resamples=RESAMPLES)
+    intervals = bootstrap(np.stack([scores.kl, agree]), block_starts(job.windows), resamples=RESAMPLES)
+    # 4) Sum up.
     return KldResult(
         reference=job.reference,
         candidate=job.candidate,
@@ -268,7 +298,7 @@ def run(
 
 
 def block_starts(windows: tuple[Window, ...]) -> NDArray[np.int64]:
-    """Where, in the sequence of predicted tokens, each block begins: runs of one window that are resampled whole."""
+    """The index, among all predicted tokens, at which each block begins; a block is resampled whole."""
     total = sum(window.scored for window in windows)
     length = min(BLOCK, math.ceil(total / MIN_BLOCKS))
     starts, at = [], 0
@@ -279,7 +309,7 @@ def block_starts(windows: tuple[Window, ...]) -> NDArray[np.int64]:
 
 
 def bands(position: NDArray[np.int64], kl: Floats) -> tuple[Band, ...]:
-    """Mean KL by how much of its window the model had read: positions 0-15, 16-31, 32-63, 64-127 and so on."""
+    """The mean KL by position in the window: 0-15, 16-31, 32-63, 64-127 and so on."""
     found, first, length = [], 0, FIRST_BAND
     while first <= (end := int(position.max())):
         last = min(first + length - 1, end)
@@ -291,7 +321,7 @@ def bands(position: NDArray[np.int64], kl: Floats) -> tuple[Band, ...]:
 
 
 def histogram(kl: Floats) -> tuple[tuple[float, float, int], ...]:
-    """Bins `(from, to, count)`, up to the one that holds the largest; a value on an edge counts above it."""
+    """The bins `(from, to, count)` up to the largest value; a value on an edge counts in the bin above."""
     edges = [0.0, 10.0**FIRST_EDGE]
     while edges[-1] <= kl.max():
         edges.append(10.0 ** (FIRST_EDGE + (len(edges) - 1) / EDGES_PER_DECADE))

@@ -1,4 +1,4 @@
-"""What `w8a8 eval kld` shows a person."""
+"""How the result of `w8a8 eval kld` looks on a terminal."""
 
 from collections.abc import Callable
 from itertools import dropwhile
@@ -12,7 +12,7 @@ BAR = 40
 
 
 def show(result: KldResult, say: Callable[[Any], None]) -> None:
-    """The result for a person; `say` prints what Rich can."""
+    """Show the result; `say` prints anything that Rich can print."""
     say(f"[bold]{clean(result.candidate)}[/bold] against {clean(result.reference)}")
     where = f"{result.device}, in {result.dtypes[0]}" if result.dtypes[0] else result.device
     say(f"{result.tokens:,} tokens of {clean(result.text)}, in windows of up to {result.context}, on {where}")

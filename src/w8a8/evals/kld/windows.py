@@ -1,10 +1,9 @@
-"""What `w8a8 eval kld` reads: a text as documents, and documents as windows of tokens.
+"""The text that `w8a8 eval kld` reads: documents, cut into windows of tokens.
 
-A plain file is one document; of a JSONL file or of GSM8K every line is one. No window holds more than one document, as
-no request to a server does. A window is the tokenizer's beginning-of-sequence token and up to `context - 1` tokens of
-the document behind it; where a tokenizer has no such token, the document's token before them stands in its place. So
-every token is predicted once (but, without such a token, the first of a document), from what lies before it in its
-window.
+A plain file is one document; in a JSONL file, and in GSM8K, each record is one. A window never holds more than one
+document, as no request to a server does. It is the tokenizer's beginning-of-sequence token and up to `context - 1`
+tokens of the document; without such a token it begins with the token before them. So every token is predicted once,
+from the tokens before it in its window (all but a document's first, if there is no beginning-of-sequence token).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,22 +20,22 @@ MIN_CONTEXT = 2
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Token ids: all but the last are read, all but the first predicted."""
+    """Token ids: the model reads all but the last, and predicts all but the first."""
 
     ids: tuple[int, ...]
     document: int
 
     @property
     def scored(self) -> int:
-        """How many tokens of it are predicted."""
+        """Number of tokens that are predicted."""
         return len(self.ids) - 1
 
 
 def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | None = None) -> Text:
-    """The text of a plain file, of a JSONL file, or of GSM8K's test split in the folder `data`, else from the Hub.
+    """Read a plain file, a JSONL file, or GSM8K's test split from the folder `data` (default: from the Hub).
 
-    Raises UsageError where more than one is given or a file does not hold what it should, UnreadableError,
-    SourceNotFoundError, HubError, and MissingExtraError where `datasets` is needed and not installed.
+    Raises UsageError if more than one is given or a file has invalid content, UnreadableError, SourceNotFoundError,
+    HubError, and MissingExtraError if `datasets` is needed and not installed.
     """
     given = [path for path in (text, jsonl, data) if path is not None]
     if len(given) > 1:
@@ -49,9 +48,9 @@ def choose(*, text: Path | None = None, jsonl: Path | None = None, data: Path | 
 
 
 def cut(documents: Sequence[Sequence[int]], bos: int | None, context: int, tokens: int) -> list[Window]:
-    """Windows of at most `context` ids that predict `tokens` tokens, or as many as there are, of tokenized documents.
+    """Cut tokenized documents into windows of at most `context` ids, which predict at most `tokens` tokens together.
 
-    Raises UsageError where not one token could be predicted.
+    Raises UsageError if there is no token to predict.
     """
     found: list[Window] = []
     for number, ids in enumerate(documents):
@@ -68,12 +67,12 @@ def cut(documents: Sequence[Sequence[int]], bos: int | None, context: int, token
 
 
 def tokenize(text: Text, tokenizer: Callable[..., Any]) -> list[list[int]]:
-    """The ids of every document, without special tokens that the tokenizer would add around it."""
+    """The ids of every document, without the special tokens that the tokenizer would add around it."""
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in text.documents]
 
 
 def _document(row: Any, place: str) -> str:
-    """The text of a record: its `text`, or its `question` and `answer` on lines of their own."""
+    """The text of a record: its `text`, or its `question` and `answer`, each on a new line."""
     values = strings(row, "text") or strings(row, "question", "answer")
     if values is None:
         raise UsageError(f"{place}: neither a text, nor a question and an answer")
