@@ -1,7 +1,7 @@
 """Small random decoders of every architecture that has groups, and inputs with outliers for their layers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from w8a8.recipes import costs
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import groups_of
+from w8a8.recipes.layer import Batch
 from w8a8.runtime.streamed import states_of
 
 SIZES: Mapping[str, Any] = {
@@ -61,23 +62,16 @@ def config_of(made: Any) -> dict[str, Any]:
     return found
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Inputs of a layer, and what errors cost in it, as if all that matters were the states that leave it."""
+@dataclass(frozen=True, slots=True)
+class CostedBatch(Batch):
+    """Inputs of a layer, and the costs of errors in it, as if only the states that leave it mattered."""
 
-    hidden: Tensor
-    kwargs: dict[str, Any] = field(repr=False)
-    held_out: bool
-    costs: dict[str, Cost] = field(repr=False)
-
-    @property
-    def token_costs(self) -> dict[str, Tensor]:
-        return {path: cost.token for path, cost in self.costs.items()}
+    row_costs: Mapping[str, Tensor]
 
 
-def row_costs(given: Sequence[Batch]) -> dict[str, Tensor]:
-    """What errors in the outputs of linear layers cost, on average over all batches."""
-    return {path: torch.stack([each.costs[path].row for each in given]).mean(0) for path in given[0].costs}
+def row_costs(given: Sequence[CostedBatch]) -> dict[str, Tensor]:
+    """The costs of errors in the outputs of linear layers, on average over all batches."""
+    return {path: torch.stack([each.row_costs[path] for each in given]).mean(0) for path in given[0].row_costs}
 
 
 def kwargs_of(made: Any, number: int, ids: Tensor) -> dict[str, Any]:
@@ -93,7 +87,7 @@ def kwargs_of(made: Any, number: int, ids: Tensor) -> dict[str, Any]:
     return seen
 
 
-def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outliers: float = 30.0) -> list[Batch]:
+def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outliers: float = 30.0) -> list[CostedBatch]:
     """Random inputs of layer `number`, every fourth held out; a few channels are `outliers` times as large."""
     generator = torch.Generator().manual_seed(number)
     seen = kwargs_of(made, number, torch.zeros(1, tokens, dtype=torch.long))
@@ -108,5 +102,7 @@ def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outlier
         size = states_of(layer(each, **seen)).norm(dim=-1, keepdim=True)
         direction = torch.randn(each.shape, generator=generator) / size
         _, gradients = costs.backwards(layer, paths, each, seen, direction)
-        found.append(Batch(each, seen, n % 4 == 3, {path: Cost.of([gradient]) for path, gradient in gradients.items()}))
+        measured = {path: Cost.of([gradient]) for path, gradient in gradients.items()}
+        tokens_, rows = ({path: getattr(cost, part) for path, cost in measured.items()} for part in ("token", "row"))
+        found.append(CostedBatch(each, seen, n % 4 == 3, tokens_, rows))
     return found

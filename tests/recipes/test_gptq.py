@@ -2,8 +2,7 @@
 
 import torch
 
-from w8a8.recipes.gptq import compensation, round_with
-from w8a8.recipes.layer import nearest
+from w8a8.recipes.gptq import compensation, nearest, round_with
 
 
 def problem(seed: int, tokens: int = 400, rows: int = 40, columns: int = 300) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,20 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from tests.recipes import small
+from w8a8.recipes import RecipeName
+from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import groups_of
-from w8a8.recipes.layer import Codes, LayerResult, Recipe, RecipeName, calibrate_layer, quantized
+from w8a8.recipes.layer import LayerResult, calibrate_layer, quantized
 from w8a8.runtime.linear import W8A8Linear
 from w8a8.runtime.streamed import states_of
 
 
-def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.Batch]) -> LayerResult:
+def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.CostedBatch]) -> LayerResult:
     layer = made.base_model.layers[number]
     rows = small.row_costs(batches)
-    return calibrate_layer(layer, groups_of(small.config_of(made), layer), batches, rows, Recipe(name), torch.bfloat16)
+    return calibrate_layer(layer, groups_of(small.config_of(made), layer), batches, rows, name, torch.bfloat16)
 
 
-def error(layer: nn.Module, made: nn.Module, batches: list[small.Batch]) -> float:
-    def states(module: nn.Module, batch: small.Batch) -> Tensor:
+def error(layer: nn.Module, made: nn.Module, batches: list[small.CostedBatch]) -> float:
+    def states(module: nn.Module, batch: small.CostedBatch) -> Tensor:
         return states_of(module(batch.hidden.clone(), **batch.kwargs))
 
     pairs = [(states(layer, batch), states(made, batch)) for batch in batches]
@@ -90,6 +92,6 @@ def test_the_layer_is_left_as_it_was_and_the_result_names_what_changed() -> None
 def test_without_groups_everything_is_rounded_to_nearest() -> None:
     made = small.model("llama")
     layer = made.base_model.layers[0]
-    result = calibrate_layer(layer, (), small.batches(made, 0), {}, Recipe("auto"), torch.bfloat16)
+    result = calibrate_layer(layer, (), small.batches(made, 0), {}, "auto", torch.bfloat16)
     assert result == LayerResult({}, ())
     assert sum(isinstance(module, W8A8Linear) for module in quantized(layer, result).modules()) == 7

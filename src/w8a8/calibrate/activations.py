@@ -1,8 +1,8 @@
-"""What flows between two decoder layers: the states of every sample, in a file.
+"""The states between two decoder layers, for all samples, in a file.
 
-They are what the layers before give once they are quantized. A file holds one sample behind the other, float32
-[samples, tokens, hidden]. Samples are read and written one at a time, so that they take as much memory as one of them,
-and the page cache keeps as much of the file in RAM as there is room for.
+The quantized layers before produce them. A file holds one sample after the other, float32 [samples, tokens, hidden].
+Samples are read and written one at a time and so take the memory of one; the page cache keeps as much of the file in
+RAM as fits.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,35 +15,21 @@ import torch
 from torch import Tensor
 
 from w8a8.checkpoint import reading
+from w8a8.recipes.layer import Batch
 from w8a8.storage.writer import SequentialWriter
 
 HELD_OUT_EVERY = 8
-"""Every so manieth sample is kept from choosing, to judge by."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """A sample on its way into a layer.
-
-    `hidden` float32 [1, tokens, hidden] is what the quantized layers before produce, `kwargs` what the layer's
-    `forward` takes besides. A `held_out` sample judges, and must not be used to choose. `token_costs` as in
-    `recipes.batches`.
-    """
-
-    hidden: Tensor
-    kwargs: Mapping[str, Any]
-    held_out: bool
-    token_costs: Mapping[str, Tensor] | None
+"""One of this many samples is held out, to judge candidates by."""
 
 
 def held_out(samples: int) -> Sequence[bool]:
-    """Which of `samples` (at least 2) are held out: every 8th, or the last where there are fewer."""
+    """Which of `samples` (at least 2) are held out: every 8th, or the last of fewer than 8."""
     every = min(HELD_OUT_EVERY, samples)
     return [number % every == every - 1 for number in range(samples)]
 
 
 def spread(samples: int, count: int, *, apart: bool) -> Sequence[int]:
-    """The numbers of `count` samples, at least one, evenly spread over those of `samples` that are held out, or not."""
+    """The numbers of at least one and at most `count` samples, evenly spread over those held out (`apart`) or not."""
     numbers = [number for number, each in enumerate(held_out(samples)) if each is apart]
     count = min(len(numbers), max(1, count))
     return [numbers[len(numbers) * i // count] for i in range(count)]
@@ -74,7 +60,7 @@ class Activations:
             writer.finish()
 
     def states(self, device: torch.device) -> Iterator[Tensor]:
-        """The states [1, tokens, hidden] of every sample, on `device`."""
+        """Read the states [1, tokens, hidden] of every sample onto `device`."""
         with reading(self.path), self.path.open("rb", buffering=0) as file:
             for _ in range(self.samples):
                 values = torch.from_numpy(np.fromfile(file, np.float32, self.tokens * self.hidden))
@@ -83,8 +69,10 @@ class Activations:
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """The samples of a file, one a batch, for a layer that takes `kwargs` besides; can be gone through any number of
-    times. Of the samples in `token_costs` it is known what errors of their tokens cost."""
+    """The samples of a file, one per batch, for a layer whose other arguments are `kwargs`; can be read repeatedly.
+
+    `token_costs` has the costs of errors by token for some samples, by their numbers.
+    """
 
     activations: Activations
     kwargs: Mapping[str, Any]

@@ -2,13 +2,10 @@
 
 import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import cast
 
 from w8a8.errors import UsageError
-
-RecipeName = Literal["smooth", "smooth+gptq", "auto"]
-RECIPES = ("rtn", *get_args(RecipeName))
-"""The first rounds to nearest, and needs no calibration."""
+from w8a8.recipes import RECIPES, RecipeName
 
 SAMPLES, TOKENS = 64, 512
 """How many samples, and how many tokens each, if nothing is said."""
@@ -45,7 +42,7 @@ def request(
         return None
     if compat is not None:
         raise UsageError(f"--compat {compat} reproduces what another tool rounds to nearest; leave out --recipe")
-    return Request(name, text, samples, tokens, keep)  # type: ignore[arg-type]
+    return Request(cast(RecipeName, name), text, samples, tokens, keep)
 
 
 def _share(text: str) -> float:

@@ -38,8 +38,9 @@ from w8a8.execute.staging import Staging
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.costs import Cost
+from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import Group, groups_of
-from w8a8.recipes.layer import Codes, Gain, LayerResult, Recipe, calibrate_layer, quantized
+from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, quantized
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import DTYPES, StreamedModel, forward
 from w8a8.storage.folders import lock_folder
@@ -252,7 +253,7 @@ def _calibrate(
         ours = {path for path in linear if module_name(model.tensor(number, f"{path}.weight").name) in chosen}
         groups = _usable(groups_of(setup.checkpoint.config, layer), ours)
         dtype = DTYPES[model.tensor(number, f"{min(linear)}.weight").dtype]
-        result = calibrate_layer(layer, groups, batches, row_costs, Recipe(setup.request.recipe), dtype)
+        result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype)
         journal.store(number, save(_tensors(number, result, model)))
         made = quantized(layer, result)
         for path in linear - ours:

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
-from w8a8.calibrate.request import RECIPES, SAMPLES, TOKENS
+from w8a8.calibrate.request import SAMPLES, TOKENS
 from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
 from w8a8.errors import UsageError
+from w8a8.recipes import RECIPES
 
 
 def _formats() -> list[str]:

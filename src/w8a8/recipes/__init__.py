@@ -1,1 +1,7 @@
 """How scales, foldings and codes are chosen: one decoder layer at a time, in memory, on its calibration inputs."""
+
+from typing import Literal, get_args
+
+RecipeName = Literal["rtn", "smooth", "smooth+gptq", "auto"]
+RECIPES: tuple[RecipeName, ...] = get_args(RecipeName)
+"""`rtn` rounds to nearest and needs no calibration; the others calibrate."""

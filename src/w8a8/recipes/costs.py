@@ -1,15 +1,15 @@
-"""How much an error costs: of a token, of an output channel, in nats of KL divergence of the model's predictions.
+"""The cost of an error, by token and by output channel, in nats of KL divergence of the model's predictions.
 
-Errors e in the outputs of a linear layer, one vector to each token, move the distribution of all tokens that follow. To
-second order the divergence, summed over the text, is 1/2 E[(sum_t g_t · e_t)^2], where g are the gradients by those
-outputs of a random direction of the logits whose covariance is their Fisher information, diag(p) - p pᵀ:
+Errors e in the outputs of a linear layer, one vector per token, move the predicted distributions of all tokens that
+follow. To second order the divergence, summed over the text, is 1/2 E[(sum_t g_t · e_t)^2], where g are the gradients
+by those outputs of a random direction of the logits whose covariance is their Fisher information, diag(p) - p pᵀ:
 
-    u = sqrt(p) z - p (sqrt(p) · z)          z normally distributed, one vector to each token
+    u = sqrt(p) z - p (sqrt(p) · z)          z normally distributed, one vector per token
 
-Rounding errors of different channels and tokens are independent, or nearly so: what is left is 1/2 E[g_ti^2] for a
-squared error of 1 in channel i of token t. It is taken once, of the model as it was, by one reading forwards and one
-backwards, and kept as the product of a cost per token and one per channel. So what is rounded in one layer can be
-weighed against what is rounded in any other, and massive tokens or channels count for no more than what comes of them.
+Rounding errors of different channels and tokens are nearly independent, which leaves 1/2 E[g_ti^2] for a squared error
+of 1 in channel i of token t. It is measured once, on the model before quantization, by one pass forwards and one
+backwards, and kept as the product of a cost per token and a cost per channel. So rounding in one layer can be weighed
+against rounding in any other, and massive tokens or channels count only for what they do to the predictions.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,25 +27,35 @@ TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a linear layer's outputs: `token` [tokens] times `row` [out] is what a squared error of 1 there costs, in nats
-    of KL divergence; `token` is 1 on average."""
+    """The costs of errors in a linear layer's outputs: `token` [tokens] times `row` [out], for a squared error of 1.
+
+    In nats of KL divergence; `token` is 1 on average.
+    """
 
     token: Tensor
     row: Tensor
 
     @classmethod
     def of(cls, gradients: Sequence[Tensor]) -> "Cost":
-        """The cost that squared `gradients` [tokens, out] of a random direction come to."""
+        """The cost from the `gradients` [tokens, out] of a random direction."""
         token = torch.cat([each.square().sum(1) for each in gradients])
         row = torch.stack([each.square().sum(0) for each in gradients]).sum(0) / (2 * len(token))
         return cls(token / token.mean().clamp_min(TINY), row)
 
+    @classmethod
+    def joined(cls, costs: Sequence["Cost"]) -> "Cost":
+        """The costs of several layers' outputs as those of one layer: token costs are averaged by their rows' costs."""
+        rows = torch.cat([each.row for each in costs])
+        share = torch.stack([each.row.sum() for each in costs])
+        token = (torch.stack([each.token for each in costs]) * share[:, None]).sum(0) / share.sum().clamp_min(1e-30)
+        return cls(token, rows)
+
 
 def direction(states: Tensor, head: Iterable[Tensor], cap: float | None, generator: torch.Generator) -> Tensor:
-    """The gradient [tokens, hidden] of a random direction of the logits by what the head reads, `states` of that shape.
+    """The gradient [tokens, hidden] of a random direction of the logits by the head's inputs, `states` of that shape.
 
-    `head` gives its weight float32 [vocabulary, hidden] some rows at a time, and is gone through once: sums over the
-    vocabulary are carried relative to the largest logit yet. `cap` is what logits are softly capped by, if they are.
+    `head` yields its weight float32 [vocabulary, hidden] some rows at a time, and is read once: sums over the
+    vocabulary are carried relative to the largest logit so far. `cap` is the model's soft cap on logits, if it has one.
     """
     top = torch.full_like(states[:, :1], -torch.inf)
     total, drawn = torch.zeros_like(top), torch.zeros_like(top)
@@ -69,8 +79,11 @@ def direction(states: Tensor, head: Iterable[Tensor], cap: float | None, generat
 def backwards(
     layer: nn.Module, paths: Sequence[str], states: Tensor, kwargs: Mapping[str, Any], gradient: Tensor
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The gradient by the `states` [1, tokens, hidden] that enter a decoder layer, given that by those that leave it;
-    and those [tokens, out] by the outputs of its linear layers `paths`."""
+    """Carry a `gradient` [1, tokens, hidden] by the states that leave a decoder layer back through the layer.
+
+    Returns the gradient by the `states` [1, tokens, hidden] that enter it, and the gradients [tokens, out] by the
+    outputs of its linear layers, by their `paths`.
+    """
     outputs: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         for path in paths:

@@ -1,4 +1,4 @@
-"""Dividing a group's activations by scales, and multiplying its weights by them: what is folded where."""
+"""Fold scales into a group: divide its producer's channels by them, for its consumers' columns to be multiplied."""
 
 import torch
 from torch import Tensor, nn
@@ -7,11 +7,11 @@ from w8a8.recipes.groups import Group
 from w8a8.runtime.linear import W8A8Linear
 
 Heads = tuple[int, int, int]
-"""Key-value heads, query heads to each, and their size."""
+"""Number of key-value heads, query heads per key-value head, channels per head."""
 
 
 def heads_of(layer: nn.Module, group: Group) -> Heads | None:
-    """How the producer's channels reach the consumers: None where one by one, else how query heads share them."""
+    """How query heads share the producer's channels; None where each channel reaches the consumers once."""
     if group.kind != "value" or group.producer is None:
         return None
     size: int = layer.get_submodule(group.producer.rpartition(".")[0]).head_dim  # the attention's
@@ -20,7 +20,7 @@ def heads_of(layer: nn.Module, group: Group) -> Heads | None:
 
 
 def expand(scales: Tensor, heads: Heads | None) -> Tensor:
-    """The scale of every input channel [in] of the consumers, from those of the producer's channels."""
+    """The scale of every input channel [in] of the consumers, from the scales of the producer's channels."""
     if heads is None:
         return scales
     shared, times, size = heads
@@ -28,7 +28,7 @@ def expand(scales: Tensor, heads: Heads | None) -> Tensor:
 
 
 def largest(channels: Tensor, heads: Heads | None) -> Tensor:
-    """For every channel of the producer, the largest of the `channels` [in] that it feeds."""
+    """The largest of the consumers' `channels` [in] that each channel of the producer feeds."""
     if heads is None:
         return channels
     shared, times, size = heads
@@ -36,15 +36,15 @@ def largest(channels: Tensor, heads: Heads | None) -> Tensor:
 
 
 def _gain(layer: nn.Module, norm: str, group: Group) -> Tensor:
-    """What a norm multiplies channels by, float32."""
+    """The factors of a norm for its channels, float32."""
     weight: Tensor = layer.get_submodule(norm).weight.detach().float() + group.offset
     return weight
 
 
 def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scales nearest to `scales` that folding comes to when a norm's weight is rounded to `dtype`.
+    """The scales that folding `scales` amounts to, once a norm's weight is rounded to `dtype`.
 
-    1 for a channel that the norm switches off, or that rounding would switch off.
+    A channel that the norm switches off, or that rounding would switch off, has scale 1.
     """
     if group.kind != "norm" or group.producer is None:
         return scales
@@ -54,10 +54,10 @@ def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype)
 
 
 def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Divide the channels of the group's producer in `layer` by `scales`: its changed parameters, by name.
+    """Divide the channels of the group's producer in `layer` by `scales`; return its changed parameters by name.
 
-    A norm's weight and a bias are rounded to `dtype`; a weight that is INT8 keeps its codes. The parameters of `layer`
-    are replaced, not written to.
+    A norm's weight and a bias are rounded to `dtype`; an INT8 weight keeps its codes. Parameters of `layer` are
+    replaced, not written to.
     """
     if group.producer is None:
         return {}

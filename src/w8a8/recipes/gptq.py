@@ -1,18 +1,31 @@
-"""Rounding with compensation: what rounding one column gets wrong, the columns not yet rounded put right.
+"""Round weights: each to nearest, or with compensation, so that columns not yet rounded correct the errors of others.
 
-GPTQ (Frantar et al. 2023, arXiv 2210.17323) with fixed scales: columns in the order of falling activation power; the
-rounding error of each is carried over to the rest by the Cholesky factor of the inverse Hessian, block by block. The
-Hessian is that of the layer's squared output error over the activations it will really see, the quantized ones.
+Compensation is GPTQ (Frantar et al. 2023, arXiv 2210.17323) with the scales of rounding to nearest: columns are rounded
+in the order of falling activation power, and the rounding error of each is carried over to the rest by the Cholesky
+factor of the inverse Hessian, block by block. The Hessian is that of the layer's squared output error over the
+activations that the engine will multiply, the quantized ones.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from w8a8.runtime.linear import quantize_tokens
+
 DAMPING = (0.01, 0.1, 1.0, 10.0)
-"""Of the Hessian's mean diagonal; the first that makes its inverse's factor exist in float32."""
+"""Shares of the Hessian's mean diagonal; the first that makes its inverse's factor exist in float32 is added to it."""
 BLOCK = 128
+"""Number of columns after which errors are carried over to all columns behind them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A quantized weight: int8 [out, in] codes, and float32 [out] scales."""
+
+    codes: Tensor
+    scale: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +36,30 @@ class Compensation:
     upper: Tensor
 
 
+def nearest(weight: Tensor) -> Codes:
+    """Round `weight` [out, in] to nearest, the largest weight of a row to code 127."""
+    scale = _row_scale(weight)
+    return Codes((weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale)
+
+
+def compensated(weight: Tensor, by: Compensation) -> Codes:
+    """Round `weight` [out, in] with compensation, with the scales of rounding to nearest."""
+    scale = _row_scale(weight)
+    return Codes(round_with(weight, scale, by), scale)
+
+
+def hessian_of(inputs: Iterable[Tensor], by_channel: Tensor | float) -> Tensor:
+    """The sum of x xᵀ [in, in] over tokens x [in], divided by `by_channel` [in] and quantized as engines do it."""
+    total: Tensor | None = None
+    for chunk in inputs:
+        codes, scale = quantize_tokens(chunk.float() / by_channel)
+        x = codes.float().mul_(scale)
+        total = x.T @ x if total is None else total.addmm_(x.T, x)
+    return total
+
+
 def compensation(hessian: Tensor) -> Compensation:
-    """How to compensate by `hessian` float32 [in, in], the sum of x xᵀ over tokens x; not at all if it is hopeless."""
+    """How to compensate by `hessian` float32 [in, in]; not at all if no damping makes it invertible."""
     order = hessian.diagonal().argsort(descending=True)
     ordered = hessian[order][:, order]
     mean = ordered.diagonal().mean() + torch.finfo(torch.float32).tiny
@@ -40,7 +75,7 @@ def compensation(hessian: Tensor) -> Compensation:
 
 
 def round_with(weight: Tensor, scale: Tensor, by: Compensation) -> Tensor:
-    """Codes int8 [out, in] of `weight` float32 [out, in] for `scale` [out]."""
+    """Round `weight` float32 [out, in] for `scale` [out] with compensation, to codes int8 [out, in]."""
     left = weight[:, by.order]
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     for start in range(0, weight.shape[1], BLOCK):
@@ -54,3 +89,8 @@ def round_with(weight: Tensor, scale: Tensor, by: Compensation) -> Tensor:
         codes[:, by.order[start:end]] = rounded.to(torch.int8)
         left[:, end:] -= errors @ by.upper[start:end, end:]
     return codes
+
+
+def _row_scale(weight: Tensor) -> Tensor:
+    amax = weight.abs().amax(1)
+    return torch.where(amax > 0, (amax / 127).clamp_min(torch.finfo(torch.float32).tiny), 1)

@@ -1,35 +1,34 @@
-"""One decoder layer, calibrated: which codes its weights get, and what is folded into its norms.
+"""Calibrate one decoder layer: choose codes for its weights, and what is folded into its norms.
 
-The groups of `groups.py` are done in the order they run, each on the inputs that the layers and groups before it give
-once they are quantized. For each there are up to three candidates:
+The groups of `groups.py` are done in the order they run, each on the inputs that the quantized layers and groups before
+it produce. A group has up to three candidates:
 
     rtn          nothing folded, weights rounded to nearest
     smooth       channels rescaled (`smooth.py`), the scales folded into the producer
-    smooth+gptq  and the weights rounded with compensation (`gptq.py`)
+    smooth+gptq  the same scales, and weights rounded with compensation (`gptq.py`)
 
-and the one with the smallest error on held-out batches is taken, so that no group comes out worse there than rounded to
-nearest. The error is what quantizing the group costs, in nats of KL divergence per token (`costs.py`): it can be
-compared between groups, and between layers, and the errors of all add up to about the whole model's.
+The candidate with the smallest error on held-out batches wins, so that no group is worse there than rounded to nearest.
+The error is the KL divergence that quantizing the group costs, in nats per token (`costs.py`): errors can be compared
+between groups and between layers, and their sum is about the error of the whole model.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from w8a8.recipes import folding, smooth
-from w8a8.recipes.batches import Batch
+from w8a8.recipes import RecipeName, folding, smooth
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
-from w8a8.recipes.gptq import Compensation, compensation, round_with
+from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
-from w8a8.runtime.linear import W8A8Linear, frozen, quantize_tokens
+from w8a8.runtime.linear import W8A8Linear, frozen
 
-RecipeName = Literal["rtn", "smooth", "smooth+gptq", "auto"]
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "rtn": ("rtn",),
     "smooth": ("rtn", "smooth"),
@@ -37,29 +36,29 @@ CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "auto": ("rtn", "smooth", "smooth+gptq"),
 }
 SAMPLED = 2048
-"""So many of the tokens whose costs are known, spread evenly, are what scales are searched on."""
+"""Number of tokens that scales are searched on, spread evenly over those whose costs are known."""
 CHUNK = 2048
-"""Tokens that are worked on at once."""
+"""Number of tokens whose error is computed at once."""
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a layer is quantized."""
+class Batch:
+    """Inputs of a decoder layer: the states as the quantized layers before produce them, and the other arguments.
 
-    name: RecipeName = "auto"
+    `hidden` is float32 [samples, tokens, hidden]; `kwargs` are the other arguments of the layer's `forward`. A
+    `held_out` batch judges candidates and must not be used to make them. `token_costs` [samples * tokens], by the path
+    of a linear layer, says what errors in its outputs cost for each token (`costs.py`); None where that is not known.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    """A quantized weight: int8 [out, in], and float32 [out] scales."""
-
-    codes: Tensor
-    scale: Tensor
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
+    held_out: bool
+    token_costs: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Of one group: its error on held-out batches, in nats per token, rounded to nearest, and as `chosen`."""
+    """Errors of one group on held-out batches, in nats per token: rounded to nearest (`rtn`), and as `chosen`."""
 
     group: str
     rtn: float
@@ -69,9 +68,9 @@ class Gain:
 
 @dataclass(frozen=True, slots=True)
 class LayerResult:
-    """What became of a layer: `tensors` by their names inside it, and what each group gained.
+    """A calibrated layer: the tensors that calibration made, by their names inside the layer, and each group's gain.
 
-    A weight of a linear layer that has no entry is to be rounded to nearest, and any other tensor to be copied.
+    A weight of a linear layer without an entry is to be rounded to nearest; any other tensor without one, copied.
     """
 
     tensors: Mapping[str, Codes | Tensor]
@@ -83,31 +82,32 @@ def calibrate_layer(
     groups: Sequence[Group],
     batches: Iterable[Batch],
     row_costs: Mapping[str, Tensor],
-    recipe: Recipe,
+    recipe: RecipeName,
     dtype: torch.dtype,
 ) -> LayerResult:
-    """Choose foldings and codes for `layer`, a decoder layer with float32 weights, which is left as it is.
+    """Choose foldings and codes for `layer`, a decoder layer with float32 weights, and leave the layer as it is.
 
-    `batches` can be gone through any number of times; some are held out, and of some of either kind the costs of tokens
-    are known. `row_costs` [out] are those of the outputs of the groups' consumers. Norms and biases are folded as they
-    can be stored in `dtype`, the checkpoint's, and come out in it.
+    `batches` are read several times; some are held out, and for some of either kind the costs of tokens are known.
+    `row_costs` [out] are the costs of the outputs of the groups' consumers, by path. `dtype` is the checkpoint's: norms
+    and biases are folded to values that it can store, and are returned in it.
     """
     if not groups:
         return LayerResult({}, ())
-    seen = _Seen.of(groups, batches, row_costs)
-    work = _Work(layer, dtype)
-    gains = [_calibrate_group(work, group, recipe, seen) for group in groups]
-    return LayerResult(work.tensors, tuple(gains))
+    sets = SampleSets.of(groups, batches, row_costs)
+    state = LayerState(layer, dtype)
+    gains = [_calibrate_group(state, group, recipe, sets) for group in groups]
+    return LayerResult(state.tensors, tuple(gains))
 
 
 def quantized(layer: nn.Module, result: LayerResult) -> nn.Module:
-    """The layer as it will run: all its linear layers in INT8, norms folded. Shares with `layer` what is the same."""
+    """The layer as it will run: all linear layers in INT8, norms folded. What is unchanged is shared with `layer`."""
     made = _shared_copy(layer)
     for path in [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]:
         _run_as(made, path, result.tensors.get(f"{path}.weight"))
     for name, value in result.tensors.items():
         if isinstance(value, Tensor):
-            _set(made, name, value)
+            path, _, parameter = name.rpartition(".")
+            setattr(made.get_submodule(path), parameter, frozen(value.float()))
     return made
 
 
@@ -115,111 +115,80 @@ def quantized(layer: nn.Module, result: LayerResult) -> nn.Module:
 
 
 @dataclass(frozen=True, slots=True)
-class _Candidate:
-    """What a group may become: the scales of its producer's channels (None: 1), and its consumers' weights."""
+class Candidate:
+    """A way to quantize a group: the scales of its producer's channels (None: all 1), and its consumers' weights."""
 
     name: str
     scales: Tensor | None
     weights: tuple[Codes, ...]
 
 
-def _calibrate_group(work: "_Work", group: Group, recipe: Recipe, seen: "_Seen") -> Gain:
-    """Choose for one group, and make it so in `work`."""
-    held = torch.cat([*work.inputs(group, seen.judging)])
-    weights = [work.weight(path) for path in group.consumers]
-    cost = [seen.judging_cost[path] for path in group.consumers]
-    heads = heads_of(work.layer, group)
+def _calibrate_group(state: "LayerState", group: Group, recipe: RecipeName, sets: "SampleSets") -> Gain:
+    """Choose the best candidate for one group, and make it part of `state`."""
+    weights = [state.weight(path) for path in group.consumers]
+    held_out = torch.cat([*state.inputs(group, sets.judging)])
+    costs = [sets.judging_costs[path] for path in group.consumers]
+    heads = heads_of(state.layer, group)
     found = [
-        (_error(candidate, held, weights, cost, heads), candidate)
-        for candidate in _candidates(work, group, recipe, seen, weights)
+        (_error(candidate, held_out, weights, costs, heads), candidate)
+        for candidate in _candidates(state, group, recipe, sets, weights)
     ]
-    error, best = min(found, key=lambda each: each[0])
-    work.take(group, best)
+    error, best = min(found, key=itemgetter(0))
+    state.take(group, best)
     return Gain(group.name, found[0][0], error, best.name)
 
 
 def _candidates(
-    work: "_Work", group: Group, recipe: Recipe, seen: "_Seen", weights: Sequence[Tensor]
-) -> Iterator[_Candidate]:
-    """The candidates of the recipe, rounding to nearest first."""
-    yield _Candidate("rtn", None, tuple(map(nearest, weights)))
-    names = CANDIDATES[recipe.name][1:]
+    state: "LayerState", group: Group, recipe: RecipeName, sets: "SampleSets", weights: Sequence[Tensor]
+) -> Iterator[Candidate]:
+    """Make the candidates of the recipe, rounding to nearest first."""
+    yield Candidate("rtn", None, tuple(map(nearest, weights)))
+    names = CANDIDATES[recipe][1:]
     scales, by_channel = None, 1.0
     if names and group.producer is not None:
-        scales = folding.storable(work.layer, group, smooth.search(_problem(work, group, seen, weights)), work.dtype)
-        by_channel = expand(scales, heads_of(work.layer, group))
+        found = smooth.search(_problem(state, group, sets, weights))
+        scales = folding.storable(state.layer, group, found, state.dtype)
+        by_channel = expand(scales, heads_of(state.layer, group))
     if "smooth" in names:
-        yield _Candidate("smooth", scales, tuple(nearest(weight * by_channel) for weight in weights))
+        yield Candidate("smooth", scales, tuple(nearest(weight * by_channel) for weight in weights))
     if "smooth+gptq" in names:
-        by = compensation(_hessian(work.inputs(group, seen.training), by_channel))
-        yield _Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, by) for weight in weights))
+        by = compensation(hessian_of(state.inputs(group, sets.training), by_channel))
+        yield Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, by) for weight in weights))
 
 
-def _problem(work: "_Work", group: Group, seen: "_Seen", weights: Sequence[Tensor]) -> smooth.Problem:
-    """What the scales are to be good for: a sample of the tokens whose costs are known."""
-    inputs = torch.cat([*work.inputs(group, seen.searching)])
-    cost = _together([seen.searching_cost[path] for path in group.consumers])
+def _problem(state: "LayerState", group: Group, sets: "SampleSets", weights: Sequence[Tensor]) -> smooth.Problem:
+    """The search for a group's scales, on a sample of the tokens whose costs are known."""
+    inputs = torch.cat([*state.inputs(group, sets.searching)])
+    cost = Cost.joined([sets.searching_costs[path] for path in group.consumers])
     sample = torch.linspace(0, len(inputs) - 1, min(len(inputs), SAMPLED)).round().long()
     return smooth.Problem(
-        inputs[sample].float(), torch.cat([*weights]), cost.token[sample], cost.row, heads_of(work.layer, group)
+        inputs[sample].float(), torch.cat([*weights]), cost.token[sample], cost.row, heads_of(state.layer, group)
     )
 
 
 def _error(
-    candidate: _Candidate, held: Tensor, weights: Sequence[Tensor], cost: Sequence[Cost], heads: Heads | None
+    candidate: Candidate, held_out: Tensor, weights: Sequence[Tensor], costs: Sequence[Cost], heads: Heads | None
 ) -> float:
-    """What the candidate costs, in nats per token."""
+    """The error of a candidate on the inputs `held_out` [tokens, in], in nats per token."""
     by_channel = 1.0 if candidate.scales is None else expand(candidate.scales, heads)
     total = 0.0
-    for codes, weight, each in zip(candidate.weights, weights, cost, strict=True):
-        linear = int8_linear(codes, None)
-        for inputs, token in zip(held.split(CHUNK), each.token.split(CHUNK), strict=True):
+    for codes, weight, cost in zip(candidate.weights, weights, costs, strict=True):
+        linear = _int8_linear(codes, None)
+        for inputs, token in zip(held_out.split(CHUNK), cost.token.split(CHUNK), strict=True):
             inputs = inputs.float()
             missed = linear(inputs / by_channel) - inputs @ weight.T
-            total += float(token @ (missed.square() @ each.row))
-    return total / len(held)
+            total += float(token @ (missed.square() @ cost.row))
+    return total / len(held_out)
 
 
-def _together(cost: Sequence[Cost]) -> Cost:
-    """The costs of several layers' outputs as of one layer's: the token costs are averaged by what they stand for."""
-    rows = torch.cat([each.row for each in cost])
-    share = torch.stack([each.row.sum() for each in cost])
-    token = (torch.stack([each.token for each in cost]) * share[:, None]).sum(0) / share.sum().clamp_min(smooth.TINY)
-    return Cost(token, rows)
+# --- the layer while it is calibrated -----------------------------------------------------------------------------
 
 
-def _hessian(inputs: Iterable[Tensor], by_channel: Tensor | float) -> Tensor:
-    """The sum of x xᵀ [in, in] over tokens x [in] divided `by_channel` [in], as the engine will round them."""
-    total: Tensor | None = None
-    for chunk in inputs:
-        codes, scale = quantize_tokens(chunk.float() / by_channel)
-        seen = codes.float().mul_(scale)
-        total = seen.T @ seen if total is None else total.addmm_(seen.T, seen)
-    return total
+class LayerState:
+    """A layer in the middle of calibration: finished groups run in INT8, the others as they were.
 
-
-def nearest(weight: Tensor) -> Codes:
-    """`weight` [out, in] rounded to nearest, with the row's largest weight as code 127."""
-    scale = _row_scale(weight)
-    return Codes((weight / scale[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale)
-
-
-def compensated(weight: Tensor, by: Compensation) -> Codes:
-    """`weight` [out, in] rounded with compensation, with the scales that rounding to nearest has."""
-    scale = _row_scale(weight)
-    return Codes(round_with(weight, scale, by), scale)
-
-
-def _row_scale(weight: Tensor) -> Tensor:
-    amax = weight.abs().amax(1)
-    return torch.where(amax > 0, (amax / 127).clamp_min(torch.finfo(torch.float32).tiny), 1)
-
-
-# --- the layer as it is made --------------------------------------------------------------------------------------
-
-
-class _Work:
-    """A layer on its way: the groups that are done run as they will, the others as they were."""
+    `tensors` holds what the finished groups have changed, by the names inside the layer.
+    """
 
     def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
         self.layer = _shared_copy(layer)
@@ -227,16 +196,16 @@ class _Work:
         self.tensors: dict[str, Codes | Tensor] = {}
 
     def inputs(self, group: Group, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """What the group's consumers read [tokens, in] of each batch, in the checkpoint's dtype."""
+        """The inputs [tokens, in] of the group's consumers for each batch, in the checkpoint's dtype."""
         found: list[Tensor] = []
 
         def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             found.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).to(self.dtype))
-            raise _SeenError
+            raise StopForward
 
         for batch in batches:
             hook = self.layer.get_submodule(group.consumers[0]).register_forward_pre_hook(keep)
-            with hook, suppress(_SeenError):
+            with hook, suppress(StopForward):
                 self.layer(batch.hidden.clone(), **batch.kwargs)
             yield found.pop()
 
@@ -244,14 +213,13 @@ class _Work:
         """A weight that is not quantized yet, float32 [out, in]."""
         return self.layer.get_submodule(path).weight.detach().float()
 
-    def take(self, group: Group, candidate: _Candidate) -> None:
+    def take(self, group: Group, candidate: Candidate) -> None:
         """Make a candidate part of the layer."""
         if candidate.scales is not None:
             for name, value in folding.divide(self.layer, group, candidate.scales, self.dtype).items():
-                if name.endswith(".weight_scale"):
-                    name = name.removesuffix("_scale")
-                    codes = self.layer.get_submodule(name.removesuffix(".weight")).weight.data
-                    self.tensors[name] = Codes(codes, value)
+                path, _, parameter = name.rpartition(".")
+                if parameter == "weight_scale":
+                    self.tensors[f"{path}.weight"] = Codes(self.layer.get_submodule(path).weight.data, value)
                 else:
                     self.tensors[name] = value.to(self.dtype)
         for path, codes in zip(group.consumers, candidate.weights, strict=True):
@@ -260,12 +228,19 @@ class _Work:
                 self.tensors[f"{path}.weight"] = codes
 
 
-class _SeenError(Exception):
-    """Ends a forward pass: what was looked for has been seen."""
+class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
+    """Stops a forward pass at the module whose inputs are wanted."""
 
 
-def int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
-    """The layer that runs `weight`."""
+def _run_as(layer: nn.Module, path: str, weight: Codes | Tensor | None) -> None:
+    """Replace the linear layer `path` by an INT8 one; without `weight`, its own is rounded to nearest."""
+    linear = layer.get_submodule(path)
+    codes = weight if isinstance(weight, Codes) else nearest(linear.weight.detach().float())
+    layer.set_submodule(path, _int8_linear(codes, linear.bias))
+
+
+def _int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
+    """The INT8 layer that computes with `weight`."""
     rows, columns = weight.codes.shape
     made = W8A8Linear(columns, rows, bias=False, device="meta")
     made.weight = frozen(weight.codes)
@@ -274,38 +249,26 @@ def int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
     return made
 
 
-def _run_as(layer: nn.Module, path: str, weight: Codes | Tensor | None) -> None:
-    """Put an INT8 layer in the place of the linear layer `path`, rounded to nearest if no weight is given."""
-    linear = layer.get_submodule(path)
-    codes = weight if isinstance(weight, Codes) else nearest(linear.weight.detach().float())
-    layer.set_submodule(path, int8_linear(codes, linear.bias))
-
-
-def _set(layer: nn.Module, name: str, value: Tensor) -> None:
-    path, _, parameter = name.rpartition(".")
-    setattr(layer.get_submodule(path), parameter, frozen(value.to(torch.float32)))
-
-
 def _shared_copy(layer: nn.Module) -> nn.Module:
-    """A copy whose modules can be replaced, with the same parameters and buffers."""
+    """A copy with the same parameters and buffers, whose modules can be replaced."""
     tensors = [*layer.parameters(), *layer.buffers()]
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
 
 
-# --- which batches are for what -----------------------------------------------------------------------------------
+# --- which batches serve which purpose ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class _Some:
-    """Those of `batches` that are held out or not, as `apart` says; if `probed`, those whose costs are known alone."""
+class Split:
+    """The batches that are held out, or those that are not; only those with known token costs, if `costed`."""
 
     batches: Iterable[Batch]
-    apart: bool
-    probed: bool
+    held_out: bool
+    costed: bool
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.batches:
-            if batch.held_out is self.apart and (batch.token_costs is not None or not self.probed):
+            if batch.held_out is self.held_out and (batch.token_costs is not None or not self.costed):
                 yield batch
 
     def costs(self, paths: Iterable[str], row_costs: Mapping[str, Tensor]) -> Mapping[str, Cost]:
@@ -315,18 +278,19 @@ class _Some:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """The batches to choose by, those of them that costs are known for, and those to judge by; and the costs."""
+class SampleSets:
+    """The batches to compensate by, to search scales on, and to judge candidates on; the last two with their costs."""
 
-    training: _Some
-    searching: _Some
-    judging: _Some
-    searching_cost: Mapping[str, Cost]
-    judging_cost: Mapping[str, Cost]
+    training: Split
+    searching: Split
+    judging: Split
+    searching_costs: Mapping[str, Cost]
+    judging_costs: Mapping[str, Cost]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "_Seen":
+    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "SampleSets":
+        """Split `batches`; the costs are those of the groups' consumers."""
         paths = [path for group in groups for path in group.consumers]
-        searching, judging = (_Some(batches, apart, probed=True) for apart in (False, True))
-        costs = (some.costs(paths, row_costs) for some in (searching, judging))
-        return cls(_Some(batches, apart=False, probed=False), searching, judging, *costs)
+        searching, judging = (Split(batches, held_out, costed=True) for held_out in (False, True))
+        costs = (split.costs(paths, row_costs) for split in (searching, judging))
+        return cls(Split(batches, held_out=False, costed=False), searching, judging, *costs)

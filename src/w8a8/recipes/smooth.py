@@ -1,15 +1,15 @@
-"""Scales for a group's channels: what is divided out of its activations and multiplied into its weights.
+"""Search scales for a group's channels: its activations are divided by them, and its weights multiplied.
 
 A token x [in] divided by s has the step d(s) = max_j |x_j / s_j| / 127, and rounding makes an error in channel j that
-the consumers multiply by s_j w_ij. With errors of different channels independent, what the outputs suffer is
+the consumers multiply by s_j w_ij. With independent errors of different channels, the error of the outputs costs
 
     sum_t cost_t d_t(s)^2  sum_j r(x_tj / (s_j d_t)) s_j^2 C_j          C_j = sum_i cost_i w_ij^2
     + sum_i cost_i e_i(s)^2 / 12  sum_j mean_t(cost_t x_tj^2) / s_j^2   e_i = max_j |w_ij s_j| / 127
 
-The first line is the activations', the second the weights'. r(z) = (1 - exp(-12 z^2)) / 12 is the mean squared error of
-rounding z, smoothly: z^2 where z rounds to zero, 1/12 where it does not. The costs say how much an error of a token or
-of an output matters (`costs.py`). No matrix product is in it but by a vector, and it can be differentiated: the best of
-SmoothQuant's max|x|^a / max|w|^(1-a) (Xiao et al. 2023, arXiv 2211.10438) over a grid is where Adam starts from.
+The first line is the activations' part, the second the weights'. r(z) = (1 - exp(-12 z^2)) / 12 is a smooth form of the
+mean squared error of rounding z: z^2 where z rounds to zero, 1/12 where it does not. Costs weigh the errors of a token
+and of an output (`costs.py`). The sum needs no matrix products, only products with vectors, and has a gradient: Adam
+minimizes it from the best of SmoothQuant's max|x|^a / max|w|^(1-a) (Xiao et al. 2023, arXiv 2211.10438) over a grid.
 """
 
 import math
@@ -25,16 +25,17 @@ GRID = tuple(i / 8 for i in range(1, 9))
 STEPS = 40
 RATE = 0.05
 ROWS = 2048
-"""So many rows of the weights are enough to know how their steps grow."""
+"""Number of rows of the weights whose steps are computed; they stand for all rows."""
 CHUNK = 128
+"""Number of tokens computed at once, so that they stay in the caches."""
 TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Inputs [tokens, in] of a group's consumers, their weights [out, in] one below the other, and what errors of a
-    token [tokens] and of an output [out] cost; all float32. With `heads`, the channels of the query heads that share a
-    key-value head share scales."""
+    """A search: `inputs` [tokens, in] of a group's consumers, their `weight`s [out, in] one below the other, and the
+    costs of errors of a token [tokens] and of an output [out]; all float32. With `heads`, the query heads that share a
+    key-value head share its scales."""
 
     inputs: Tensor
     weight: Tensor
@@ -44,7 +45,7 @@ class Problem:
 
 
 def search(problem: Problem) -> Tensor:
-    """The best scales found, one for each of the producer's channels: positive, float32, 1 on (geometric) average."""
+    """Find scales for the producer's channels: positive, float32, with a geometric mean of 1."""
     objective = _Objective(problem)
     with torch.no_grad():
         start = min(_starts(problem), key=lambda log: sum(part.item() for part in objective.parts(log)))
@@ -66,7 +67,7 @@ def search(problem: Problem) -> Tensor:
 
 
 def _starts(problem: Problem) -> list[Tensor]:
-    """Logarithms of the scales to begin with: none, and SmoothQuant's over a grid."""
+    """Logarithms of the scales to start from: all 1, and SmoothQuant's over a grid."""
     weighted = problem.inputs.abs() * problem.token_cost.sqrt()[:, None]
     active = largest(weighted.amax(0), problem.heads).clamp_min(TINY).log()
     loud = largest(problem.weight.abs().amax(0), problem.heads).clamp_min(TINY).log()
@@ -75,7 +76,7 @@ def _starts(problem: Problem) -> list[Tensor]:
 
 
 class _Objective:
-    """The error in the head of this file, as a function of the scales' logarithms; divided by the tokens."""
+    """The error per token as a function of the scales' logarithms; the formula is in the head of this file."""
 
     def __init__(self, problem: Problem) -> None:
         self.heads = problem.heads
@@ -87,7 +88,7 @@ class _Objective:
         self.row_cost = row_cost * (problem.row_cost.sum() / row_cost.sum().clamp_min(TINY))
 
     def parts(self, log: Tensor) -> Iterator[Tensor]:
-        """Terms of the sum: the weights' one, and the activations' for some tokens at a time, as caches hold."""
+        """The terms of the sum: the weights', then the activations', a chunk of tokens at a time."""
         squared = expand(log, self.heads).exp().square()
         row_step = (self.rows * squared).amax(1) / 127**2
         yield (self.row_cost @ row_step) / 12 * (self.power / squared).sum()

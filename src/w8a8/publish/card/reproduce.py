@@ -5,13 +5,14 @@ import re
 import shlex
 from dataclasses import replace
 
-from w8a8.calibrate.request import RECIPES, SAMPLES, TOKENS
+from w8a8.calibrate.request import SAMPLES, TOKENS
 from w8a8.errors import W8A8Error
 from w8a8.formats import COMPATS, FORMATS
 from w8a8.formats.provenance import PROVENANCE, Provenance
 from w8a8.plan import Rules, module_name
 from w8a8.publish.card.origin import Origin
 from w8a8.publish.made import Made
+from w8a8.recipes import RECIPES
 from w8a8.terminal.wording import printable
 from w8a8.texts.samples import BUILT_IN
 
