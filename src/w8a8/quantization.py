@@ -5,13 +5,13 @@ The job as it reads: find the source, open it by its headers, plan, calibrate if
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from w8a8.calibrate.request import SAMPLES, TOKENS, Request, request
+from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format, get_format
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int], None]
 Notice = Callable[[str], None]
-Progress = Callable[[int], AbstractContextManager[Advance]]
-"""Given a number of layers, a context whose value is called with numbers of layers as they are done."""
 
 
 @dataclass(frozen=True, slots=True)

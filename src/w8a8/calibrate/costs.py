@@ -1,8 +1,8 @@
-"""What errors cost, measured layer by layer: one reading of some samples forwards, and one backwards.
+"""Measure what errors cost, layer by layer: some samples pass through the model once forwards and once backwards.
 
 Forwards, the states that enter each layer are kept in files; backwards, each layer's weights are read again, and its
-file is read once and removed. Of the head, some rows of the vocabulary are in memory at a time. What was found lies in
-a file from then on, for a run that goes on after an interruption.
+file is read once and removed. A part of the head's vocabulary is in memory at a time. The costs are then kept in a file
+of their own, for a run that goes on after an interruption.
 """
 
 import json
@@ -15,80 +15,108 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from w8a8.calibrate.activations import Activations, spread
+from w8a8.calibrate.request import Progress
+from w8a8.calibrate.setup import Setup
+from w8a8.plan import Plan
 from w8a8.recipes.costs import Cost, backwards, direction
 from w8a8.runtime.streamed import StreamedModel, forward
-from w8a8.storage.writer import disk_errors
+from w8a8.storage.writer import disk_errors, write_whole
 
 SEARCHED, JUDGED = 6144, 4096
-"""Of so many tokens that choose, and so many that judge, it is known what their errors cost."""
+"""Number of tokens whose error cost is measured: for choosing scales, and for judging them."""
 VALUES = 2**22
-"""Logits that exist at once."""
+"""Number of logits in memory at once."""
+
+LayerCosts = Mapping[str, Cost]
+"""The costs of errors in the outputs of a layer's linear layers, by their paths."""
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """The samples whose errors' costs are measured: their numbers, their ids, what each layer's forward takes besides,
-    and the consumers of each layer's groups."""
+class MeasuredCosts:
+    """The costs of each layer, for the tokens of the samples `numbers`, each of `tokens` tokens."""
 
+    layers: Sequence[LayerCosts]
     numbers: Sequence[int]
-    samples: Sequence[Sequence[int]]
-    kwargs: Sequence[Mapping[str, Any]]
-    paths: Sequence[Sequence[str]]
+    tokens: int
+
+    def token_costs(self, layer: int, device: torch.device) -> Mapping[int, Mapping[str, Tensor]]:
+        """By sample and path, the costs of errors of its tokens in a layer."""
+        split = {path: cost.token.to(device).split(self.tokens) for path, cost in self.layers[layer].items()}
+        return {number: {path: parts[i] for path, parts in split.items()} for i, number in enumerate(self.numbers)}
+
+    def row_costs(self, layer: int, device: torch.device) -> Mapping[str, Tensor]:
+        """By path, the costs of errors in the outputs of a layer."""
+        return {path: cost.row.to(device) for path, cost in self.layers[layer].items()}
+
+
+def measured_costs(folder: Path, plan: Plan, setup: Setup, progress: Progress) -> MeasuredCosts:
+    """Measure the costs, or read them from `folder` if an earlier run of the same job measured them.
+
+    Raises `DiskFullError` or `UnwritableError`.
+    """
+    path, job, count = folder / "costs.safetensors", setup.job(plan), setup.model.count
+    numbers = probed(len(setup.samples), setup.tokens)
+    paths = [[path for group in setup.groups(layer) for path in group.consumers] for layer in range(count)]
+    layers = _load(path, paths, job)
+    if layers is None:
+        setup.notice("measuring what errors cost, in one pass forwards and one backwards")
+        with progress(count * 2) as done:
+            layers = _measure(setup, numbers, paths, folder / "costs", done)
+        _store(layers, path, job)
+    return MeasuredCosts(layers, numbers, setup.tokens)
 
 
 def probed(samples: int, tokens: int) -> list[int]:
-    """The numbers of the samples whose costs are measured: evenly spread, of those that choose and those that judge."""
+    """The numbers of the samples whose costs are measured: evenly spread, some that choose and some that judge."""
     return sorted([*spread(samples, SEARCHED // tokens, apart=False), *spread(samples, JUDGED // tokens, apart=True)])
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def measure(model: StreamedModel, probe: Probe, folder: Path, done: Callable[[int], None]) -> list[Mapping[str, Cost]]:
-    """The costs of errors in the outputs of each layer's consumers, for the tokens of all probed samples, in order.
+def _measure(
+    setup: Setup, numbers: Sequence[int], paths: Sequence[Sequence[str]], folder: Path, done: Callable[[int], None]
+) -> list[LayerCosts]:
+    """Measure the costs in the linear layers `paths` of each layer, for all tokens of the samples `numbers`, in order.
 
-    `done(1)` is called for every layer, forwards and backwards. Raises the errors of a full disk.
+    `done(1)` is called for every layer, forwards and backwards.
     """
-    scratch = folder / "costs"
-    with disk_errors(scratch):
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
-    entering = _forwards(model, probe, scratch, done)
-    costs = _backwards(model, probe, entering, done)
-    scratch.rmdir()
+    with disk_errors(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    entering = _forwards(setup, numbers, folder, done)
+    costs = _backwards(setup, paths, entering, done)
+    folder.rmdir()
     return costs
 
 
-def _forwards(model: StreamedModel, probe: Probe, folder: Path, done: Callable[[int], None]) -> list[Activations]:
-    """The states that enter every layer, and those that leave the last."""
-    size = model.model.config.get_text_config(decoder=True).hidden_size
-    entering = [
-        Activations(folder / f"states-{number:05}.bin", len(probe.samples), len(probe.samples[0]), size)
-        for number in range(model.count + 1)
-    ]
-    entering[0].write(model.embed_all(probe.samples, probe.kwargs))
+def _forwards(setup: Setup, numbers: Sequence[int], folder: Path, done: Callable[[int], None]) -> list[Activations]:
+    """Write the states that enter every layer, and those that leave the last."""
+    model = setup.model
+    entering = [setup.activations(folder / f"states-{layer:05}.bin", len(numbers)) for layer in range(model.count + 1)]
+    entering[0].write(model.embed_all([setup.samples[n] for n in numbers], setup.kwargs))
     for number in range(model.count):
         with model.layer(number) as layer:
             states = entering[number].states(model.device)
-            entering[number + 1].write(forward(layer, each, probe.kwargs[number]) for each in states)
+            entering[number + 1].write(forward(layer, each, setup.kwargs[number]) for each in states)
         done(1)
     return entering
 
 
 def _backwards(
-    model: StreamedModel, probe: Probe, entering: list[Activations], done: Callable[[int], None]
-) -> list[Mapping[str, Cost]]:
+    setup: Setup, paths: Sequence[Sequence[str]], entering: list[Activations], done: Callable[[int], None]
+) -> list[LayerCosts]:
+    """Carry the gradients back from the logits through every layer, and turn those of outputs into costs."""
+    model = setup.model
     gradients = _at_the_end(model, entering.pop())
-    costs: list[Mapping[str, Cost]] = []
+    costs: list[LayerCosts] = []
     for number in reversed(range(model.count)):
-        found: dict[str, list[Tensor]] = {path: [] for path in probe.paths[number]}
+        found: dict[str, list[Tensor]] = {path: [] for path in paths[number]}
         with model.layer(number) as layer:
             for i, states in enumerate(entering[number].states(model.device)):
-                gradients[i], outputs = backwards(
-                    layer, probe.paths[number], states, probe.kwargs[number], gradients[i]
-                )
+                gradients[i], outputs = backwards(layer, paths[number], states, setup.kwargs[number], gradients[i])
                 for path, gradient in outputs.items():
                     found[path].append(gradient)
         costs.insert(0, {path: Cost.of(parts) for path, parts in found.items()})
@@ -98,7 +126,7 @@ def _backwards(
 
 
 def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:
-    """The gradients [1, tokens, hidden], by the states that leave the last layer, of a direction of the logits."""
+    """The gradients [1, tokens, hidden] of a random direction of the logits, by the states after the last layer."""
     states = torch.cat([*leaving.states(model.device)]).requires_grad_()
     with torch.enable_grad():
         read = model.model.get_decoder().norm(states)
@@ -111,27 +139,24 @@ def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:
     return [*gradient.split(1)]
 
 
-def store(costs: Sequence[Mapping[str, Cost]], path: Path, job: Mapping[str, Any]) -> None:
-    """Write them to the file at `path`, whole or not at all. Raises the errors of a full disk."""
+def _store(costs: Sequence[LayerCosts], path: Path, job: Mapping[str, Any]) -> None:
+    """Write the costs to the file at `path`, whole or not at all."""
     tensors = {}
     for number, layer in enumerate(costs):
         for name, cost in layer.items():
             tensors[f"{number}.{name}.token"], tensors[f"{number}.{name}.row"] = cost.token.cpu(), cost.row.cpu()
-    unfinished = path.with_suffix(".tmp")
-    with disk_errors(path):
-        save_file(tensors, unfinished, {"job": json.dumps(job)})
-        unfinished.replace(path)
+    write_whole(path, save(tensors, {"job": json.dumps(job)}))
 
 
-def load(path: Path, probe: Probe, job: Mapping[str, Any]) -> list[Mapping[str, Cost]] | None:
-    """Those stored, unless they are another job's, or not whole."""
+def _load(path: Path, paths: Sequence[Sequence[str]], job: Mapping[str, Any]) -> list[LayerCosts] | None:
+    """Read the costs that `_store` wrote; None if they are another job's, or not whole."""
     with suppress(OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
         if json.loads((file.metadata() or {}).get("job", "null")) == job:
             return [
                 {
                     name: Cost(*(file.get_tensor(f"{number}.{name}.{part}") for part in ("token", "row")))
-                    for name in paths
+                    for name in names
                 }
-                for number, paths in enumerate(probe.paths)
+                for number, names in enumerate(paths)
             ]
     return None

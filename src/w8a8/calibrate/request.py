@@ -1,6 +1,8 @@
-"""What a user asks of calibration: which recipe, on how much of what text, and what may stay in BF16."""
+"""A user's request for calibration: the recipe, how much of which text, and what may stay in BF16."""
 
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import cast
 
@@ -8,7 +10,10 @@ from w8a8.errors import UsageError
 from w8a8.recipes import RECIPES, RecipeName
 
 SAMPLES, TOKENS = 64, 512
-"""How many samples, and how many tokens each, if nothing is said."""
+"""The default number of samples, and of tokens in each."""
+
+Progress = Callable[[int], AbstractContextManager[Callable[[int], None]]]
+"""Shows progress over a number of layers: a context whose value is called with the number of layers just finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +30,9 @@ class Request:
 def request(
     recipe: str | None, text: str | None, samples: int, tokens: int, keep_bf16: str | None, compat: str | None
 ) -> Request | None:
-    """The request that the options make; None where weights are rounded to nearest, without calibration.
+    """Check the options and make the request; None for `rtn`, which needs no calibration.
 
-    Without a `recipe` it is `auto` where a text is given, else `rtn`. Raises UsageError.
+    The default recipe is `auto` with a text, else `rtn`. Raises UsageError.
     """
     name = recipe or ("rtn" if text is None else "auto")
     if name not in RECIPES:
@@ -41,14 +46,16 @@ def request(
             raise UsageError(f"{given} needs a recipe that calibrates (--recipe auto); rtn rounds to nearest")
         return None
     if compat is not None:
-        raise UsageError(f"--compat {compat} reproduces what another tool rounds to nearest; leave out --recipe")
+        raise UsageError(
+            f"--compat {compat} reproduces another tool, which rounds to nearest: leave out --recipe and --calibration"
+        )
     return Request(cast(RecipeName, name), text, samples, tokens, keep)
 
 
 def _share(text: str) -> float:
-    """`2%` or `0.02` as 0.02."""
+    """Read `2%` or `0.02` as 0.02."""
     match = re.fullmatch(r"(\d{1,4}(?:\.\d{1,6})?)(%?)", text.strip())
     share = float(match[1]) / (100 if match[2] else 1) if match else -1
     if not 0 < share <= 1:
-        raise UsageError(f"--keep-bf16 {text!r}: give a share of the result, as in 2%, over 0% and up to 100%")
+        raise UsageError(f"--keep-bf16 {text!r}: give a share of the result, such as 2%, over 0% and up to 100%")
     return share

@@ -1,0 +1,121 @@
+"""A pass over the layers: each is calibrated on the states that the quantized layers before it produce.
+
+For each decoder layer, its weights are read, the recipe chooses codes and foldings on the states that enter it, and the
+states that leave the quantized layer are written for the next one.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from w8a8.calibrate.activations import Activations, Batches
+from w8a8.calibrate.costs import MeasuredCosts
+from w8a8.calibrate.journal import LayerJournal
+from w8a8.calibrate.setup import Setup
+from w8a8.errors import NonFiniteWeightError
+from w8a8.plan import Plan, module_name, scale_name
+from w8a8.recipes.gptq import Codes
+from w8a8.recipes.groups import Group
+from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, quantized
+from w8a8.runtime.streamed import DTYPES, StreamedModel, forward
+
+
+def calibrate_layers(
+    folder: Path, plan: Plan, setup: Setup, costs: MeasuredCosts, done: Callable[[int], None]
+) -> LayerJournal:
+    """Calibrate all layers, or those that an interrupted run left; return the journal, which then has all layers.
+
+    `done` is called with the number of layers just finished. Raises DiskFullError, UnwritableError,
+    NonFiniteWeightError.
+    """
+    model, every = setup.model, len(setup.samples)
+    # 1) Go on where an interrupted run was, or begin with the embedded samples
+    journal = LayerJournal(folder, setup.job(plan), setup.activations(folder, every).nbytes)
+    if not journal.begun:
+        setup.activations(journal.states(0), every).write(model.embed_all(setup.samples, setup.kwargs))
+        journal.begin()
+    elif journal.gains:
+        setup.notice(f"resuming: {len(journal.gains)} of {model.count} layers are calibrated already")
+        done(len(journal.gains))
+    # 2) Calibrate one layer after the other
+    chosen = frozenset(module_name(d.tensor.name) for d in plan.decisions if d.quantize)
+    this = _Pass(setup, costs, chosen, journal)
+    for number in range(len(journal.gains), model.count):
+        journal.record(_calibrate(number, this))
+        done(1)
+    return journal
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """What the layers of a pass share; `chosen` are the modules to quantize, by their names in the checkpoint."""
+
+    setup: Setup
+    costs: MeasuredCosts
+    chosen: frozenset[str]
+    journal: LayerJournal
+
+    def states(self, number: int) -> Activations:
+        """The states that enter a layer."""
+        return self.setup.activations(self.journal.states(number), len(self.setup.samples))
+
+    def batches(self, number: int) -> Batches:
+        """The samples as they enter a layer."""
+        device = self.setup.model.device
+        token_costs = self.costs.token_costs(number, device)
+        return Batches(self.states(number), self.setup.kwargs[number], token_costs, device)
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
+    """Calibrate one layer: write its finished tensors, and the states that leave it; return its groups' gains."""
+    setup, model, batches = this.setup, this.setup.model, this.batches(number)
+    with model.layer(number) as layer:
+        # 1) Which of its linear layers are quantized
+        _check_finite(number, layer, model)
+        linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
+        ours = {path for path in linear if module_name(setup.weight(number, path).name) in this.chosen}
+        # 2) Choose codes and foldings
+        groups = _usable(setup.groups(number), ours)
+        dtype = DTYPES[setup.weight(number, min(linear)).dtype]
+        row_costs = this.costs.row_costs(number, model.device)
+        result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype)
+        this.journal.store(save(_tensors(number, result, model)))
+        # 3) Run the layer as it will run
+        made = quantized(layer, result)
+        for path in linear - ours:
+            made.set_submodule(path, layer.get_submodule(path))
+        this.states(number + 1).write(forward(made, batch.hidden, batch.kwargs) for batch in batches)
+    return result.gains
+
+
+def _check_finite(number: int, layer: nn.Module, model: StreamedModel) -> None:
+    for name, value in layer.named_parameters():
+        if not value.isfinite().all():
+            raise NonFiniteWeightError(f"{model.tensor(number, name).name} holds NaN or infinity; repair the source")
+
+
+def _usable(groups: Sequence[Group], ours: set[str]) -> tuple[Group, ...]:
+    """The groups whose consumers are all quantized; a linear producer that is not quantized must not be rescaled."""
+    return tuple(
+        group if group.kind == "norm" or group.producer in ours else replace(group, producer=None)
+        for group in groups
+        if ours.issuperset(group.consumers)
+    )
+
+
+def _tensors(number: int, result: LayerResult, model: StreamedModel) -> dict[str, Tensor]:
+    """A layer's finished tensors by their names in the result."""
+    found = {}
+    for name, value in result.tensors.items():
+        spec = model.tensor(number, name)
+        if isinstance(value, Codes):
+            found[spec.name] = value.codes.contiguous().cpu()
+            found[scale_name(spec.name)] = value.scale.float().contiguous().cpu()
+        else:
+            found[spec.name] = value.to(DTYPES[spec.dtype]).contiguous().cpu()
+    return found

@@ -1,0 +1,80 @@
+"""The outcome of a calibration: what it gained, which layers stay in BF16, and its record in `w8a8.json`."""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from w8a8.calibrate.setup import Setup
+from w8a8.checkpoint import read_header
+from w8a8.execute.shard import Finished
+from w8a8.plan import Plan, module_name
+from w8a8.recipes.budget import Damage, choose_bf16
+from w8a8.recipes.layer import Gain
+
+LayerGains = Sequence[Gain]
+"""The gains of a layer's groups."""
+
+
+def choose_kept(plan: Plan, gains: Sequence[LayerGains], setup: Setup) -> dict[str, str]:
+    """Choose the modules to leave in BF16 within the budget, fused groups whole; return the reason for each."""
+    damages: dict[tuple[str, ...], Damage] = {}
+    for number, layer in enumerate(gains):
+        groups = {group.name: group for group in setup.groups(number)}
+        for gain in layer:
+            weights = [setup.weight(number, path) for path in groups[gain.group].consumers]
+            grown = sum(weight.nbytes - weight.numel - 4 * weight.shape[0] for weight in weights)
+            damages[tuple(module_name(weight.name) for weight in weights)] = Damage(gain.error, grown)
+    chosen = choose_bf16(damages, int(setup.request.keep_bf16 * plan.bytes_out))
+    if not chosen:
+        setup.notice(f"--keep-bf16: no group of layers fits into {setup.request.keep_bf16:.2%} of the result")
+    return {
+        module: f"--keep-bf16: would cost {damages[modules].error:.1e} nats per token"
+        for modules in chosen
+        for module in modules
+    }
+
+
+def say_gains(gains: Sequence[LayerGains], notice: Callable[[str], None]) -> None:
+    """Say the error of each kind of group on the held-out samples, as chosen and rounded to nearest, and the sum."""
+    by_group: dict[str, list[Gain]] = defaultdict(list)
+    for gain in (gain for layer in gains for gain in layer):
+        by_group[gain.group].append(gain)
+    notice("expected KL divergence from the source, in nats per token of the held-out samples:")
+    for group, found in by_group.items():
+        chosen = Counter(gain.chosen for gain in found)
+        said = ", ".join(f"{name} in {count}" for name, count in chosen.most_common())
+        notice(f"{group}: {_errors(found)} ({said} of {len(found)} layers)")
+    notice(f"together: {_errors([gain for found in by_group.values() for gain in found])}")
+
+
+def _errors(gains: Sequence[Gain]) -> str:
+    return f"{sum(gain.error for gain in gains):.5f}, rounded to nearest {sum(gain.rtn for gain in gains):.5f}"
+
+
+def finished_tensors(layers: Iterable[Path]) -> dict[str, Finished]:
+    """The tensors in the files of the finished layers, by their names in the result."""
+    return {spec.name: Finished(path, spec) for path in layers for spec in read_header(path).tensors}
+
+
+def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Collection[str]) -> dict[str, Any]:
+    """What `w8a8.json` says of the calibration: text, options, and the tensors that differ from rounding to nearest."""
+    changed = sorted(d.tensor.name for d in plan.decisions if d.quantize and d.tensor.name in finished)
+    folded = sorted(d.tensor.name for d in plan.decisions if not d.quantize and d.tensor.name in finished)
+    norms = []
+    for number in range(setup.model.count):
+        for group in setup.groups(number):
+            norm = setup.weight(number, group.producer).name if group.producer and group.kind == "norm" else ""
+            if norm in folded:
+                into = [setup.weight(number, path).name for path in group.consumers]
+                norms.append({"name": norm, "offset": group.offset, "into": into})
+    return {
+        "text": {"name": setup.text.name, "sha256": setup.text.sha256},
+        "samples": len(setup.samples),
+        "tokens": setup.request.tokens,
+        "keep_bf16": setup.request.keep_bf16,
+        "kept": sorted(kept),
+        "changed": changed,
+        "folded": folded,
+        "norms": norms,
+    }

@@ -1,0 +1,102 @@
+"""The inputs of a calibration, checked against each other: the model, and the samples of a text."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from w8a8.calibrate.activations import Activations
+from w8a8.calibrate.request import Request
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint.stream import Identity
+from w8a8.errors import UnsupportedModelError, UsageError
+from w8a8.plan import Plan
+from w8a8.recipes.groups import Group, groups_of
+from w8a8.runtime.loading import load_tokenizer
+from w8a8.runtime.streamed import StreamedModel
+from w8a8.texts import samples as texts
+from w8a8.texts.samples import CalibrationText
+from w8a8.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What all layers and passes share. `samples` are token ids, all of the same length.
+
+    `kwargs` are the arguments of each layer's `forward` other than the states. `notice` takes sentences for the user.
+    """
+
+    model: StreamedModel
+    checkpoint: Checkpoint
+    request: Request
+    text: CalibrationText
+    samples: Sequence[Sequence[int]]
+    kwargs: Sequence[Mapping[str, Any]]
+    notice: Callable[[str], None]
+
+    @classmethod
+    def of(cls, name: str, checkpoint: Checkpoint, request: Request, notice: Callable[[str], None]) -> "Setup":
+        """Load the text, build the model without its layers, and cut the samples.
+
+        Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for an architecture without groups,
+        UsageError where the text is too short or the samples are too long for the model.
+        """
+        text = texts.load(request.text)
+        if request.text is None:
+            notice(
+                "no --calibration given: using the small built-in text; a text like the model's future input is better"
+            )
+        model = StreamedModel(name, checkpoint, torch.float32)
+        if not groups_of(checkpoint.config, model.hollow(0)):
+            kind = checkpoint.config.get("model_type")
+            raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
+        samples = _samples(name, model, text, request, notice)
+        return cls(model, checkpoint, request, text, samples, model.embed(samples[0])[1], notice)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in each sample."""
+        return len(self.samples[0])
+
+    def activations(self, path: Path, samples: int) -> Activations:
+        """The states of a number of samples, in the file at `path`."""
+        hidden = self.model.model.config.get_text_config(decoder=True).hidden_size
+        return Activations(path, samples, self.tokens, hidden)
+
+    def groups(self, layer: int) -> tuple[Group, ...]:
+        """The groups of the `layer`th layer."""
+        return groups_of(self.checkpoint.config, self.model.hollow(layer))
+
+    def weight(self, layer: int, path: str) -> TensorSpec:
+        """The weight of the module `path` inside the `layer`th layer."""
+        return self.model.tensor(layer, f"{path}.weight")
+
+    def job(self, plan: Plan) -> dict[str, Any]:
+        """What decides the result: this version, the source files as they are now, the text, and the options."""
+        files = {shard.name: Identity.of(self.checkpoint.path / shard.name) for shard in self.checkpoint.shards}
+        values = [list(map(list, self.samples)), [[d.tensor.name, d.quantize] for d in plan.decisions]]
+        return {
+            "version": __version__,
+            "recipe": self.request.recipe,
+            "samples and plan": hashlib.sha256(json.dumps(values).encode()).hexdigest(),
+            "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
+            "device": self.model.device.type,
+        }
+
+
+def _samples(
+    name: str, model: StreamedModel, text: CalibrationText, request: Request, notice: Callable[[str], None]
+) -> list[tuple[int, ...]]:
+    """Cut the text into samples of token ids."""
+    limit = getattr(model.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if request.tokens > (limit or request.tokens):
+        raise UsageError(f"--tokens {request.tokens}: {name} reads {limit} tokens at most")
+    samples = texts.cut(text, load_tokenizer(name, model.folder), samples=request.samples, tokens=request.tokens)
+    notice(f"calibrating on {len(samples)} samples of {request.tokens} tokens, {text.name}, on {model.device.type}")
+    if len(samples) < request.samples:
+        notice(f"{text.name} is too short for {request.samples} samples; a longer text is better")
+    return samples
