@@ -10,10 +10,12 @@ from io import BytesIO
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
 from w8a8.plan import module_name
-from w8a8.publish.report.data import short
+from w8a8.publish.report.data import Stack, short
 from w8a8.publish.report.facts import Report
 from w8a8.publish.report.style import COLOURS, LIGHT, bar_marks, cell_range, ink, number, percent, score_range
 from w8a8.publish.results import Gsm8k, Interval, Kld
@@ -94,37 +96,34 @@ def _size(report: Report) -> Figure:
 def _sqnr(report: Report) -> Figure:
     rows = [len(stack.projections) for stack in report.stacks]
     figure = Figure((10, 1.4 + 0.42 * sum(rows) + 0.5 * len(rows)), layout="constrained")
-    low, high = cell_range(report)
-    for axes, stack in zip(
-        figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0], report.stacks, strict=True
-    ):
-        grid = [[math.nan] * len(stack.layers) for _ in stack.projections]
-        for cell in stack.cells:
-            grid[stack.projections.index(cell.place.projection)][stack.layers.index(cell.place.layer)] = cell.sqnr_db
-            if len(stack.layers) <= NUMBERED:
-                x, y = stack.layers.index(cell.place.layer) + 0.5, stack.projections.index(cell.place.projection) + 0.5
-                axes.text(
-                    x,
-                    y,
-                    f"{cell.sqnr_db:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=8,
-                    color=ink(cell.sqnr_db, low, high),
-                )
-        image = axes.pcolormesh(grid, cmap=COLOURS, vmin=low, vmax=high, edgecolor="white", linewidth=1)
-        axes.invert_yaxis()
-        axes.set_yticks(
-            [i + 0.5 for i in range(len(grid))], [_label(short(p, stack.projections)) for p in stack.projections]
-        )
-        step = 1 + len(stack.layers) // 25
-        axes.set_xticks(
-            [i + 0.5 for i in range(len(stack.layers))][::step], stack.layers[::step] if stack.name else [""]
-        )
-        axes.set_title(f"SQNR of each matrix: {_label(stack.name) or 'outside the layers'}")
-        axes.set_xlabel("layer")
+    all_axes = figure.subplots(len(rows), squeeze=False, height_ratios=rows)[:, 0]
+    for axes, stack in zip(all_axes, report.stacks, strict=True):
+        image = _heat_map(axes, stack, *cell_range(report))
     figure.colorbar(image, ax=figure.axes, label="SQNR (dB)", aspect=30, pad=0.01)
     return figure
+
+
+def _heat_map(axes: Axes, stack: Stack, low: float, high: float) -> QuadMesh:
+    # 1) cells, with their numbers where there is room
+    grid = [[math.nan] * len(stack.layers) for _ in stack.projections]
+    for cell in stack.cells:
+        x, y = stack.layers.index(cell.place.layer), stack.projections.index(cell.place.projection)
+        grid[y][x] = cell.sqnr_db
+        if len(stack.layers) <= NUMBERED:
+            colour = ink(cell.sqnr_db, low, high)
+            axes.text(x + 0.5, y + 0.5, f"{cell.sqnr_db:.1f}", ha="center", va="center", fontsize=8, color=colour)
+    image = axes.pcolormesh(grid, cmap=COLOURS, vmin=low, vmax=high, edgecolor="white", linewidth=1)
+
+    # 2) names of projections, numbers of layers
+    names = [_label(short(projection, stack.projections)) for projection in stack.projections]
+    axes.set_yticks([y + 0.5 for y in range(len(names))], names)
+    axes.invert_yaxis()
+    step = 1 + len(stack.layers) // 25
+    numbers = [str(layer) if stack.name else "" for layer in stack.layers[::step]]
+    axes.set_xticks([x + 0.5 for x in range(0, len(stack.layers), step)], numbers)
+    axes.set_title(f"SQNR of each matrix: {_label(stack.name) or 'outside the layers'}")
+    axes.set_xlabel("layer")
+    return image
 
 
 def _worst(report: Report) -> Figure:
