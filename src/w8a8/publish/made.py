@@ -51,11 +51,11 @@ class Made:
 
     @property
     def sees(self) -> bool:
-        """Whether the model takes images."""
+        """True if the model takes images."""
         return bool(section(self.checkpoint.config, "vision_config"))
 
     def is_quantized(self, tensor: TensorSpec) -> bool:
-        """Whether `tensor` holds codes that belong to a scale."""
+        """True if `tensor` holds codes that belong to a scale."""
         return tensor.dtype == "I8" and scale_name(tensor.name) in self.checkpoint.tensors
 
     def problems(self) -> Iterator[str]:

@@ -95,7 +95,7 @@ class Results:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What result files say; `paired` compares the two GSM8K results question by question."""
+    """The results that were read; `paired` compares the two GSM8K results question by question."""
 
     baseline: Gsm8k | None
     quant: Gsm8k | None

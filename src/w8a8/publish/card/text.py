@@ -73,7 +73,7 @@ def read_text(path: Path) -> str:
 
 
 def is_ours(text: str) -> bool:
-    """Whether `w8a8 card` wrote this README."""
+    """True if `w8a8 card` wrote this README."""
     return STAMP in text.splitlines()
 
 

@@ -59,7 +59,7 @@ class Report:
 
 
 def _shown(paired: Comparison) -> str:
-    """What the paired answers show, in few words; `Comparison.verdict` has the numbers."""
+    """Say in few words whether the paired answers show a difference; `Comparison.verdict` has the numbers."""
     if paired.p_value >= SIGNIFICANCE:
         return "no difference shown"
     return "a loss shown" if paired.difference < 0 else "a gain shown"
