@@ -12,7 +12,7 @@ from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Named documents."""
+    """Documents under one name."""
 
     name: str
     documents: tuple[str, ...]

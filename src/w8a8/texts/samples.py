@@ -21,9 +21,9 @@ from w8a8.texts.files import first_token, read, rows, strings
 BUILT_IN = "built-in text"
 """The name of the text that is used if none is given."""
 MAX_RECORDS = 20_000
-"""Records read from a data set."""
+"""The most records that are read from a data set."""
 MIN_SAMPLES = 2
-"""One to choose scales with, one to judge them with."""
+"""At least one to choose scales with, and one to judge them with."""
 
 Turn = dict[str, str]
 Record = str | list[Turn]
@@ -41,14 +41,14 @@ class CalibrationText:
 
 
 def load(given: str | None) -> CalibrationText:
-    """Load the text `given`: a file (.jsonl and .json as JSONL), or a data set `org/name[:config]`; None: built-in.
+    """Load the text `given`: a file, or a data set `org/name[:config]`; None is the built-in text.
 
-    Raises SourceNotFoundError, UnreadableError, UsageError naming the line, HubError, MissingExtraError.
+    A file whose name ends in .jsonl or .json is read as JSONL, any other as plain text. Raises SourceNotFoundError,
+    UnreadableError, UsageError naming the line, HubError, MissingExtraError.
     """
     if given is None:
-        return _from_jsonl(
-            BUILT_IN, files("w8a8.texts").joinpath("samples.jsonl").read_text(encoding="utf-8"), BUILT_IN
-        )
+        content = files("w8a8.texts").joinpath("samples.jsonl").read_text(encoding="utf-8")
+        return _from_jsonl(BUILT_IN, content, BUILT_IN)
     path = Path(given)
     if path.suffix in {".jsonl", ".json"}:
         return _from_jsonl(path.name, read(path), str(path))

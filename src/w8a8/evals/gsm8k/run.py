@@ -195,7 +195,7 @@ def evaluate(
                 "--restart asks them again"
             )
         _ask(server, found, data, protocol, journal, progress)
-        # 5) Sum up all outcomes, sorted by question.
+        # 5) Build the result from all outcomes, sorted by question, and write it.
         result = Result(
             model=found.name,
             base_url=_without_credentials(server.base_url),

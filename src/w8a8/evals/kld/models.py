@@ -94,7 +94,7 @@ class Predictor:
 
 
 class StreamedPredictor(Predictor):
-    """A checkpoint too large for memory: layer by layer reads all windows, then the head."""
+    """A checkpoint too large for memory: each layer in turn reads all windows, and the head comes last."""
 
     def __init__(
         self,
