@@ -69,7 +69,7 @@ OBSTACLES = {
     "newer vLLM": "knows vLLM 0.32, and this is vLLM 0.33.0",
     "development vLLM": "0.32.1.dev7+gabc",
     "no Triton": "Triton is not installed",
-    "other lists": "vLLM keeps its kernels otherwise",
+    "other lists": "vLLM keeps its kernels in other lists",
     "no lists": "vLLM's own INT8 kernels run",
 }
 ROUNDING = 0.02

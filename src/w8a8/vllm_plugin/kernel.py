@@ -1,8 +1,8 @@
 """The linear kernel that vLLM chooses: INT8 W8A8, weights per channel or tensor, activations per token, symmetric.
 
-Weights stay as they lie in the checkpoint and as vLLM's layers have loaded them, INT8 [out, in], whatever they are
-fused of and however they are split over GPUs. Static or asymmetric activations are declined, and go to vLLM's own.
-A token's result never depends on its batch, so VLLM_BATCH_INVARIANT asks for nothing more.
+Weights stay as vLLM's layers load them from the checkpoint, INT8 [out, in], fused and split over GPUs as vLLM does it.
+The kernel declines static and asymmetric activations; vLLM's own kernels take them. A token's result never depends on
+its batch, so VLLM_BATCH_INVARIANT needs nothing more.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from w8a8.kernels.gpu.quantize import ONE_PASS
 from w8a8.version import __version__
 from w8a8.vllm_plugin import operators  # noqa: F401 - defines torch.ops.w8a8
-from w8a8.vllm_plugin.registering import interpreted
+from w8a8.vllm_plugin.platform import interpreted
 from w8a8.vllm_plugin.rule import OURS_BEGINS
 
 
@@ -36,7 +36,7 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
     @classmethod
     def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, str | None]:
-        """Whether this platform can run it, and if not, why; of the present GPU, unless told its capability."""
+        """Whether this platform can run it, and if not, why. `compute_capability` defaults to the present GPU's."""
         if current_platform.is_rocm() or interpreted():
             return True, None
         if compute_capability is None and (here := current_platform.get_device_capability()):
@@ -47,7 +47,7 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
     @classmethod
     def can_implement(cls, c: Int8ScaledMMLinearLayerConfig) -> tuple[bool, str | None]:
-        """Whether it computes what such a layer needs, and if not, why."""
+        """Whether it supports layers with this configuration, and if not, why."""
         if c.is_static_input_scheme:
             return False, "requires dynamic activation scales, one per token"
         if not c.input_symmetric:
@@ -59,11 +59,11 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
         _tell_compile_cache()
 
     def input_quant_key(self) -> QuantKey:
-        """What activations it takes already quantized: as it would quantize them itself."""
+        """Return how activations that come already quantized must be: one dynamic INT8 scale per token, symmetric."""
         return kInt8DynamicTokenSym
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Plain parameters: `weight` int8 [out, in] as it is, `weight_scale` f32 [out, 1], one scale per channel."""
+        """Make plain parameters: `weight` int8 [out, in] unchanged, `weight_scale` f32 [out, 1], one per channel."""
         weight, scale, *_ = self._get_layer_params(layer)
         if not self.config.is_channelwise:
             scale = convert_to_channelwise(scale, layer.logical_widths)
@@ -74,7 +74,7 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
             expose_input_quant_key(layer, self)
 
     def apply_weights(self, layer: nn.Module, x: Tensor | QuantizedActivation, bias: Tensor | None = None) -> Tensor:
-        """`x` [..., in] to [..., out] of the same dtype, or of the one it had before it was quantized."""
+        """Apply the layer to `x` [..., in]: [..., out], of the dtype that `x` has or had before it was quantized."""
         weight, scale, *_ = self._get_layer_params(layer)
         quantized = as_quantized_activation(x, self.input_quant_key())
         data, x_scale, dtype = (x, None, x.dtype) if quantized is None else (x.data, x.scale, x.orig_dtype)
@@ -82,20 +82,20 @@ class W8A8Int8ScaledMMLinearKernel(Int8ScaledMMLinearKernel):  # type: ignore[mi
 
 
 _PASSING_ON = (QuarkLinearMethod, CompressedTensorsLinearMethod)
-"""The layers' methods that hand what they are given to the kernel, untouched: others may transform it first."""
+"""The layers' methods that pass their input to the kernel unchanged; others may transform it first."""
 
 
 def silu_and_mul(x: Tensor, linear: LinearBase) -> QuantizedActivation:  # noqa: ARG001 - vLLM's signature of a producer
-    """`silu(gate) * up` of `x` [..., gate and up], quantized for a `linear` layer with our kernel."""
+    """Compute `silu(gate) * up` of `x` [..., gate and up], quantized for a `linear` layer with our kernel."""
     codes, scale = torch.ops.w8a8.silu_and_mul_quantize(x)
     return QuantizedActivation(codes, scale, x.dtype, codes.shape, kInt8DynamicTokenSym)
 
 
 def _tell_compile_cache() -> None:
-    """Keep graphs compiled with this kernel apart from those without it.
+    """Keep compiled graphs with this kernel apart from those without it.
 
-    vLLM finds a compiled model again by a hash of its configuration and environment, which a plugin is no part of:
-    without this, one compiled before the plugin was installed would be loaded, and read these weights as its own.
+    vLLM's cache finds a compiled model by a hash of its configuration and environment, and plugins are no part of it.
+    Without this entry, vLLM would load a model that was compiled before the plugin was installed, for other weights.
     """
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):

@@ -1,7 +1,7 @@
-"""What the kernel class computes with, as operators of torch.
+"""The kernel's computations as operators of torch.
 
-`torch.compile` sees nodes and their fakes, which know shapes and dtypes; a graph capture sees the kernels' launches:
-nothing here depends on what is in a tensor or waits for the device.
+`torch.compile` sees nodes and their fakes, which know shapes and dtypes; a graph capture sees the kernels' launches.
+Nothing here depends on a tensor's values or waits for the device.
 """
 
 import torch
@@ -22,9 +22,9 @@ def int8_linear(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`x` [..., in] times `weight` int8 [out, in], each channel scaled by `weight_scale` f32 [out, 1]: [..., out].
+    """Multiply `x` [..., in] by `weight` int8 [out, in] times `weight_scale` f32 [out, 1], one per channel: [..., out].
 
-    `x` is quantized here, one scale per token, unless it comes as int8 codes with their `x_scale` f32 [tokens, 1].
+    `x` is int8 codes with their `x_scale` f32 [tokens, 1]; without `x_scale` it is quantized here, one scale per token.
     """
     codes = x.reshape(-1, x.shape[-1])
     if x_scale is None:
@@ -45,7 +45,7 @@ def _int8_linear_fake(
 
 
 def silu_and_mul_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`silu(gate) * up` of `x` [..., gate and up], as int8 codes [..., in] with their scales f32 [tokens, 1]."""
+    """Quantize `silu(gate) * up` of `x` [..., gate and up]: int8 codes [..., in] and their scales f32 [tokens, 1]."""
     codes, scale = quantize_gpu.silu_and_mul_quantize(x.reshape(-1, x.shape[-1]))
     return codes.view(*x.shape[:-1], x.shape[-1] // 2), scale
 

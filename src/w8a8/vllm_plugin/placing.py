@@ -1,9 +1,9 @@
-"""Puts the kernel where it belongs among vLLM's.
+"""Puts the kernel at its place among vLLM's.
 
-Registered by vLLM's public function, which appends it to the kernels of its platform, where it would never be reached.
-So it is moved in that list, and joins the set that `--linear-backend triton` selects; and SiLU with quantization behind
-it joins the table of such pairs. These three are all of vLLM's private state that is touched; they are looked at first,
-and none is touched unless all look as they should.
+vLLM's public function registers the kernel at the end of its platform's list, where it would never be reached. So three
+pieces of vLLM's private state change, and no others: the kernel moves up in that list; it joins the set of kernels that
+`--linear-backend triton` selects; and SiLU followed by quantization joins the table of such fused pairs. All three are
+checked first, and none changes unless all look as expected.
 """
 
 from vllm.model_executor.kernels import linear
@@ -20,7 +20,7 @@ from w8a8.vllm_plugin.rule import StepAside
 def insert(*, first: bool) -> None:
     """Register our kernel for this platform, `first` of all or right before vLLM's own Triton kernel.
 
-    Does nothing where it stands already. Raises `StepAside`.
+    Does nothing if it is registered already. Raises `StepAside`.
     """
     platform = current_platform._enum
     kernels = linear._POSSIBLE_INT8_KERNELS[platform]
@@ -28,7 +28,7 @@ def insert(*, first: bool) -> None:
     fused = fused_act_quant._FUSED_ACT_QUANT
     theirs = linear.TritonInt8ScaledMMLinearKernel
     if not (isinstance(kernels, list) and isinstance(selected, set) and isinstance(fused, dict) and theirs in selected):
-        raise StepAside("vLLM keeps its kernels otherwise than 0.32 did")
+        raise StepAside("vLLM keeps its kernels in other lists than 0.32 does")
     if OurKernel in kernels:
         return
     place = 0 if first else kernels.index(theirs)
