@@ -13,8 +13,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from tests.engines.conftest import vllm_python  # noqa: F401
-from w8a8.bench import compiled
-from w8a8.bench.compiled import ARCHITECTURES, CompileResult, Loop, Machine, Row, bench, inner_loop, machine, ours, show
+from w8a8.bench import assembly, compiled
+from w8a8.bench.assembly import Loop, disassembled, inner_loop
+from w8a8.bench.compiled import CompileResult, Row, bench, ours, show
+from w8a8.bench.model import MLP_SHAPES
+from w8a8.bench.targets import ARCHITECTURES, Machine, machine, target
+from w8a8.bench.vllm_kernel import find_vllm
 from w8a8.cli import app
 from w8a8.errors import MissingExtraError, UsageError
 from w8a8.kernels.gpu.tiles import family, shipped
@@ -51,7 +55,7 @@ def beside_vllm(vllm_python: Path) -> CompileResult:  # noqa: F811
 
 def test_on_rdna3_the_inner_loop_is_denser_than_vllms_in_every_band(beside_vllm: CompileResult) -> None:
     rows = {(row.outputs, row.tokens, row.kernel): row for row in beside_vllm.rows}
-    assert len(rows) == 2 * len(compiled.TOKENS) * len(compiled.SHAPES)
+    assert len(rows) == 2 * len(compiled.TOKENS) * len(MLP_SHAPES)
     for (outputs, tokens, kernel), row in rows.items():
         if kernel == "w8a8":
             theirs = rows[outputs, tokens, "vllm"]
@@ -85,14 +89,14 @@ def test_nothing_of_the_epilogue_is_contracted(arch: str) -> None:
 
     x, w, x_scale, w_scale = compiled._shapes(64, 512, 512)
     bias = torch.empty(512, dtype=torch.bfloat16, device="meta")
-    with compiled.target(arch) as kernels:
+    with target(arch) as kernels:
         for split in (1, 2):
             tile = replace(shipped(arch, 64, 512, 512), split_k=split)
             scaled_int8_mm(x, w, x_scale, w_scale, bias, tile=tile)
     _, splitting, _ = kernels
     assert [kernel.name for kernel in kernels] == ["_product_kernel", "_product_kernel", "_finish_kernel"]
     for kernel in kernels:
-        text = kernel.asm["amdgcn"] if arch.startswith("gfx") else compiled.disassembled(kernel.asm["cubin"])[0]
+        text = kernel.asm["amdgcn"] if arch.startswith("gfx") else disassembled(kernel.asm["cubin"])[0]
         assert not re.search(r"\bFFMA|v_(pk_|dual_)?(fma|fmac|mad)_f32", text)
         assert kernel is splitting or re.search(r"\bFMUL|v_(pk_|dual_)?mul_f32", text)
 
@@ -101,9 +105,9 @@ def test_nothing_of_the_epilogue_is_contracted(arch: str) -> None:
 def test_quantizing_rounds_by_an_addition_that_is_not_folded_away(arch: str) -> None:
     from w8a8.kernels.gpu.quantize import quantize_per_token
 
-    with compiled.target(arch) as kernels:
+    with target(arch) as kernels:
         quantize_per_token(torch.empty(4, 5376, dtype=torch.bfloat16, device="meta"))
-    text = kernels[0].asm["amdgcn"] if arch.startswith("gfx") else compiled.disassembled(kernels[0].asm["cubin"])[0]
+    text = kernels[0].asm["amdgcn"] if arch.startswith("gfx") else disassembled(kernels[0].asm["cubin"])[0]
     assert "0x4b400000" in text or "12582912" in text
     assert re.search(r"(buffer|global)_load_(b128|dwordx4)|LDG\.E\.128", text)
     if arch.startswith("gfx"):
@@ -115,7 +119,7 @@ def test_quantizing_rounds_by_an_addition_that_is_not_folded_away(arch: str) -> 
 def test_bf16_results_are_rounded_by_the_hardware() -> None:
     from w8a8.kernels.gpu.int8 import scaled_int8_mm
 
-    with compiled.target("sm_90") as kernels:
+    with target("sm_90") as kernels:
         scaled_int8_mm(*compiled._shapes(64, 512, 512))
     assert any("cvt.rn.bf16" in kernel.asm["ptx"] for kernel in kernels)
 
@@ -160,8 +164,8 @@ def test_the_inner_loop_is_the_shortest_with_matrix_instructions() -> None:
     ],
 )
 def test_the_width_of_a_load_is_read_from_its_name(line: str, bits: int) -> None:
-    found = compiled._AMD_LOAD.search(line) or compiled._NVIDIA_LOAD.search(line)
-    assert (compiled._bits(found) if found else 0) == bits
+    found = assembly._AMD_LOAD.search(line) or assembly._NVIDIA_LOAD.search(line)
+    assert (assembly._bits(found) if found else 0) == bits
 
 
 def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:
@@ -188,7 +192,7 @@ def test_without_triton_the_command_says_what_to_install(command: str, monkeypat
 
 def test_a_place_without_vllm_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither"):
-        compiled.find_vllm(tmp_path)
+        find_vllm(tmp_path)
 
 
 def test_useful_leaves_out_rows_that_no_token_fills() -> None:

@@ -10,7 +10,8 @@ from rich.console import Console
 from torch import nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from w8a8.bench.decode import GEMMA_4_31B, LAYERS, VOCABULARY, bench, fitting_layers, make_model, make_twin, show
+from w8a8.bench.decode import bench, fitting_layers, make_twin, show
+from w8a8.bench.model import GEMMA_4_31B, LAYERS, VOCABULARY, make_model
 from w8a8.errors import DoesNotFitError
 from w8a8.runtime.linear import W8A8Linear
 

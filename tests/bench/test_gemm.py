@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 
 from tests.engines.conftest import vllm_python  # noqa: F401
 from tests.interpreter import Interpreted
-from w8a8.bench import gemm
-from w8a8.bench.gemm import GemmResult, GemmRow, QuantizeRow, candidates, race, shapes, show
+from w8a8.bench import contenders, gemm
+from w8a8.bench.contest import HostClock, race
+from w8a8.bench.gemm import GemmResult, GemmRow, QuantizeRow, shapes, show
+from w8a8.bench.tuning import candidates
 from w8a8.cli import app
 from w8a8.errors import NoDeviceError, SelfCheckError
 from w8a8.kernels.gpu import tiles
@@ -24,17 +26,17 @@ def run_small(vllm: Path | None, cache: Path | None) -> GemmResult:
     """Runs where kernels are interpreted; tunes where there is a cache to store into."""
     import os
 
-    from w8a8.bench import gemm as here
+    from w8a8.bench import tuning
 
     if cache:
         os.environ["XDG_CACHE_HOME"] = str(cache)
-        here.candidates = lambda *_: [Tile(16, 32, 32), Tile(16, 16, 64, swap=True)]
-    return here.bench(
+        tuning.candidates = lambda *_: [Tile(16, 32, 32), Tile(16, 16, 64, swap=True)]
+    return gemm.bench(
         runs=2,
         tune=bool(cache),
         vllm=vllm,
         device=torch.device("cpu"),
-        clock=here.HostClock(),
+        clock=HostClock(),
         layers=((48, 64), (32, 96)),
         tokens=(1, 5),
         quantized=((3, 64),),
@@ -90,12 +92,12 @@ def test_tuning_stores_what_the_kernels_then_take(interpreted: Interpreted, tmp_
 def test_a_result_that_is_off_by_its_last_bit_is_not_timed() -> None:
     expected = torch.randn(3, 16).bfloat16()
     more = torch.cat([expected, torch.zeros(2, 16).bfloat16()])
-    gemm.check(more, expected, "ours")
+    contenders.check(more, expected, "ours")
     off = more.clone()
     off[2, 5] *= 1 + 2**-7
     with pytest.raises(SelfCheckError, match="ours result is wrong"):
-        gemm.check(off, expected, "ours")
-    gemm.check(off, expected, "another's", rtol=2**-6)
+        contenders.check(off, expected, "ours")
+    contenders.check(off, expected, "another's", rtol=2**-6)
 
 
 def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
@@ -144,7 +146,7 @@ def test_tuning_tries_the_shipped_tile_and_its_neighbours(arch: str, tokens: int
 
 def test_cutlass_is_vllms_choice_only_where_it_has_int8() -> None:
     """A tuning that could not time vLLM's own choice must not say that ours is faster than it."""
-    assert [arch for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx1100") if gemm._takes_cutlass(arch)] == [
+    assert [arch for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx1100") if contenders.takes_cutlass(arch)] == [
         "sm_80",
         "sm_90",
     ]

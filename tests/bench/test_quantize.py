@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich import markup
 
-from w8a8.bench.quantize import LAYER_BYTES
+from w8a8.bench.model import LAYER_BYTES
+from w8a8.bench.quantize import BenchResult, Row, show
 
 ROWS = [
     "cp -r",
@@ -65,3 +67,19 @@ def test_a_second_run_makes_no_new_source_and_nothing_else_is_left_behind(
     assert [row["name"] for row in again["rows"]] == ROWS
     assert list(folder.iterdir()) == [source]
     assert {file.name: file.stat().st_mtime_ns for file in source.iterdir()} == before
+
+
+def test_the_table_compares_with_cp_and_names_the_peers_that_failed() -> None:
+    rows = (Row("cp -r", (4.0, 2.0, 3.0), 8.0), Row("w8a8 quantize", (1.0, 1.5, 2.0), 204.4))
+    said: list[Any] = []
+    show(BenchResult(2**30, 2, rows, {"AMD Quark": "no room for [torch]"}), said.append)
+    assert said[0] == "1.00 GiB, 2 cores, medians of 3"
+    cells = [list(column.cells) for column in said[1].columns]
+    assert cells == [
+        ["3.00", "1.50"],
+        ["2.00-4.00", "1.00-2.00"],
+        ["1.00", "0.50"],
+        ["8", "204"],
+        ["cp -r", "w8a8 quantize"],
+    ]
+    assert markup.render(said[2]).plain == "AMD Quark did not run: no room for [torch]"

@@ -1,12 +1,13 @@
-"""`w8a8 bench calibrate`: what calibrating a layer takes, against one plain forward of the same tokens through it.
+"""`w8a8 bench calibrate`: the time and memory to calibrate a layer, against one plain forward of the same tokens.
 
-The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights, in a checkpoint that is streamed as any
-other. Every contender is a process of its own, so that its peak memory is what the kernel accounts to it: one that only
-lets each layer read all samples in float32, then the recipes, by turns. A layer's time is from the end of the one
-before it to its own, reading its weights and writing what came of it included, both when it is calibrated and, before
-that, when it is measured what errors cost; what the head takes there, once for all layers, is left out. Memory is shown
-as it is, and as multiples of a layer's float32 weights beyond what a process takes that has loaded the same libraries
-and no layer.
+The layers are Gemma 4 31B's, all sizes divided by `scale`, with random weights, in a checkpoint that is streamed like
+any other. Every contender is a process of its own, so that the kernel reports its peak memory: first one that only lets
+each layer read all samples in float32, then the recipes, by turns.
+
+A layer's time runs from the end of the layer before to its own end, and includes reading its weights and writing its
+result. It adds up two passes: measuring what errors cost, and calibrating. The head's time in the first pass, once for
+all layers, is left out. Memory is shown in MiB, and in float32 layers beyond a process that has loaded the same
+libraries and no layer.
 """
 
 import json
@@ -22,14 +23,15 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from w8a8.bench.decode import GEMMA_4_31B, make_model
+from w8a8.bench.model import GEMMA_4_31B, make_model
 from w8a8.bench.process import timed
 from w8a8.errors import MissingExtraError, W8A8Error
+from w8a8.terminal.output import plain_table
 
 EMPTY, PLAIN = "libraries alone", "plain forward"
 RECIPES = ("smooth", "smooth+gptq")
 GOALS = {"smooth": 6.0, "smooth+gptq": 12.0}
-"""Plain forwards that a recipe may take per layer."""
+"""The most that a recipe may take per layer, in plain forwards."""
 
 _DIVIDED = (
     "hidden_size",
@@ -38,6 +40,7 @@ _DIVIDED = (
     "num_key_value_heads",
     "num_global_key_value_heads",
 )
+"""The sizes in the model's config that are divided."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateResult:
-    """The rows, of layers of `layer_bytes` bytes in float32 and `tokens` tokens in all."""
+    """The rows, for layers of `layer_bytes` bytes in float32 and `samples` samples of `tokens` tokens."""
 
     scale: int
     layers: int
@@ -61,16 +64,16 @@ class CalibrateResult:
     rows: tuple[Row, ...]
 
     def ratio(self, row: Row) -> float:
-        """Seconds of a layer per second of a plain forward."""
+        """Return the seconds of a layer in plain forwards."""
         return row.seconds / next(plain.seconds for plain in self.rows if plain.name == PLAIN)
 
     def memory(self, row: Row) -> float:
-        """Peak memory beyond the libraries' in float32 layers."""
+        """Return the peak memory beyond the libraries', in float32 layers."""
         empty = next(empty.peak_mib for empty in self.rows if empty.name == EMPTY)
         return (row.peak_mib - empty) * 2**20 / self.layer_bytes
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain JSON values."""
+        """Return the table as plain JSON values."""
         rows = [{**asdict(row), "ratio": self.ratio(row), "layers": self.memory(row)} for row in self.rows]
         return {**asdict(self), "rows": rows, "goals": GOALS}
 
@@ -89,8 +92,10 @@ def bench(
 
     Raises MissingExtraError without torch and transformers, W8A8Error where a contender fails.
     """
+    # 1) The checkpoint and the text.
     source, text = folder.absolute() / "source", folder.absolute() / "text.txt"
     layer_bytes = make_checkpoint(source, text, scale, layers, samples * tokens, notice)
+    # 2) Every contender in a process of its own, by turns.
     seconds: dict[str, list[float]] = {name: [] for name in (EMPTY, PLAIN, *RECIPES)}
     peaks = dict.fromkeys(seconds, 0.0)
     try:
@@ -99,7 +104,7 @@ def bench(
                 command = (sys.executable, "-m", __name__, name, source, text, folder / "out", samples, tokens)
                 done = timed([str(part) for part in command])
                 if done.returncode != 0:
-                    raise W8A8Error(f"{name} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+                    raise W8A8Error(f"{name} failed with {done.returncode}: {done.complaint}")
                 seconds[name] += json.loads(done.stdout)
                 peaks[name] = max(peaks[name], done.peak_mib)
                 notice(f"run {run + 1}/{runs}  {name}: {statistics.median(seconds[name]):.2f} s a layer")
@@ -107,14 +112,13 @@ def bench(
         for path in (source, folder / ".out.w8a8-calibration"):
             shutil.rmtree(path, ignore_errors=True)
         text.unlink()
+    # 3) The table.
     rows = tuple(Row(name, statistics.median(all_), peaks[name]) for name, all_ in seconds.items())
     return CalibrateResult(scale, layers, layer_bytes, samples, tokens, rows)
 
 
 def show(result: CalibrateResult, say: Callable[[Any], None]) -> None:
-    """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal.output import plain_table
-
+    """Print the table for a person; `say` prints text and Rich tables."""
     table = plain_table("", "seconds a layer", "x plain", "goal", "peak MiB", "in layers", left=1)
     for row in result.rows:
         speed = (f"{row.seconds:.2f}", f"{result.ratio(row):.1f}") if row.name != EMPTY else ("", "")
@@ -130,7 +134,7 @@ def show(result: CalibrateResult, say: Callable[[Any], None]) -> None:
 def make_checkpoint(
     source: Path, text: Path, scale: int, layers: int, tokens: int, notice: Callable[[str], None]
 ) -> int:
-    """Write the checkpoint, its tokenizer and a text; returns a layer's bytes in float32."""
+    """Write the checkpoint, its tokenizer and a text; return a layer's bytes in float32."""
     try:
         import torch
         from tokenizers import Tokenizer, models
@@ -155,7 +159,7 @@ def make_checkpoint(
 
 
 def contend(name: str, source: str, text: str, out: str, samples: str, tokens: str) -> list[float]:
-    """Seconds of every layer."""
+    """Run one contender; return the seconds of every layer but the first."""
     from w8a8.quantization import Options, calibrated, prepare
 
     recipe = "smooth" if name in (EMPTY, PLAIN) else name
@@ -179,7 +183,7 @@ def contend(name: str, source: str, text: str, out: str, samples: str, tokens: s
 
 
 def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]:
-    """Let every layer read random samples, or only load what is needed for it."""
+    """Let every layer read random samples; without `run` only load the libraries and the embedding."""
     import torch
 
     from w8a8.calibrate import run as libraries  # noqa: F401 - what every contender loads

@@ -1,8 +1,8 @@
-"""`w8a8 bench decode`: Gemma 4 31B's decoder layers in transformers, W8A8 against BF16, with random weights.
+"""`w8a8 bench decode`: prefill and decode with Gemma 4 31B's layers in transformers, W8A8 against BF16, random weights.
 
-As many layers as memory holds twice over, and a vocabulary cut to the same share, so that the head, BF16 in both, costs
-what it costs in the whole model. Twins in one process share everything but their linear layers and take turns token by
-token; both are fed the same tokens.
+The model has as many layers as fit into memory twice, and a vocabulary cut to the same share, so that the head, BF16 in
+both, costs its share of the whole model. The two models, twins in one process, share everything but their linear
+layers, take turns token by token, and get the same tokens.
 
 6 layers on two cores of a Zen 5: decode 10.3 tokens/s against 3.1 in BF16 (3.35 times), prefill of 512 tokens 168
 against 102 (1.64 times).
@@ -15,33 +15,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from w8a8.bench.quantize import HIDDEN, INTERMEDIATE, LAYER_BYTES
+from w8a8.bench.model import GEMMA_4_31B, HIDDEN, LAYER_BYTES, LAYERS, VOCABULARY, make_model
 from w8a8.errors import DoesNotFitError, MissingExtraError
 from w8a8.machine import available_memory
+from w8a8.terminal.output import plain_table
 
-LAYERS = 60
-VOCABULARY = 262_144
-GEMMA_4_31B = {
-    "hidden_size": HIDDEN,
-    "intermediate_size": INTERMEDIATE,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 16,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_global_key_value_heads": 4,
-    "attention_k_eq_v": True,
-    "sliding_window": 1024,
-    "hidden_size_per_layer_input": 0,
-    "num_kv_shared_layers": 0,
-}
-"""The text model; every 6th layer attends to everything, which is transformers' default."""
 MEMORY_SHARE = 0.8
-"""Of the memory available, how much the weights may take."""
+"""The share of the available memory that the weights may take."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeResult:
-    """Seconds of every decoded token and of every prefill, of both twins."""
+    """Seconds of every decoded token and of every prefill, for both twins."""
 
     layers: int
     prompt: int
@@ -52,7 +37,7 @@ class DecodeResult:
     bf16_prefill: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of them, and the medians as tokens per second, as plain JSON values."""
+        """Return all times, and the medians as tokens per second, as plain JSON values."""
         decode = [1 / statistics.median(all_) for all_ in (self.w8a8_decode, self.bf16_decode)]
         prefill = [self.prompt / statistics.median(all_) for all_ in (self.w8a8_prefill, self.bf16_prefill)]
         return {
@@ -80,6 +65,7 @@ def bench(
         import transformers  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("bench decode needs torch and transformers: pip install 'w8a8[serve]'") from error
+    # 1) The twins.
     layers = layers or fitting_layers(available_memory())
     notice(f"making {layers} of {LAYERS} layers, in BF16 and in W8A8")
     with torch.inference_mode():
@@ -87,6 +73,7 @@ def bench(
         twins = (make_twin(bf16), bf16)
         vocabulary = bf16.config.vocab_size
         ids = torch.randint(0, vocabulary, (1, prompt + tokens + 1), generator=torch.Generator().manual_seed(0))
+        # 2) Prefill, by turns.
         prefill: list[list[float]] = [[], []]
         for run in range(-1, runs):
             caches = [
@@ -94,6 +81,7 @@ def bench(
             ]
             if run >= 0:
                 notice(f"prefill {run + 1}/{runs}: {prefill[0][-1]:.2f} s, BF16 {prefill[1][-1]:.2f} s")
+        # 3) Decode, by turns, from the last prefill's caches.
         decode: list[list[float]] = [[], []]
         for at in range(prompt, prompt + tokens + 1):
             for twin, cache, seconds in zip(twins, caches, decode, strict=True):
@@ -103,9 +91,7 @@ def bench(
 
 
 def show(result: DecodeResult, say: Callable[[Any], None]) -> None:
-    """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal.output import plain_table
-
+    """Print the table for a person; `say` prints text and Rich tables."""
     table = plain_table("", "W8A8 tokens/s", "BF16 tokens/s", "speedup", left=1)
     values = result.to_dict()
     for name, row in (
@@ -122,7 +108,10 @@ def show(result: DecodeResult, say: Callable[[Any], None]) -> None:
 
 
 def fitting_layers(memory: int) -> int:
-    """How many layers fit into `memory` bytes, in BF16 and INT8 and with their share of the head; at most all."""
+    """Return how many layers fit into `memory` bytes, in BF16 and INT8, with their share of the head.
+
+    Raises DoesNotFitError where not even one fits.
+    """
     head = 2 * HIDDEN * VOCABULARY / LAYERS
     layers = int(memory * MEMORY_SHARE // (1.5 * LAYER_BYTES + head))
     if layers < 1:
@@ -130,29 +119,8 @@ def fitting_layers(memory: int) -> int:
     return min(LAYERS, layers // 6 * 6 or layers)
 
 
-def make_model(layers: int, shapes: dict[str, Any]) -> Any:
-    """A `Gemma4ForCausalLM` in BF16 whose large weights are cut from one pool of random numbers."""
-    import torch
-    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
-
-    config = Gemma4TextConfig(**shapes, num_hidden_layers=layers, vocab_size=VOCABULARY * layers // LAYERS)
-    pool = torch.randn(1 << 24).mul_(0.02).to(torch.bfloat16)
-    with torch.device("meta"):
-        model = Gemma4ForCausalLM._from_config(config, dtype=torch.bfloat16)
-    model.to_empty(device="cpu")
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear | torch.nn.Embedding):
-            flat = module.weight.view(-1)
-            for at in range(0, flat.numel(), pool.numel()):
-                part = flat[at : at + pool.numel()]
-                part.copy_(pool[: part.numel()])
-            module.weight._is_hf_initialized = True  # so that only the small rest is initialized
-    model.init_weights()
-    return model.eval()
-
-
 def make_twin(model: Any) -> Any:
-    """A copy of `model` that shares all but the decoder's linear layers, which are quantized."""
+    """Copy `model`: the copy shares everything but the decoder's linear layers, which are quantized."""
     from torch import nn
 
     shared = {id(part): part for part in model.parameters()}
@@ -161,7 +129,7 @@ def make_twin(model: Any) -> Any:
 
 
 def _quantized(linear: Any) -> Any:
-    """A linear layer without bias, rounded to nearest: scale amax / 127 per channel."""
+    """Quantize a linear layer without bias by rounding to nearest: scale amax / 127 per channel."""
     import torch
 
     from w8a8.runtime.linear import W8A8Linear

@@ -1,8 +1,8 @@
-"""`w8a8 bench linear`: one layer of Gemma 4 31B's MLP, W8A8 against BF16, from one token to a prompt.
+"""`w8a8 bench linear`: time one layer of Gemma 4 31B's MLP, W8A8 against BF16, from one token to a prompt.
 
 Both run in this process, by turns, on torch's threads; medians are shown. A turn goes through several copies of the
-weight, so that no cache serves it, which is how a model reads its layers. What the machine can read is measured by the
-same turns: a sum over memory that was written first (pages never written are all one page, and read as fast as cache).
+weight, so that no cache serves it: a model reads its layers in the same way. The speed of memory is measured in the
+same turns, by a sum over memory that was written before (pages never written are all one page, read from cache).
 
 Zen 5, 2 cores that others used a little; milliseconds, medians of 9; memory read at 39 GB/s, 48 when all was quiet:
 
@@ -14,27 +14,26 @@ Zen 5, 2 cores that others used a little; milliseconds, medians of 9; memory rea
 """
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from w8a8.bench.quantize import HIDDEN, INTERMEDIATE
+from w8a8.bench.contest import HostClock, Work, race
+from w8a8.bench.model import MLP_SHAPES
 from w8a8.errors import MissingExtraError
+from w8a8.terminal.output import plain_table
 
 if TYPE_CHECKING:
     import torch
 
-SHAPES = ((INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE))
-"""[out, in] of gate_proj and up_proj, and of down_proj."""
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512)
 SPREAD = 3 << 27
-"""Bytes that the copies of a weight take up at least: 384 MiB, more than caches hold."""
+"""Least number of bytes in all copies of a weight: 384 MiB, more than caches hold."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRow:
-    """One shape [out, in] and number of tokens: milliseconds of each turn, and GB/s read by the third contender."""
+    """One shape [out, in] and number of tokens: milliseconds of each turn, and GB/s of reading memory in each."""
 
     outputs: int
     inputs: int
@@ -44,7 +43,7 @@ class LinearRow:
     read_gb_s: tuple[float, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The medians and what follows from them, as plain JSON values; `gb_s` counts the INT8 weight's bytes."""
+        """Return medians and figures that follow from them, as JSON values; `gb_s` counts the INT8 weight's bytes."""
         ours, theirs, read = (statistics.median(all_) for all_ in (self.w8a8_ms, self.bf16_ms, self.read_gb_s))
         gb_s = self.outputs * self.inputs / ours / 1e6
         return {
@@ -62,20 +61,20 @@ class LinearRow:
 
 @dataclass(frozen=True, slots=True)
 class LinearResult:
-    """The table."""
+    """The table, and the number of torch's threads."""
 
     threads: int
     rows: tuple[LinearRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain JSON values."""
+        """Return the table as plain JSON values."""
         return {"threads": self.threads, "rows": [row.to_dict() for row in self.rows]}
 
 
 def bench(
     *,
     runs: int,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, int]] = MLP_SHAPES,
     tokens: Sequence[int] = TOKENS,
     spread: int = SPREAD,
     notice: Callable[[str], None] = lambda _: None,
@@ -93,7 +92,7 @@ def bench(
             w8a8, bf16 = _layers(outputs, inputs, spread)
             for count in tokens:
                 x = torch.randn(count, inputs).to(torch.bfloat16)
-                ours, theirs, read = _race((w8a8, bf16, [lambda _: written.sum()]), x, runs)
+                ours, theirs, read = _times((w8a8, bf16, [lambda _: written.sum()]), x, runs)
                 gb_s = tuple(written.nbytes / ms / 1e6 for ms in read)
                 rows.append(LinearRow(outputs, inputs, count, ours, theirs, gb_s))
                 notice(f"{count} tokens: {statistics.median(ours):.2f} ms, BF16 {statistics.median(theirs):.2f} ms")
@@ -101,9 +100,7 @@ def bench(
 
 
 def show(result: LinearResult, say: Callable[[Any], None]) -> None:
-    """The table for a person; `say` prints what Rich can."""
-    from w8a8.terminal.output import plain_table
-
+    """Print the table for a person; `say` prints text and Rich tables."""
     table = plain_table(
         "out x in", "tokens", "W8A8 ms", "BF16 ms", "speedup", "GB/s", "of read", "us/token", "TOPS", left=1
     )
@@ -130,7 +127,7 @@ Layer = Callable[["torch.Tensor"], Any]
 
 
 def _layers(outputs: int, inputs: int, spread: int) -> tuple[list[Layer], list[Layer]]:
-    """Layers with random weights, as many of each kind as fill `spread` bytes, but two at least."""
+    """Make layers with random weights: enough of each kind to fill `spread` bytes, and at least two."""
     import torch
 
     from w8a8.runtime.linear import W8A8Linear
@@ -151,13 +148,16 @@ def _layers(outputs: int, inputs: int, spread: int) -> tuple[list[Layer], list[L
     return w8a8, bf16
 
 
-def _race(contenders: Sequence[Sequence[Layer]], x: "torch.Tensor", runs: int) -> list[tuple[float, ...]]:
-    """Milliseconds per call of each contender, in each of `runs` turns after a first one that is not counted."""
-    times: list[list[float]] = [[] for _ in contenders]
-    for _ in range(runs + 1):
-        for layers, ms in zip(contenders, times, strict=True):
-            start = time.perf_counter()
-            for layer in layers:
-                layer(x)
-            ms.append((time.perf_counter() - start) * 1e3 / len(layers))
-    return [tuple(ms[1:]) for ms in times]
+def _times(contenders: Sequence[Sequence[Layer]], x: "torch.Tensor", runs: int) -> list[tuple[float, ...]]:
+    """Return each contender's milliseconds per layer, in each of `runs` turns."""
+    works = {str(number): _through(layers, x) for number, layers in enumerate(contenders)}
+    times = race(works, HostClock(), runs).values()
+    return [tuple(ms / len(layers) for ms in all_) for layers, all_ in zip(contenders, times, strict=True)]
+
+
+def _through(layers: Sequence[Layer], x: "torch.Tensor") -> Work:
+    def work() -> None:
+        for layer in layers:
+            layer(x)
+
+    return work

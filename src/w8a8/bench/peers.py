@@ -1,10 +1,13 @@
-"""The tools this one is measured against, each in a virtual environment of its own, called as its users call it."""
+"""The tools that this one is compared with, each in its own virtual environment, called as its users call it."""
 
 import subprocess
 import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from w8a8.bench.process import last_line
+from w8a8.errors import W8A8Error
 
 _QUARK = """
 import sys
@@ -57,7 +60,7 @@ if __name__ == "__main__":
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A tool: its packages, and a script that takes SRC and OUT."""
+    """A tool: its packages, and a script with the arguments SRC and OUT; `key` names its environment's folder."""
 
     key: str
     name: str
@@ -65,30 +68,35 @@ class Peer:
     script: str
 
     def command(self, folder: Path, source: Path, out: Path) -> Sequence[str]:
-        """The command that quantizes `source` into `out`, after building the tool's environment if need be.
+        """Return the command that quantizes `source` into `out`, after building the tool's environment if needed.
 
-        Raises `subprocess.CalledProcessError` with pip's words where it cannot be built.
+        Raises W8A8Error with pip's reason if the environment cannot be built.
         """
         home = folder / self.key
         python = home / "bin" / "python"
-        ready = home / "ready"
-        if not ready.exists():
-            venv.create(home, with_pip=True, clear=True)
-            # torch first and pinned: an unpinned one would bring the newest CUDA build.
-            for packages in (("torch==2.13.0",), ("torch==2.13.0", *self.packages)):
-                pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
-                subprocess.run(pip, check=True, capture_output=True, text=True)
-            ready.touch()
+        if not (home / "ready").exists():
+            self._build(home, python)
         script = home / "run.py"
         script.write_text(self.script, encoding="utf-8")
         return [str(python), str(script), str(source), str(out)]
+
+    def _build(self, home: Path, python: Path) -> None:
+        venv.create(home, with_pip=True, clear=True)
+        # torch first and pinned: an unpinned one would bring the newest CUDA build.
+        for packages in (("torch==2.13.0",), ("torch==2.13.0", *self.packages)):
+            pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
+            try:
+                subprocess.run(pip, check=True, capture_output=True, text=True)
+            except subprocess.CalledProcessError as error:
+                raise W8A8Error(f"its environment could not be built: {last_line(error.stderr or '')}") from error
+        (home / "ready").touch()
 
 
 PEERS = (
     Peer("quark", "AMD Quark 0.13", ("amd-quark==0.13", "transformers==5.23.0"), _QUARK),
     Peer("llm-compressor", "llm-compressor 0.14.0.1", ("llmcompressor==0.14.0.1",), _LLM_COMPRESSOR),
 )
-"""File to file, without calibration."""
+"""Tools that work file to file, without calibration."""
 
 
 def _oneshot(name: str, steps: str) -> Peer:
@@ -102,4 +110,4 @@ CALIBRATED_PEERS = (
     _oneshot("SmoothQuant, inferred mappings", "SmoothQuantModifier(smoothing_strength=0.8), "),
     _oneshot("SmoothQuant, mappings by hand", "SmoothQuantModifier(smoothing_strength=0.8, mappings=GEMMA), "),
 )
-"""These take three more arguments: a JSONL file, how many samples of it, and how many tokens each."""
+"""Tools that calibrate. Their scripts take three more arguments: a JSONL file, how many samples, and tokens of each."""

@@ -1,7 +1,7 @@
-"""Timing a whole process, and its peak memory as the kernel accounts it.
+"""Timing a whole process, and measuring its peak memory (maximum resident set, from the kernel).
 
-A process inherits the resident-set high-water mark of the one it was forked from, so a child of a Python that has
-loaded NumPy seems never to need less than that. Each command is therefore started by a launcher that is small itself.
+A process inherits the peak of the process that it was forked from, so a child of a Python that has loaded NumPy never
+seems to need less than NumPy. Each command is therefore started by a launcher that is small itself.
 """
 
 import os
@@ -30,9 +30,19 @@ class Run:
     seconds: float
     peak_mib: float
 
+    @property
+    def complaint(self) -> str:
+        """The last line on standard error: of a process that failed, usually the reason."""
+        return last_line(self.stderr)
+
+
+def last_line(text: str) -> str:
+    """Return the last line that is not empty; an empty string if there is none."""
+    return (text.strip().splitlines() or [""])[-1]
+
 
 def timed(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Run:
-    """Run `command` to its end, with `environment` added to this process's own."""
+    """Run `command` to its end; `environment` is added to this process's environment."""
     reader, writer = os.pipe()
     with os.fdopen(reader) as report:
         try:

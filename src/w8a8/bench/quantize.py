@@ -1,17 +1,16 @@
-"""`w8a8 bench quantize`: a checkpoint of Gemma 4 31B's layers, quantized and copied by turns.
+"""`w8a8 bench quantize`: quantize a checkpoint of Gemma 4 31B's layers, and copy it, by turns.
 
-Every run is a whole process, from start to exit, and its peak memory is what the kernel accounts to it (at least the
-launcher's own 8 MiB). Runs are interleaved so that a noisy machine is noisy to all alike; between runs the output is
-removed and the disk synced. `cp -r` does not sync what it copies, so where there is memory to cache the copy it is done
-before the disk is; `w8a8 quantize` syncs, hashes both sides and opens the result again. Two more rows show what that
-part costs by itself: the copy synced, and the source read and hashed.
+Every run is a whole process, timed from start to exit; its peak memory comes from the kernel and is at least the
+launcher's 8 MiB. Runs take turns, so that a noisy machine is noisy for all alike; between runs the output is removed
+and the disk synced. `cp -r` does not sync its copy, so where memory can cache the copy, `cp -r` ends before the disk is
+done. `w8a8 quantize` syncs, hashes both sides and opens the result again. Two more rows show the cost of that part: the
+copy with a sync, and reading and hashing the source.
 """
 
 import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,24 +21,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.bench.peers import PEERS, Peer
+from w8a8.bench.model import HIDDEN, INTERMEDIATE, LAYER, LAYER_BYTES
+from w8a8.bench.peers import PEERS
 from w8a8.bench.process import timed
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import W8A8Error
+from w8a8.terminal.output import plain_table
+from w8a8.terminal.wording import clean
 
-HIDDEN, INTERMEDIATE, Q, KV = 5376, 21504, 8192, 4096
-LAYER = {
-    "self_attn.q_proj": (Q, HIDDEN),
-    "self_attn.k_proj": (KV, HIDDEN),
-    "self_attn.v_proj": (KV, HIDDEN),
-    "self_attn.o_proj": (HIDDEN, Q),
-    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
-    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
-}
-LAYER_BYTES = 2 * sum(rows * columns for rows, columns in LAYER.values())
 LAYERS_PER_SHARD = 2
-
 
 _HASH = """
 import hashlib, sys, threading
@@ -54,9 +44,9 @@ for thread in threads: thread.join()
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A command to be timed in its `run`th run, with additions to the environment.
+    """A command to be timed; `environment(run)` is added to its environment in run number `run`.
 
-    `fresh` ones start without the folder that the one before them made.
+    `fresh` contenders start without the output of the contender before them.
     """
 
     name: str
@@ -67,7 +57,7 @@ class Contender:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One contender: median seconds, all of them, and the largest peak memory (maximum resident set) of its runs."""
+    """One contender: the seconds of all its runs, and their largest peak memory (maximum resident set)."""
 
     name: str
     all_seconds: tuple[float, ...]
@@ -75,13 +65,13 @@ class Row:
 
     @property
     def seconds(self) -> float:
-        """Median."""
+        """Median of `all_seconds`."""
         return statistics.median(self.all_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchResult:
-    """The table; `baseline` is the median of `cp -r`."""
+    """The table; `failed` holds a reason for each peer that did not run."""
 
     bytes: int
     cores: int
@@ -94,7 +84,7 @@ class BenchResult:
         return self.rows[0].seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain JSON values."""
+        """Return the table as plain JSON values."""
         rows = [
             {**asdict(row), "seconds": row.seconds, "ratio_to_cp": row.seconds / self.baseline} for row in self.rows
         ]
@@ -105,16 +95,22 @@ def bench(
     gib: float, *, runs: int, peers: bool, folder: Path, notice: Callable[[str], None] = lambda _: None
 ) -> BenchResult:
     """Make the checkpoint (once), run every contender `runs` times by turns, and collect the table."""
+    # 1) The checkpoint, which a later bench finds again.
     folder = folder.absolute()
     source, out = folder / f"gemma-4-31b-layers-{gib:g}GiB", folder / "out"
     make_checkpoint(source, gib, notice)
     size = sum(file.stat().st_size for file in _shards(source))
     with tempfile.TemporaryDirectory(dir=folder) as caches:
+        # 2) The contenders; a peer whose environment cannot be built is left out.
         contenders = _contenders(source, out, caches)
         failed: dict[str, str] = {}
         for peer in PEERS if peers else ():
-            command = _peer_command(peer, folder, source, out, notice, failed)
-            contenders += [Contender(peer.name, command)] if command is not None else []
+            notice(f"preparing {peer.name} in {folder / peer.key}")
+            try:
+                contenders.append(Contender(peer.name, peer.command(folder, source, out)))
+            except W8A8Error as error:
+                failed[peer.name] = str(error)
+        # 3) The race.
         try:
             rows = _race(contenders, runs, out, failed, notice)
         finally:
@@ -122,8 +118,25 @@ def bench(
     return BenchResult(size, len(os.sched_getaffinity(0)), rows, failed)
 
 
+def show(result: BenchResult, say: Callable[[Any], None]) -> None:
+    """Print the table for a person; `say` prints text and Rich tables."""
+    table = plain_table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
+    for row in result.rows:
+        table.add_row(
+            f"{row.seconds:.2f}",
+            f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}",
+            f"{row.seconds / result.baseline:.2f}",
+            f"{row.peak_mib:.0f}",
+            row.name,
+        )
+    say(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians of {len(result.rows[0].all_seconds)}")
+    say(table)
+    for name, reason in result.failed.items():
+        say(f"[yellow]{clean(name)} did not run:[/yellow] {clean(reason)}")
+
+
 def _contenders(source: Path, out: Path, caches: str) -> list[Contender]:
-    """`cp -r` first, which all are compared with, then this tool, then its parts."""
+    """List `cp -r` first, which all are compared with, then this tool, then its parts."""
     quantize = [sys.executable, "-m", "w8a8", "quantize", str(source), str(out), "--quiet"]
     verify = [sys.executable, "-m", "w8a8", "verify", str(out), "--source", str(source), "--quiet"]
 
@@ -146,7 +159,7 @@ def _contenders(source: Path, out: Path, caches: str) -> list[Contender]:
 def _race(
     contenders: Sequence[Contender], runs: int, out: Path, failed: dict[str, str], notice: Callable[[str], None]
 ) -> tuple[Row, ...]:
-    """Time every contender `runs` times by turns. A peer that fails is noted in `failed`; the others go on."""
+    """Time every contender `runs` times by turns. A peer that fails gets its reason in `failed`; the others go on."""
     theirs = {peer.name for peer in PEERS}
     seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
     peaks: dict[str, list[float]] = {c.name: [] for c in contenders}
@@ -199,7 +212,7 @@ def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = la
 
 
 def _write_shard(path: Path, tensors: dict[str, tuple[int, int]], pool: NDArray[np.uint16]) -> None:
-    """Fill the tensors with random BF16 numbers, drawn from `pool` at another place for each megabyte or so."""
+    """Fill the tensors with random BF16 numbers: pieces of 2 MiB, each from a random place in `pool`."""
     rows, position = [], 0
     for name, shape in tensors.items():
         end = position + 2 * shape[0] * shape[1]
@@ -217,23 +230,11 @@ def _write_shard(path: Path, tensors: dict[str, tuple[int, int]], pool: NDArray[
 
 
 def _timed(command: Sequence[str], environment: dict[str, str], out: Path, *, fresh: bool) -> tuple[float, float]:
-    """Run a command to its end, without an `out` from before if `fresh`: `(seconds, peak MiB)`."""
+    """Run a command to its end, and return its seconds and peak MiB; if `fresh`, without an earlier `out`."""
     if fresh:
         shutil.rmtree(out, ignore_errors=True)
     os.sync()
     run = timed(command, environment)
     if run.returncode != 0:
-        tail = run.stderr.strip().splitlines()[-1:]
-        raise W8A8Error(f"{' '.join(command[:4])} ... failed with {run.returncode}: {' '.join(tail)}")
+        raise W8A8Error(f"{' '.join(command[:4])} ... failed with {run.returncode}: {run.complaint}")
     return run.seconds, run.peak_mib
-
-
-def _peer_command(
-    peer: Peer, folder: Path, source: Path, out: Path, notice: Callable[[str], None], failed: dict[str, str]
-) -> Sequence[str] | None:
-    try:
-        notice(f"preparing {peer.name} in {folder / peer.key}")
-        return peer.command(folder, source, out)
-    except subprocess.CalledProcessError as error:
-        failed[peer.name] = f"its environment could not be built: {(error.stderr or '').strip().splitlines()[-1:]}"
-        return None

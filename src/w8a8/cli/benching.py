@@ -1,4 +1,4 @@
-"""`bench ...`: this tool, measured against its peers."""
+"""`bench ...`: measure this tool against its peers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,12 @@ from w8a8.cli.common import Json, Quiet, bench_app
 
 Vllm = Annotated[
     Path | None,
-    typer.Option("--vllm", help="A folder or a Python that has vLLM, to compare with.", show_default="this one's"),
+    typer.Option(
+        "--vllm", help="Folder or Python with a vLLM to compare with.", show_default="this environment's, if any"
+    ),
+]
+Peers = Annotated[
+    bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14, in environments built here.")
 ]
 
 
@@ -24,24 +29,21 @@ Examples:
 """,
 )
 def bench_quantize(
-    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint to make, in GiB.")] = 4,
-    runs: Annotated[int, typer.Option(min=1, help="Interleaved runs of each; medians are printed.")] = 5,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
-    ] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs about 2.6 times the size.")] = Path(
+    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each contender, by turns; medians are shown.")] = 5,
+    peers: Peers = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
         ".cache/bench"
     ),
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a checkpoint of Gemma 4 31B's layers, timed against `cp -r` of the same files."""
-    from w8a8.bench.quantize import bench
-    from w8a8.cli.tables import show_bench
+    """Time quantizing a checkpoint of Gemma 4 31B's layers, against `cp -r` of the same files."""
+    from w8a8.bench.quantize import bench, show
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    show_bench(terminal, bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice))
+    terminal.table(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice), show)
 
 
 @bench_app.command(
@@ -54,7 +56,7 @@ Examples:
 """,
 )
 def bench_linear(
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 15,
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 15,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -77,14 +79,15 @@ Examples:
 )
 def bench_decode(
     layers: Annotated[
-        int | None, typer.Option(min=1, max=60, help="Of 60; 1.5 GB each.", show_default="as memory allows")
+        int | None,
+        typer.Option(min=1, max=60, help="Layers, of the model's 60; 1.5 GB each.", show_default="as many as fit"),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode, by turns.")] = 32,
-    runs: Annotated[int, typer.Option(min=1, help="Prefills of each, by turns; medians are printed.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode with each model, by turns.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Prefills of each model, by turns; medians are shown.")] = 5,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prefill and decode with layers of Gemma 4 31B in transformers, W8A8 against BF16, random weights."""
+    """Time prefill and decode with layers of Gemma 4 31B in transformers, W8A8 against BF16, random weights."""
     from w8a8.bench.decode import bench, show
     from w8a8.terminal.output import Terminal
 
@@ -103,20 +106,21 @@ Examples:
 """,
 )
 def bench_gemm(
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 20,
     tune: Annotated[
-        bool, typer.Option("--tune", help="First find the fastest tiles for this GPU, and store them for later runs.")
+        bool,
+        typer.Option("--tune", help="First find the fastest tiles for this GPU, and store them for all later runs."),
     ] = False,
     vllm: Vllm = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Time the INT8 kernels on this machine's GPU, against vLLM's Triton kernel, torch._int_mm and BF16."""
-    from w8a8.bench.compiled import import_triton
-    from w8a8.terminal.output import Terminal
+    from w8a8.bench.targets import require_triton
 
-    import_triton()
+    require_triton()
     from w8a8.bench.gemm import bench, show
+    from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(runs=runs, tune=tune, vllm=vllm, notice=terminal.notice), show)
@@ -133,13 +137,16 @@ Examples:
 """,
 )
 def bench_compile(
-    archs: Annotated[list[str] | None, typer.Argument(help="gfx1100, sm_90, ...", show_default="all known")] = None,
+    archs: Annotated[
+        list[str] | None, typer.Argument(help="Architectures: gfx1100, sm_90, ...", show_default="all known")
+    ] = None,
     vllm: Vllm = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compile the INT8 kernels for GPUs that need not be here, and show what their inner loops are made of."""
-    from w8a8.bench.compiled import ARCHITECTURES, bench, show
+    """Compile the INT8 kernels for GPUs that need not be here, and show the instructions of their inner loops."""
+    from w8a8.bench.compiled import bench, show
+    from w8a8.bench.targets import ARCHITECTURES
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
@@ -157,26 +164,24 @@ Examples:
 """,
 )
 def bench_quality(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a Hub id, in BF16.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint in BF16: a folder or a Hub id.")],
     gsm8k: Annotated[
         Path | None,
-        typer.Option("--gsm8k", help="Folder with train.jsonl and test.jsonl.", show_default="from the Hub"),
+        typer.Option("--gsm8k", help="Folder with GSM8K's train.jsonl and test.jsonl.", show_default="from the Hub"),
     ] = None,
     prose: Annotated[
-        Path | None, typer.Option("--prose", help="English prose.", show_default="a built-in text")
+        Path | None, typer.Option("--prose", help="Text file of English prose.", show_default="a built-in text")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens of each kind of text to measure.")] = 4096,
-    samples: Annotated[int, typer.Option(min=2, help="Samples of 512 tokens to calibrate on.")] = 64,
-    peers: Annotated[
-        bool, typer.Option("--peers", help="Also AMD Quark 0.13 and llm-compressor 0.14 (builds environments).")
-    ] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs twice the model's size.")] = Path(
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure of each kind of text.")] = 4096,
+    samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate on, of 512 tokens each.")] = 64,
+    peers: Peers = False,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs twice the model's size.")] = Path(
         ".cache/bench"
     ),
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model by every recipe, and compare their KL divergences from BF16 on GSM8K and on prose."""
+    """Quantize a model by every recipe, and compare the results' KL divergence from BF16 on GSM8K and on prose."""
     from w8a8.bench.quality import bench, show
     from w8a8.terminal.output import Terminal
 
@@ -204,18 +209,18 @@ Examples:
 """,
 )
 def bench_calibrate(
-    scale: Annotated[int, typer.Option(min=1, max=16, help="What Gemma 4 31B's sizes are divided by.")] = 4,
-    layers: Annotated[int, typer.Option(min=2, help="Layers; the first one's time is not counted.")] = 3,
+    scale: Annotated[int, typer.Option(min=1, max=16, help="Divisor of Gemma 4 31B's sizes.")] = 4,
+    layers: Annotated[int, typer.Option(min=2, help="Layers; the first one is not timed.")] = 3,
     samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate on.")] = 32,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a sample.")] = 512,
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each; medians are printed.")] = 1,
-    folder: Annotated[Path, typer.Option("--dir", help="Where to work; needs four times the layers' size.")] = Path(
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
+    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 1,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs four times the layers' size.")] = Path(
         ".cache/bench/calibrate"
     ),
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Calibrate layers of Gemma 4 31B's shape: time against one plain forward of the same tokens, and peak memory."""
+    """Calibrate layers of Gemma 4 31B's shape: show time, in plain forwards of the same tokens, and peak memory."""
     from w8a8.bench.calibrate import bench, show
     from w8a8.terminal.output import Terminal
 

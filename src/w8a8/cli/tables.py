@@ -10,7 +10,6 @@ from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.wording import clean, count, first_few, plural, size
 
 if TYPE_CHECKING:
-    from w8a8.bench.quantize import BenchResult
     from w8a8.inspection import Inspection
     from w8a8.memory import Fit
     from w8a8.plan import Plan
@@ -148,26 +147,6 @@ def show_ready(terminal: Terminal, launch: "Launch", call: "Call", seconds: floa
         sys.stdout.flush()
     terminal.notice(f"ready in {seconds:.0f} s: {call.url}")
     print(f"\n{call.curl}\n\nin Python: {call.python}\n", file=sys.stderr, flush=True)
-
-
-def show_bench(terminal: Terminal, result: "BenchResult") -> None:
-    """Print what a benchmark measured."""
-    if terminal.json:
-        terminal.print_json(result.to_dict())
-        return
-    table = plain_table("seconds", "min-max", "x cp -r", "peak MiB", "contender", left=0)
-    for row in result.rows:
-        table.add_row(
-            f"{row.seconds:.2f}",
-            f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}",
-            f"{row.seconds / result.baseline:.2f}",
-            f"{row.peak_mib:.0f}",
-            row.name,
-        )
-    terminal.say(f"{result.bytes / 2**30:.2f} GiB, {result.cores} cores, medians of {len(result.rows[0].all_seconds)}")
-    terminal.print(table)
-    for name, reason in result.failed.items():
-        terminal.say(f"[yellow]{clean(name)} did not run:[/yellow] {clean(reason)}")
 
 
 def _more(terminal: Terminal, number: int, what: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from w8a8.bench.compiled import ARCHITECTURES
+from w8a8.bench.targets import ARCHITECTURES
 from w8a8.kernels.gpu import tiles
 from w8a8.kernels.gpu.tiles import FAMILIES, SAFE, Tile, Tuned, choose, faster, shipped, store, store_path, stored
 

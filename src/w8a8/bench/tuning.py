@@ -1,0 +1,72 @@
+"""Tuning: the fastest tile for each product, found by timing candidates on the GPU that is here."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+from w8a8.bench.contenders import Problem, able, check, takes_cutlass, vllm_kernels
+from w8a8.bench.contest import Clock, Work, race
+from w8a8.bench.vllm_kernel import Vllm
+from w8a8.kernels.gpu import tiles
+from w8a8.kernels.gpu.tiles import Tile, Tuned
+
+_FINAL_RUNS = 7
+_FINALISTS = 3
+
+
+def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
+    """Return the tiles to try: the shipped one, its family's for similar M, and neighbours that differ in one field."""
+    first = tiles.shipped(arch, m, n, k)
+    bands = [tile for _, tile in tiles.family(arch).bands if first.block_m / 2 <= tile.block_m <= first.block_m * 2]
+    tried = {first: None}
+    for tile in (first, *(replace(tile, split_k=first.split_k) for tile in bands)):
+        for name, values in {
+            "block_n": (tile.block_n // 2, tile.block_n * 2),
+            "block_k": (tile.block_k // 2, tile.block_k * 2),
+            "unroll": (tile.unroll // 2, tile.unroll * 2),
+            "split_k": (1, tile.split_k // 2, tile.split_k * 2),
+            "num_warps": (tile.num_warps // 2, tile.num_warps * 2),
+            "num_stages": (tile.num_stages - 1, tile.num_stages + 1),
+            "group_m": (1, 16),
+            "swap": (not tile.swap,),
+        }.items():
+            for value in (getattr(tile, name), *values):
+                try:
+                    tried[replace(tile, **{name: value})] = None
+                except ValueError:
+                    continue  # a neighbour that no kernel can have
+    return list(tried)
+
+
+def tune(arch: str, problem: Problem, peer: Vllm | None, clock: Clock, notice: Callable[[str], None]) -> Tuned:
+    """Find the fastest tile for a problem; the kernel that vLLM would choose races it, if that is here."""
+    m, n, k = problem.sizes
+
+    # 1) Time every candidate that compiles, and check its result.
+    expected = problem.reference()
+    times: dict[Tile, float] = {}
+    failed = 0
+    for tile in candidates(arch, m, n, k):
+        try:
+            result = problem.ours(tile)
+        except Exception as error:  # noqa: BLE001 - compilers and drivers raise anything for a tile that is too large
+            failed += 1
+            notice(f"  {tile}: {type(error).__name__}")
+            continue
+        check(result, expected, f"tile {tile}'s")
+        times[tile] = statistics.median(race({"w8a8": _ours(problem, tile)}, clock, 3)["w8a8"])
+
+    # 2) Race the fastest, and vLLM's choice, once more.
+    best = sorted(times, key=lambda tile: times[tile])[:_FINALISTS]
+    contenders = {str(tile): _ours(problem, tile) for tile in best}
+    choice = "cutlass" if takes_cutlass(arch) else "vllm"
+    rivals = {name: work for name, work in vllm_kernels(arch, problem, peer).items() if name == choice}
+    contenders |= able(rivals, problem, notice)
+    medians = {name: statistics.median(ms) for name, ms in race(contenders, clock, _FINAL_RUNS).items()}
+    tile = min(best, key=lambda tile: medians[str(tile)])
+    notice(f"{m} x {n} x {k}: {tile}, {medians[str(tile)]:.3f} ms, of {len(times)} tiles; {failed} did not compile")
+    return Tuned(m, n, k, tile, medians[str(tile)], medians.get(choice))
+
+
+def _ours(problem: Problem, tile: Tile) -> Work:
+    return lambda: problem.ours(tile)
