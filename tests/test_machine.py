@@ -217,7 +217,7 @@ def test_a_garbled_description_is_refused_with_examples(text: str) -> None:
 def test_a_count_multiplies_what_is_described_or_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find("24GiB:gfx1100", 4) == describe("4x24GiB:gfx1100")
     assert find("2x48GB", None) == describe("2x48GB")
-    with pytest.raises(UsageError, match="how many"):
+    with pytest.raises(UsageError, match="has a count already; leave out --count 4"):
         find("2x48GB", 4)
     nvidia_smi(tmp_path, monkeypatch, 'echo "A, 24564, 8.9"; echo "B, 16380, 8.9"')
     assert [gpu.name for gpu in find(None, None)] == ["A", "B"]

@@ -1,11 +1,11 @@
-"""The machine: its GPUs, as they report themselves or as the user describes them, and the memory that is free.
+"""The machine: its GPUs, as they report themselves or as the user describes them, and its free memory.
 
-NVIDIA's GPUs are asked for with nvidia-smi. AMD's are read where rocm-smi reads them, from the files of the amdgpu
-driver: the topology in `/sys/class/kfd` names every GPU that can compute, with its architecture and its render node,
-and the render node's `mem_info_vram_total` is its memory; so ROCm's tools need not be installed. A GPU that the
-environment hides (`CUDA_VISIBLE_DEVICES` and its kin) or whose device file is not here (a container's) does not count,
-because no engine could use it. Neither does one with less than 4 GiB of its own: that is the GPU inside a CPU, which
-borrows a little memory to draw with, next to the cards that are meant. One with a large carve-out counts with that.
+nvidia-smi lists NVIDIA's GPUs. AMD's are read where rocm-smi reads them, from the files of the amdgpu driver: the
+topology in `/sys/class/kfd` names every GPU that can compute, with its architecture and its render node, and the render
+node's `mem_info_vram_total` is its memory; so ROCm's tools need not be installed. A GPU that the environment hides
+(`CUDA_VISIBLE_DEVICES` and its kin) or whose device file is not here (a container's) does not count, because no engine
+could use it. Neither does one with less than 4 GiB of its own: that is the GPU inside a CPU, which borrows a little
+memory to draw with. An integrated GPU with a large carve-out counts with that.
 """
 
 import os
@@ -19,7 +19,7 @@ from w8a8.errors import UsageError
 
 MAX_GPUS = 64
 MIN_MEMORY = 4 * 2**30
-"""Bytes below which a GPU is taken for an integrated one that only draws."""
+"""Bytes below which a GPU counts as an integrated one that only draws."""
 
 _DESCRIBED = re.compile(r"((?P<count>\d{1,4})x)?(?P<size>\d{1,5}(\.\d{1,3})?)(?P<unit>GiB|GB)(:(?P<arch>\S+))?")
 _ARCH = re.compile(r"gfx\d{1,2}[0-9a-f]{2}|sm_\d{2,3}a?")
@@ -29,7 +29,7 @@ _NVIDIA_SECONDS = 30
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU: `memory` in bytes, `arch` as compilers call it (`gfx1100`, `sm_90`; empty where unknown)."""
+    """One GPU: `memory` in bytes, `arch` by its compiler name (`gfx1100`, `sm_90`; empty where unknown)."""
 
     name: str
     memory: int
@@ -43,13 +43,13 @@ class Gpu:
 
 
 def detect(root: Path = Path("/")) -> tuple[Gpu, ...]:
-    """Every GPU of this machine that an engine could use; none is no error. `root` is where `sys` and `dev` lie."""
+    """List the GPUs of this machine that an engine could use, perhaps none; `sys` and `dev` are read below `root`."""
     found = (*_nvidia(os.environ), *amd_gpus(root, os.environ))
     return tuple(gpu for gpu in found if gpu.memory >= MIN_MEMORY)
 
 
 def describe(text: str) -> tuple[Gpu, ...]:
-    """The GPUs that `[COUNTx]SIZE{GiB,GB}[:ARCH]` says, as in `4x24GiB:gfx1100`. Raises `UsageError`."""
+    """Read `[COUNTx]SIZE{GiB,GB}[:ARCH]`, such as `4x24GiB:gfx1100`, as GPUs. Raises `UsageError`."""
     match = _DESCRIBED.fullmatch(text.strip())
     count = int(match["count"] or 1) if match else 0
     memory = int(float(match["size"]) * (2**30 if match["unit"] == "GiB" else 10**9)) if match else 0
@@ -57,27 +57,27 @@ def describe(text: str) -> tuple[Gpu, ...]:
     if not 1 <= count <= MAX_GPUS or not memory or (arch and not _ARCH.fullmatch(arch)):
         raise UsageError(
             f"{text!r} describes no GPU; write [COUNTx]SIZE[:ARCH] with 1 to {MAX_GPUS} GPUs, "
-            "as in 24GiB, 2x48GB, 4x24GiB:gfx1100 or 1x141GiB:sm_90"
+            "such as 24GiB, 2x48GB, 4x24GiB:gfx1100 or 1x141GiB:sm_90"
         )
     vendor = {"g": "amd", "s": "nvidia"}.get(arch[:1], "")
     return (Gpu(" ".join(filter(None, (f"{match['size']} {match['unit']}", arch))), memory, arch, vendor),) * count  # type: ignore[index]
 
 
 def find(description: str | None, count: int | None) -> tuple[Gpu, ...]:
-    """The GPUs described, else those present; `count` of them, if given, as if all were like the smallest.
+    """Return the GPUs described, else those present; with `count`, that many like the smallest.
 
-    Raises `UsageError` for a description that is garbled, or has a count of its own beside `count`.
+    Raises `UsageError` for a description that cannot be read, or that has a count of its own beside `count`.
     """
     gpus = detect() if description is None else describe(description)
     if count is None or not gpus:
         return gpus
     if description is not None and len(gpus) > 1:
-        raise UsageError(f"--gpu {description} says how many already; leave out --count {count}")
+        raise UsageError(f"--gpu {description} has a count already; leave out --count {count}")
     return (min(gpus, key=lambda gpu: gpu.memory),) * count
 
 
 def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
-    """The GPUs in what nvidia-smi prints: a line each of name, MiB, compute capability."""
+    """Read nvidia-smi's output, a line per GPU: name, MiB, compute capability."""
     rows = [[cell.strip() for cell in line.rsplit(",", 2)] for line in text.splitlines()]
     return tuple(
         Gpu(row[0], int(row[1]) * 2**20, "sm_" + row[2].replace(".", ""), "nvidia")
@@ -87,7 +87,7 @@ def parse_nvidia_smi(text: str) -> tuple[Gpu, ...]:
 
 
 def amd_gpus(root: Path, environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """AMD's GPUs in the `sys` and `dev` of the file system at `root`, less those that `environment` hides."""
+    """List AMD's GPUs in the `sys` and `dev` below `root`, without those that `environment` hides."""
     nodes = (root / "sys/class/kfd/kfd/topology/nodes").glob("*/properties")
     gpus = [_amd_gpu(root, path) for path in sorted(nodes, key=lambda path: (len(path.parent.name), path))]
     found = [gpu for gpu in gpus if gpu]
@@ -100,16 +100,16 @@ def amd_gpus(root: Path, environment: Mapping[str, str]) -> tuple[Gpu, ...]:
 
 
 def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of RAM that can be had now: what the kernel calls available, within the limits of this process's cgroups.
+    """Return the bytes of RAM free now: the kernel's MemAvailable, within the limits of this process's cgroups.
 
-    `root` is the file system whose `proc` and `sys` are read.
+    `proc` and `sys` are read below `root`.
     """
     meminfo = _numbers(root / "proc/meminfo")
     return max(0, min([meminfo["MemAvailable:"] * 1024, *_cgroup_rooms(root)]))
 
 
 def _nvidia(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """What nvidia-smi reports; nothing where it is missing, hangs or fails."""
+    """Ask nvidia-smi; no GPUs where it is missing, hangs or fails."""
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return ()
@@ -124,7 +124,7 @@ def _nvidia(environment: Mapping[str, str]) -> tuple[Gpu, ...]:
 
 
 def _amd_gpu(root: Path, properties: Path) -> Gpu | None:
-    """The GPU of a node of the topology: none for a CPU, or where its render node is not here."""
+    """Read the GPU of a node of the topology: none for a CPU, or where its render node is not here."""
     values = _numbers(properties)
     version, minor = values.get("gfx_target_version", 0), values.get("drm_render_minor", 0)
     device = root / f"sys/class/drm/renderD{minor}/device"
@@ -136,7 +136,7 @@ def _amd_gpu(root: Path, properties: Path) -> Gpu | None:
 
 
 def _cgroup_rooms(root: Path) -> Iterator[int]:
-    """Bytes left under each limit of the cgroups this process is in (v2 and v1), page cache taken as free."""
+    """Yield the bytes left under each limit of this process's cgroups (v2 and v1); page cache counts as free."""
     for line in _text(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
@@ -156,7 +156,7 @@ def _cgroup_rooms(root: Path) -> Iterator[int]:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """A file of `name number` lines."""
+    """Read a file of `name number` lines."""
     rows = (line.split() for line in _text(path).splitlines())
     return {row[0]: int(row[1]) for row in rows if len(row) >= 2 and row[1].isdecimal()}
 
@@ -167,7 +167,7 @@ def _first_number(path: Path) -> int | None:
 
 
 def _text(path: Path) -> str:
-    """A small file's text; empty where it is not there or not ours to read."""
+    """Read a small file; empty where it is not there or may not be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:
@@ -175,5 +175,5 @@ def _text(path: Path) -> str:
 
 
 def gigabytes(nbytes: int) -> str:
-    """An amount of memory in GB, 10^9 bytes, to a tenth."""
+    """Spell an amount of memory in GB, 10^9 bytes, to a tenth."""
     return f"{nbytes / 1e9:.1f} GB"

@@ -24,22 +24,22 @@ def fit(
     ],
     gpu: Annotated[
         str | None,
-        typer.Option(help="The GPU, as in `24GiB`, `48GB:gfx1100` or `4x24GiB`.", show_default="those of this machine"),
+        typer.Option(
+            help="The GPU, such as `24GiB`, `48GB:gfx1100` or `4x24GiB`.", show_default="those of this machine"
+        ),
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, max=64, help="How many of them.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a request, prompt and answer.")] = 8192,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests of that length at the same time.")] = 1,
-    kv_dtype: Annotated[
-        str, typer.Option(help="What the KV cache is kept in: `auto` (the model's dtype) or `fp8`.")
-    ] = "auto",
+    count: Annotated[int | None, typer.Option(min=1, max=64, help="Number of such GPUs.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a request: prompt and answer.")] = 8192,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests of that length answered at the same time.")] = 1,
+    kv_dtype: Annotated[str, typer.Option(help="Dtype of the KV cache: `auto` (the model's) or `fp8`.")] = "auto",
     utilization: Annotated[float, typer.Option(help="Share of a GPU's memory that the engine takes.")] = 0.9,
-    text_only: Annotated[bool, typer.Option("--text-only", help="Without vision and audio encoders.")] = False,
+    text_only: Annotated[bool, typer.Option("--text-only", help="Count no vision or audio encoder.")] = False,
     json: Json = False,
 ) -> None:
-    """Say whether a checkpoint fits the GPUs, how far they reach, and what to change if not. Reads headers only.
+    """Say whether a checkpoint fits the GPUs, how long a context they hold, and what to change if not.
 
-    Counts what vLLM allocates: weights, rotary tables, KV cache; estimates what it measures when it starts. Exits with
-    52 if it does not fit.
+    Reads headers only. Counts the weights, rotary tables and KV cache that vLLM allocates; estimates the memory that
+    vLLM measures at its start. Exits with 52 if the checkpoint does not fit.
     """
     from w8a8.cli.tables import show_fit
     from w8a8.errors import DoesNotFitError
@@ -74,12 +74,13 @@ Examples:
 def serve(
     checkpoint: Annotated[str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]`.")],
     vllm_args: Annotated[
-        list[str] | None, typer.Argument(metavar="-- VLLM ARGS", help="Passed to vLLM as they are; they win.")
+        list[str] | None,
+        typer.Argument(metavar="-- VLLM ARGS", help="Passed to vLLM unchanged; they win over this tool's own."),
     ] = None,
     engine: Annotated[
         str,
         typer.Option(
-            help="`auto`, `transformers` or `vllm`. auto: vLLM where it is installed and has a device it can use.",
+            help="`auto`, `transformers` or `vllm`. auto: vLLM if it is installed and has a device, else transformers.",
             autocompletion=engines,
         ),
     ] = "auto",
@@ -89,7 +90,7 @@ def serve(
         str | None,
         typer.Option(
             envvar=["W8A8_API_KEY", "VLLM_API_KEY"],
-            help="Key that requests must carry. Better in the environment: arguments can be read by others.",
+            help="Key that requests must carry. Safer in the environment: other users can read arguments.",
         ),
     ] = None,
     max_model_len: Annotated[
@@ -109,15 +110,15 @@ def serve(
         bool, typer.Option("--trust-remote-code", help="Let vLLM run code that comes with the checkpoint.")
     ] = False,
     describe: Annotated[
-        str | None, typer.Option(metavar="GPUS", help="With --dry-run: for these GPUs, as in `4x24GiB:gfx1100`.")
+        str | None, typer.Option(metavar="GPUS", help="With --dry-run: plan for these GPUs, such as `4x24GiB:gfx1100`.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the exact command; start nothing.")] = False,
     json: Json = False,
 ) -> None:
     """Serve a checkpoint over an OpenAI-compatible API, with vLLM or with transformers and this tool's INT8 layers.
 
-    What can be checked is checked before minutes of loading. Says when it is ready and how to call it; Ctrl-C or
-    SIGTERM ends all it started.
+    Checks port, packages, scheme and memory before minutes of loading. Says when it is ready and how to call it;
+    Ctrl-C or SIGTERM ends all it started.
     """
     from w8a8.cli.tables import show_command, show_ready, show_start
     from w8a8.machine import describe as describe_
@@ -162,21 +163,25 @@ def chat(
         str, typer.Argument(metavar="CKPT|URL", help="Folder, Hub id, or address of an OpenAI-compatible server.")
     ],
     prompt: Annotated[
-        str | None, typer.Option(help="Print the answer to this, and end.", show_default="standard input, if piped")
+        str | None,
+        typer.Option(help="Print the answer to this prompt, and end.", show_default="standard input, if piped"),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Image to send with the first message. Repeatable.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of an answer.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 always takes the likeliest token.")] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's key.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Limit of an answer, in tokens.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's API key.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Chat with a model in the terminal: a checkpoint, served for as long, or a server that runs already.
+    """Chat in the terminal with a checkpoint (served while you chat) or with a running server.
 
     Without a terminal, or with --prompt or --json, prints one answer and ends.
     """
-    from w8a8.serve.chat import Settings, connected, converse, data_url, once, piped
+    from w8a8.serve.chat import Settings, connected, data_url
+    from w8a8.serve.chat_screen import converse, once, piped
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)

@@ -1,4 +1,4 @@
-"""Running a W8A8 checkpoint: importing this module teaches transformers to load one.
+"""Run a W8A8 checkpoint: importing this module teaches transformers to load one.
 
 >>> import w8a8.runtime
 >>> model = AutoModelForCausalLM.from_pretrained("gemma-3-270m-W8A8")

@@ -1,6 +1,6 @@
 """The W8A8 linear layer: INT8 weights, one scale per output channel; INT8 activations, one scale per token.
 
-What it computes, for a token x [in] and an output channel w [in] with scale s, is what vLLM's kernels do
+For a token x [in] and an output channel w [in] with scale s it computes the same as vLLM's kernels
 (`csrc/quantization/w8a8/int8/scaled_quant.cu` and the epilogue of its CUTLASS INT8 matmul):
 
     amax  = max(|x|, FLOOR)                  FP32, whatever the dtype of x
@@ -12,9 +12,9 @@ What it computes, for a token x [in] and an output channel w [in] with scale s, 
 token whose values are all subnormal comes out near zero instead of as garbage. A token that holds NaN or infinity
 comes out as NaN, all of it, and alone.
 
-The weight is kept as it lies in the checkpoint, INT8 [out, in] row by row, and nothing else is kept of it. On a CPU
-one call of `w8a8.kernels.cpu.int8` does all of the above; on a GPU two of Triton's do, from `w8a8.kernels`; elsewhere,
-and without Triton, it is composed of torch operators around `torch._int_mm`.
+The weight stays as stored in the checkpoint, INT8 [out, in] row by row, and no other copy of it is kept. On a CPU one
+call of `w8a8.kernels.cpu.int8` does all of the above; on a GPU two Triton kernels of `w8a8.kernels.gpu` do; elsewhere,
+and without Triton, torch operators around `torch._int_mm` do.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ from w8a8.kernels.cpu import int8 as int8_cpu
 from w8a8.kernels.cpu.int8 import FLOOR
 
 KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
-"""What a layer takes and gives, as `int8_cpu` calls it."""
+"""The dtypes of a layer's inputs and outputs, by their names in `int8_cpu`."""
 
 MAX_IN_FEATURES = (2**31 - 1) // (127 * 128)
 """Longer dot products could overflow INT32."""
@@ -51,7 +51,7 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
-        """Zero weights and scales of 1, to be loaded; `dtype` is the bias's. Raises ValueError for unusable sizes."""
+        """Make weights of 0 and scales of 1, to be loaded; `dtype` is the bias's. Raises ValueError for bad sizes."""
         super().__init__()
         if not 0 < in_features <= MAX_IN_FEATURES or out_features < 1:
             raise ValueError(f"no INT8 layer of {in_features} inputs (1 to {MAX_IN_FEATURES}), {out_features} outputs")
@@ -62,7 +62,7 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         self.bias = frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype; ValueError for anything else."""
+        """Map BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype. Raises ValueError for other input."""
         if x.dtype not in KINDS or x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected [..., {self.in_features}] of {[*KINDS]}, got {[*x.shape]} of {x.dtype}")
         if x.device.type == "cpu":
@@ -72,7 +72,7 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         return composed(x, self.weight, self.weight_scale, self.bias)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """Describe the layer for `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -85,7 +85,7 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
 
 
 def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer on a CPU, by `int8_cpu.linear` on torch's own threads: `x` [..., in] to [..., out]."""
+    """Compute the layer on a CPU, by `int8_cpu.linear` on torch's own threads: `x` [..., in] to [..., out]."""
     n, k = weight.shape
     x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
@@ -105,7 +105,7 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
 
 
 def by_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer on a GPU, by Triton's kernels: `x` [..., in] to [..., out]."""
+    """Compute the layer on a GPU, by Triton's kernels: `x` [..., in] to [..., out]."""
     from w8a8.kernels.gpu.int8 import scaled_int8_mm
     from w8a8.kernels.gpu.quantize import quantize_per_token
 
@@ -115,7 +115,7 @@ def by_triton(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | No
 
 
 def composed(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The layer as a composition of torch operators, for any device: `x` [..., in] to [..., out]."""
+    """Compute the layer with torch operators alone, on any device: `x` [..., in] to [..., out]."""
     codes, scale = quantize_tokens(x.detach().reshape(-1, weight.shape[1]))
     # CUDA's int8 matmul takes more than 16 tokens, and multiples of 8.
     acc = padded_int_mm(codes, weight, tokens=32, multiple=8) if x.is_cuda else padded_int_mm(codes, weight)
@@ -126,7 +126,7 @@ def composed(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | Non
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes int8 [tokens, in] and scales float32 [tokens, 1] of `x` [tokens, in]."""
+    """Quantize `x` [tokens, in] per token: codes int8 [tokens, in] and scales float32 [tokens, 1]."""
     x = x.float()
     amax = x.abs().amax(dim=1, keepdim=True).clamp_(min=FLOOR)
     largest = torch.full_like(amax, 127)  # a tensor: torch may turn division by or of a number into something else
@@ -136,7 +136,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def padded_int_mm(codes: Tensor, weight: Tensor, tokens: int = 1, multiple: int = 1) -> Tensor:
-    """`codes` [tokens, in] x `weight` [out, in] -> int32 [tokens, out], by way of shapes that `torch._int_mm` takes."""
+    """Multiply `codes` [tokens, in] by `weight` [out, in] to int32 [tokens, out], in shapes `torch._int_mm` takes."""
     m, n = codes.shape[0], weight.shape[0]
     more_in, more_out = -codes.shape[1] % multiple, -n % multiple
     codes = nn.functional.pad(codes, (0, more_in, 0, max(tokens - m, 0)))
@@ -145,13 +145,13 @@ def padded_int_mm(codes: Tensor, weight: Tensor, tokens: int = 1, multiple: int 
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A parameter for inference: it has no gradient."""
+    """Make a parameter for inference, without gradient."""
     return nn.Parameter(tensor, requires_grad=False)
 
 
 @cache
 def _openmp_fork() -> int:
-    """Address of `GOMP_parallel` in the OpenMP runtime that torch is linked with; 0 where it has none by that name."""
+    """Find `GOMP_parallel` in the OpenMP runtime that torch is linked with; 0 where it has none by that name."""
     try:
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0
     except (AttributeError, OSError):

@@ -2,10 +2,10 @@
 
 transformers picks a quantizer by the `quant_method` of config.json, and its own for "quark" and "compressed-tensors"
 insist on those packages. `register` puts a choice in their place: a config that declares INT8 W8A8 is loaded here, any
-other one goes where it went before.
+other one by transformers as before.
 
-Which layers are quantized is read from the shards' headers, not from the config's exclude list: a module whose weight
-is stored as I8 is one. File names become module names by transformers' own renamings.
+The shards' headers tell which layers are quantized, not the config's exclude list: a module whose weight is stored as
+I8 is one. Tensor names become module names by transformers' own renamings.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,23 +29,23 @@ from w8a8.formats import detect
 from w8a8.runtime.linear import W8A8Linear
 
 PACKAGES = {"quark": ("quark", "amd-quark"), "compressed-tensors": ("compressed_tensors", "compressed-tensors")}
-"""Of each format: the module and the distribution transformers' own quantizer needs."""
+"""Format -> the module and the distribution that transformers' own quantizer needs."""
 
 
 class W8A8Config(QuantizationConfigMixin):  # type: ignore[misc]
-    """The `quantization_config` of a W8A8 checkpoint, kept as it was declared."""
+    """The `quantization_config` of a W8A8 checkpoint, kept as declared."""
 
     def __init__(self, **declared: Any) -> None:
         self.declared = declared
         self.quant_method = declared["quant_method"]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the checkpoint's config.json says."""
+        """Return the entry of config.json."""
         return dict(self.declared)
 
 
 class W8A8Quantizer(HfQuantizer):  # type: ignore[misc]
-    """Replaces the linear layers that are stored as INT8 by `W8A8Linear`, before their weights are loaded."""
+    """Replace the linear layers that are stored as INT8 by `W8A8Linear`, before their weights are loaded."""
 
     requires_calibration = True
 
@@ -60,17 +60,17 @@ class W8A8Quantizer(HfQuantizer):  # type: ignore[misc]
                 layer.weight_scale = _parameter(layer.weight_scale.reshape(-1))
 
     def is_serializable(self) -> bool:
-        """Always False: checkpoints are written by `w8a8.quantize`."""
+        """Return False: checkpoints are written by `w8a8.quantize`."""
         return False
 
     @property
     def is_trainable(self) -> bool:
-        """Always False: codes have no gradient."""
+        """False: codes have no gradient."""
         return False
 
 
 def register() -> None:
-    """Make transformers load W8A8 checkpoints of both formats with `W8A8Linear`. Doing it twice changes nothing."""
+    """Make transformers load W8A8 checkpoints of both formats with `W8A8Linear`. A second call changes nothing."""
     for method in PACKAGES:
         config_class, quantizer_class = (
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[method],
@@ -83,7 +83,7 @@ def register() -> None:
 
 
 class _Chosen:
-    """Stands in for a config class: W8A8 becomes a `W8A8Config`, anything else the class that stood there."""
+    """A choice in place of a config class: W8A8 becomes a `W8A8Config`, anything else the class that stood there."""
 
     otherwise: type[Any]
 
@@ -96,7 +96,7 @@ class _Chosen:
         if find_spec(module) is None:
             raise UnsupportedSchemeError(
                 f"the checkpoint is quantized as {scheme.summary}; w8a8 runs INT8 W8A8 only. transformers loads it "
-                f"with the package {package} (pip install {package}), and vLLM as it is"
+                f"with the package {package} (pip install {package}), vLLM without it"
             )
         return cls.otherwise.from_dict(declared, **kwargs)
 
@@ -122,7 +122,7 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> dict[str, T
 
 
 def _named_as_in(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> dict[str, TensorSpec]:
-    """The tensors of the files by the names they have in the model, as transformers' loader renames them."""
+    """Map the files' tensors to their names in the model, as transformers' loader renames them."""
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]

@@ -1,10 +1,9 @@
-"""A checkpoint as a model of which one decoder layer at a time has weights.
+"""A checkpoint as a model in which one decoder layer at a time has weights.
 
-The model is transformers' own, built without weights. What surrounds the layers is loaded for good, but for the
-embedding, of which only the rows of the tokens at hand are read, and the head, which is loaded when asked for. The
-layers have a stand-in for their `forward` that notes what the model's own `forward` calls it with (masks, rotary
-tables) and lets the states through unchanged; so one reading of a sample by the hollow model tells everything that
-is needed to call the real layers one after another.
+The model is transformers' own, built without weights. The modules around the layers are loaded for good, with two
+exceptions: the embedding, whose rows are read as tokens need them, and the head, which is loaded on request. A layer's
+`forward` is replaced by one that notes its arguments (masks, rotary tables) and returns the states unchanged. So one
+reading of a sample by the hollow model gives all the arguments that the real layers need, to run one after another.
 """
 
 import inspect
@@ -23,9 +22,10 @@ from w8a8.errors import UnsupportedModelError
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
 from w8a8.runtime.quantizer import fit_to
+from w8a8.sources.rows import rows
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
-"""Of what the tensors of such a model may be."""
+"""The dtypes that the tensors of a streamed model may have."""
 
 
 class StreamedModel:
@@ -36,6 +36,7 @@ class StreamedModel:
 
     def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
         """Build it in `dtype`, by default that of the checkpoint. Raises EngineError or UnsupportedModelError."""
+        # 1) The model without weights, which must be a stack of layers that can be run one at a time.
         self.name, self._checkpoint = name, checkpoint
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _hollow(name, checkpoint, dtype)
@@ -49,6 +50,8 @@ class StreamedModel:
         self._layers: Any = layers
         if getattr(decoder.config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
+
+        # 2) Layers that note their arguments, and the weights around them.
         places = {id(module): place for place, module in self.model.named_modules()}
         self._prefix = places[id(self._layers)]
         self._calls: list[tuple[Tensor, dict[str, Any]]] = []
@@ -58,21 +61,21 @@ class StreamedModel:
 
     @property
     def folder(self) -> Path:
-        """Where the checkpoint lies."""
+        """The checkpoint's folder."""
         return self._checkpoint.path
 
     @property
     def count(self) -> int:
-        """How many decoder layers there are."""
+        """The number of decoder layers."""
         return len(self._layers)
 
     def tensor(self, layer: int, name: str) -> TensorSpec:
-        """The tensor of the file that is `name` inside the `layer`th decoder layer."""
+        """Find the file's tensor that is `name` inside the `layer`th decoder layer."""
         return self._named[f"{self._prefix}.{layer}.{name}"]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
-        """The states [1, tokens, hidden] that enter the first layer, and what each layer's `forward` takes besides."""
+        """Return the states [1, tokens, hidden] that enter the first layer, and each layer's other arguments."""
         self._calls.clear()
         try:
             self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
@@ -83,9 +86,9 @@ class StreamedModel:
         return self._calls[0][0], [kwargs for _, kwargs in self._calls]
 
     def embed_all(self, samples: Iterable[Sequence[int]], kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
-        """The states that enter the first layer, of each sample.
+        """Yield the states that enter the first layer, for each sample.
 
-        Raises UnsupportedModelError where the layers are told something besides that is not `kwargs` for all samples.
+        Raises UnsupportedModelError where the layers' other arguments are not `kwargs` for all samples.
         """
         for sample in samples:
             states, own = self.embed(sample)
@@ -94,13 +97,13 @@ class StreamedModel:
             yield states
 
     def hollow(self, number: int) -> nn.Module:
-        """The `number`th layer without weights."""
+        """Return the `number`th layer without weights."""
         found: nn.Module = self._layers[number]
         return found
 
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
-        """The `number`th layer with its weights, in evaluation mode, for as long as the context lasts."""
+        """Give the `number`th layer its weights, in evaluation mode, until the context ends."""
         layer = self._layers[number]
         hollow = layer.state_dict()
         tensors = {name: self._read(f"{self._prefix}.{number}.{name}", value) for name, value in hollow.items()}
@@ -113,13 +116,13 @@ class StreamedModel:
             self._hollow_out(layer)
 
     def fill_head(self) -> None:
-        """Load what turns the last layer's states into logits."""
+        """Load the head, which turns the last layer's states into logits."""
         head = self.model.get_output_embeddings()
         for name, value in head.state_dict().items():
             setattr(head, name, frozen(self._read(self._head_tensor(name), value)))
 
     def head_rows(self, rows: int) -> Iterator[Tensor]:
-        """The head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
+        """Yield the head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
         dtype, spec = self.model.get_output_embeddings().weight.dtype, self._named[self._head_tensor("weight")]
         width = spec.nbytes // spec.shape[0]
         for start in range(0, spec.shape[0], rows):
@@ -128,14 +131,14 @@ class StreamedModel:
             yield self._tensor(data, spec, [end - start, *spec.shape[1:]], dtype)
 
     def _head_tensor(self, name: str) -> str:
-        """What `name` of the head is called; a head without a weight of its own has the embedding's."""
+        """Return the full name of the head's `name`; a head without a weight of its own has the embedding's."""
         head = self.model.get_output_embeddings()
         place = next(place for place, module in self.model.named_modules() if module is head)
         tied = name == "weight" and f"{place}.weight" not in self._named
         return self._embedding if tied else f"{place}.{name}"
 
     def last_states(self, states: Tensor) -> None:
-        """Let the hollow model read with `states` [1, tokens, hidden] as what its last layer gives."""
+        """Make `states` [1, tokens, hidden] the output of the hollow model's last layer in its next reading."""
         self._calls.clear()
         self._layers[-1].forward = lambda *_, **__: states
 
@@ -151,7 +154,7 @@ class StreamedModel:
         layer.forward = note
 
     def _fill_surroundings(self, decoder: nn.Module, place: str) -> None:
-        """Give the decoder all weights that are no layer's, but read the embedding's rows as they are needed."""
+        """Give the decoder all weights outside the layers, but read the embedding's rows as they are needed."""
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, p in self.model.named_parameters() if p is embedding.weight)
         spec = self._named.get(self._embedding)
@@ -168,17 +171,16 @@ class StreamedModel:
                 setattr(decoder.get_submodule(module), leaf, frozen(self._read(prefix + name, value)))
 
     def rows(self, spec: TensorSpec, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The given rows of a matrix of the file, as `dtype`."""
+        """Read the given rows of a matrix of the file, as `dtype`."""
         width = spec.nbytes // spec.shape[0]
         parts = [tensor_bytes(self.folder, spec, row * width, (row + 1) * width) for row in rows]
         return self._tensor(bytearray().join(parts), spec, [len(rows), *spec.shape[1:]], dtype)
 
     def _tensor(self, data: bytearray, spec: TensorSpec, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        values = torch.frombuffer(data, dtype=DTYPES[spec.dtype])
-        return values.reshape(shape).to(self.device, dtype)
+        return as_tensor(spec, data).reshape(shape).to(self.device, dtype)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
-        """The tensor called `name` in the model, in the dtype and shape of `like`."""
+        """Read the tensor called `name` in the model, in the dtype and shape of `like`."""
         spec = self._named.get(name)
         if spec is None or spec.dtype not in DTYPES or spec.numel != like.numel():
             found = "nothing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
@@ -196,8 +198,15 @@ def _same(one: Any, other: Any) -> bool:
     return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
 
 
+def as_tensor(spec: TensorSpec, data: bytearray) -> Tensor:
+    """View the stored bytes of whole rows of `spec` as a tensor of its dtype, without a copy."""
+    if spec.dtype == "I8":
+        return torch.frombuffer(data, dtype=torch.int8)
+    return torch.from_numpy(rows(spec, data)).view(DTYPES[spec.dtype])
+
+
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """What a decoder layer makes of `states` [samples, tokens, hidden]."""
+    """Run a decoder layer on `states` [samples, tokens, hidden]."""
     return states_of(layer(states, **kwargs))
 
 
@@ -213,7 +222,7 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
 
 
 def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) -> Any:
-    """A `forward` for `embedding` that reads no more of it than the rows it looks up."""
+    """Make a `forward` for `embedding` that reads only the rows it looks up."""
     hollow, embedding.padding_idx = embedding.weight, None
 
     def look_up(ids: Tensor) -> Tensor:
@@ -229,5 +238,5 @@ def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) ->
 
 
 def states_of(output: Any) -> Tensor:
-    """The states that a decoder layer gives: some give them in a tuple."""
+    """Return the states in a decoder layer's output, which some layers put into a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -1,1 +1,1 @@
-"""Starting an engine with the right settings for this machine, and talking to it."""
+"""Start an engine with the right settings for this machine, and talk to it."""

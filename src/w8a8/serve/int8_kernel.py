@@ -1,4 +1,4 @@
-"""Which INT8 kernel vLLM will run, said before anything is loaded, by the rules that the plugin itself goes by."""
+"""Say which INT8 kernel vLLM will run, before anything is loaded, by the plugin's own rules."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ INSTALL = "pip install 'w8a8[vllm]' in vLLM's environment"
 
 
 def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | None:
-    """A sentence on the kernel of INT8 layers on `gpus` (none: on a CPU); None if they are not all of one known kind.
+    """Name the kernel of INT8 layers on `gpus` (none: on a CPU); None if they are not all of one known kind.
 
     `found` is the vLLM that will run, None where GPUs are only described; `backend` is its `--linear-backend`.
     """
@@ -39,7 +39,7 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
 
 
 def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:
-    """Why the plugin will not be active in `found`, empty if it will."""
+    """Say why the plugin will not be active in `found`; empty if it will."""
     if not found.plugin:
         return f"is not installed: {INSTALL}"
     if not known(found.version):
@@ -52,7 +52,7 @@ def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:
 
 
 def _with_warning(kernel: str, arch: str) -> str:
-    """vLLM's own `kernel`, and what would happen without the flag for it, which `serve` adds."""
+    """Name vLLM's own `kernel`, and warn where vLLM dies without the flag for it, which `serve` adds."""
     if not cutlass_fails(arch):
         return NAMES[kernel]
     return (

@@ -1,4 +1,4 @@
-"""An engine in a process of its own: started, heard, waited for, and stopped with everything it forked.
+"""An engine in a process of its own: start it, hand on its output, wait for it, stop it with everything it forked.
 
 The engine leads a session of its own, so that a terminal's Ctrl-C reaches this process alone, which then stops the
 engine in order: SIGTERM to its first process, which ends its workers, and after a while SIGKILL to whatever is left of
@@ -21,10 +21,10 @@ from typing import IO, NoReturn
 from w8a8.errors import EngineError, MissingExtraError
 
 GRACE_SECONDS = 20
-"""How long an engine may take to end by itself."""
+"""Time for an engine to end by itself."""
 
 LOADING_GRACE_SECONDS = 3
-"""The same while it loads: there is nothing to finish yet, and vLLM would load on to the end first."""
+"""The same while it loads: it has nothing to finish yet, and vLLM would first load to the end."""
 
 _GUARD = f"""
 import os, signal, sys, time
@@ -48,7 +48,7 @@ class Engine:
     """A running engine; `running` makes one."""
 
     def __init__(self, argv: Sequence[str], environment: Mapping[str, str], log: IO[bytes] | None = None) -> None:
-        """Start `argv` with this process's environment and `environment` on top; what it says goes to `log`."""
+        """Start `argv` with this process's environment and `environment` on top; its output goes to `log`."""
         self._log = log
         self._started = time.monotonic()
         self._grace = LOADING_GRACE_SECONDS
@@ -74,12 +74,12 @@ class Engine:
         return time.monotonic() - self._started
 
     def wait(self) -> NoReturn:
-        """Stay with it: it does not end unless it fails. Raises `EngineError`."""
+        """Wait for its end, which is a failure. Raises `EngineError`."""
         while True:
             self._wait(_POLL_SECONDS)
 
     def stop(self) -> None:
-        """End it and all it forked. An interrupt meanwhile (a second Ctrl-C) cuts the grace short."""
+        """End it and all it forked. Another interrupt (a second Ctrl-C) ends it without further grace."""
         try:
             with suppress(subprocess.TimeoutExpired):
                 self._process.terminate()
@@ -93,7 +93,7 @@ class Engine:
             self._listener.join(1)
 
     def _wait(self, seconds: float) -> None:
-        """Wait for some time; that it ends meanwhile is an error."""
+        """Wait for some time. Raises `EngineError` if it ends meanwhile."""
         with suppress(subprocess.TimeoutExpired):
             code = self._process.wait(seconds)
             self._listener.join(1)
@@ -103,7 +103,7 @@ class Engine:
             raise EngineError(f"the engine {how}; all it said is {where}. {said}")
 
     def _listen(self) -> None:
-        """Hand on what it says, to standard error unless there is a log, and keep the end of it."""
+        """Hand its output on, to standard error unless there is a log, and keep the end of it."""
         pipe = self._process.stdout
         assert pipe is not None
         while chunk := os.read(pipe.fileno(), 65536):
@@ -116,7 +116,7 @@ class Engine:
 
 @contextmanager
 def running(argv: Sequence[str], environment: Mapping[str, str], *, log: IO[bytes] | None = None) -> Iterator[Engine]:
-    """An engine that is stopped at the end, however that comes about. Raises `MissingExtraError`."""
+    """Start an engine, and stop it at the end, whatever the reason. Raises `MissingExtraError`."""
     try:
         engine = Engine(argv, environment, log)
     except OSError as error:
@@ -128,7 +128,7 @@ def running(argv: Sequence[str], environment: Mapping[str, str], *, log: IO[byte
 
 
 def telling(said: str) -> str:
-    """What of an engine's last words explains its end: its last errors, the cause first; else its last lines."""
+    """Say why an engine ended, by its own words: its last errors, the cause first; else its last lines."""
     lines = [line for line in _COLOUR.sub("", said).splitlines() if line.strip()]
     errors = [match[0] for line in lines if "WARNING" not in line and (match := _TELLING.search(line))]
     chosen = list(dict.fromkeys(errors))[-3:] or [line.strip() for line in lines[-3:]]

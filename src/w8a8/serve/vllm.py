@@ -1,8 +1,8 @@
-"""The command that starts vLLM, as a pure function of the GPUs and of what the user asked for.
+"""The command that starts vLLM, as a pure function of the GPUs and the user's options.
 
 Flags and rules are those of vLLM 0.32. Over several nodes each node holds a stage of the pipeline, split over its own
-GPUs, as vLLM's documentation on distributed serving lays it out. What a user passes on stands last in the command, so
-that it wins, and what it says is not said by us before it.
+GPUs, as vLLM's documentation on distributed serving lays it out. Arguments that the user passes on stand last in the
+command, so that they win, and a flag among them is not set by us as well.
 """
 
 import shlex
@@ -13,17 +13,17 @@ from w8a8.machine import Gpu
 from w8a8.vllm_plugin.rule import cutlass_fails
 
 TEXT_ONLY = '{"image":0,"audio":0,"video":0}'
-"""`--limit-mm-per-prompt` of a server for text alone: no encoder is loaded. A model without encoders ignores it."""
+"""`--limit-mm-per-prompt` for text alone: vLLM loads no encoder. A model without encoders ignores it."""
 
 PORT = 8000
-"""What vLLM listens on unless told otherwise."""
+"""The port vLLM listens on unless told otherwise."""
 
 _SHORT = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What the user may decide; `extra` goes to vLLM as it is. `gpu_memory_utilization` is a share of each GPU."""
+    """The user's choices; `extra` goes to vLLM unchanged. `gpu_memory_utilization` is a share of each GPU."""
 
     host: str = "127.0.0.1"
     port: int = PORT
@@ -46,7 +46,7 @@ def command(
     revision: str | None = None,
     int8: bool = False,
 ) -> list[str]:
-    """`vllm serve MODEL ...` for a model split over `gpus`, those of each node; none means a CPU.
+    """Return `vllm serve MODEL ...` for a model split over `gpus`, those of each node; none means a CPU.
 
     `context` is the longest request in tokens. On a CPU `kv_cache_bytes` is the KV cache's size: there vLLM takes its
     memory utilization as a share of all RAM, and does not start if others have taken part of that. `int8`: whether the
@@ -82,7 +82,7 @@ def _flags(
         yield "--limit-mm-per-prompt", TEXT_ONLY
     if options.trust_remote_code:
         yield ("--trust-remote-code",)
-    # Of vLLM's INT8 kernels AITER's are for the Instinct line only, and CUTLASS's end with Hopper.
+    # vLLM's INT8 kernels of AITER are for the Instinct line only, and those of CUTLASS end with Hopper.
     if any(gpu.is_rdna or (int8 and cutlass_fails(gpu.arch)) for gpu in gpus):
         yield "--linear-backend", "triton"
     if revision:
@@ -93,7 +93,7 @@ def _flags(
 
 
 def given(extra: Sequence[str]) -> dict[str, str]:
-    """The flags among vLLM's arguments, spelled in full, each with the first word of its value."""
+    """Find the flags among vLLM's arguments, spelled in full, each with the first word of its value."""
     found = {}
     for word, following in zip(extra, (*extra[1:], "-"), strict=False):
         if word.startswith("-"):
@@ -104,7 +104,7 @@ def given(extra: Sequence[str]) -> dict[str, str]:
 
 
 def shell(argv: Sequence[str]) -> str:
-    """`argv` as it would be typed: quoted for a shell, a flag and its values to a line."""
+    """Quote `argv` for a shell, with a line for each flag and its values."""
     lines: list[list[str]] = [[]]
     for word in argv:
         if word.startswith("-"):
