@@ -28,7 +28,7 @@ def load_tokenizer(name: str, folder: Path) -> Any:
 def load_model(name: str, folder: Path, dtype: str = "auto") -> Any:
     """Load the whole model onto the devices there are, in evaluation mode, to compute in `dtype` ("auto": as stored).
 
-    Raises EngineError, or what is wrong with the checkpoint.
+    Raises EngineError, or the checkpoint's own error.
     """
     quiet()
     with engine_errors(f"{name}: transformers cannot load it"):

@@ -93,7 +93,7 @@ class StreamedModel:
         for sample in samples:
             states, own = self.embed(sample)
             if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
-                raise UnsupportedModelError(f"{self.name}: its layers read more of a token than its states")
+                raise UnsupportedModelError(f"{self.name}: its layers read other values of a token besides its state")
             yield states
 
     def hollow(self, number: int) -> nn.Module:

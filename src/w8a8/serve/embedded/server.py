@@ -54,8 +54,8 @@ def run(
     """Serve the checkpoint in `folder` as the model named `checkpoint`, until a signal ends it.
 
     `ready(checkpoint)` is called when requests can be answered. `max_model_len` is the context in tokens; without it,
-    8192 or the model's own limit, whichever is less. Raises PortInUseError at once; EngineError, or what is wrong with
-    the checkpoint, when it cannot be loaded. A signal is raised again after everything was stopped.
+    8192 or the model's own limit, whichever is less. Raises PortInUseError at once; EngineError, or the checkpoint's
+    own error, when it cannot be loaded. A signal is raised again after everything was stopped.
     """
     with bound(host, port) as listener:
         server = _load(checkpoint, folder, api_key, lambda: ready(checkpoint), max_model_len)
