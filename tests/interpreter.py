@@ -35,7 +35,7 @@ def _begin() -> None:
     convert = interpreter._convert_float
 
     def as_gpus_do(data: Any, source: Any, target: Any, mode: Any) -> Any:
-        """The interpreter cuts off what becomes BF16, where GPUs round, and gets BF16's subnormals wrong."""
+        """Round to BF16 as GPUs do: the interpreter truncates, and gets BF16's subnormals wrong."""
         if (source.name, target.name) == ("fp32", "bf16"):
             return torch.from_numpy(data.view(np.float32)).bfloat16().view(torch.uint16).numpy()
         if (source.name, target.name) == ("bf16", "fp32"):

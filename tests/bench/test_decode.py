@@ -1,4 +1,4 @@
-"""`w8a8 bench decode`, on a Gemma 4 of tiny layers: its twins, what they share, and what is reported of them."""
+"""`w8a8 bench decode`, on a Gemma 4 of tiny layers: its twins, what they share, and the reported numbers."""
 
 import json
 from io import StringIO

@@ -3,7 +3,6 @@
 import json
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,13 +11,11 @@ from typer.testing import CliRunner
 
 from tests.engines.conftest import vllm_python  # noqa: F401
 from tests.interpreter import Interpreted
-from w8a8.bench import contenders, gemm
-from w8a8.bench.contest import HostClock, race
+from w8a8.bench import gemm
+from w8a8.bench.contest import HostClock
 from w8a8.bench.gemm import GemmResult, GemmRow, QuantizeRow, shapes, show
-from w8a8.bench.tuning import candidates
 from w8a8.cli import app
-from w8a8.errors import NoDeviceError, SelfCheckError
-from w8a8.kernels.gpu import tiles
+from w8a8.errors import NoDeviceError
 from w8a8.kernels.gpu.tiles import Tile
 
 
@@ -89,32 +86,6 @@ def test_tuning_stores_what_the_kernels_then_take(interpreted: Interpreted, tmp_
     assert {row.tile for row in result.rows} <= {"16x32x32", "16x16x64 swap"}
 
 
-def test_a_result_that_is_off_by_its_last_bit_is_not_timed() -> None:
-    expected = torch.randn(3, 16).bfloat16()
-    more = torch.cat([expected, torch.zeros(2, 16).bfloat16()])
-    contenders.check(more, expected, "ours")
-    off = more.clone()
-    off[2, 5] *= 1 + 2**-7
-    with pytest.raises(SelfCheckError, match="ours result is wrong"):
-        contenders.check(off, expected, "ours")
-    contenders.check(off, expected, "another's", rtol=2**-6)
-
-
-def test_contenders_take_turns_and_the_first_round_does_not_count() -> None:
-    class Counting:
-        def __init__(self) -> None:
-            self.calls: list[str] = []
-
-        def ms(self, work: Any) -> float:
-            work()
-            return float(len(self.calls))
-
-    clock = Counting()
-    times = race({name: lambda name=name: clock.calls.append(name) for name in "ab"}, clock, 3)  # type: ignore[misc]
-    assert "".join(clock.calls) == "abababab"
-    assert times == {"a": (3.0, 5.0, 7.0), "b": (4.0, 6.0, 8.0)}
-
-
 def test_figures_follow_from_the_medians() -> None:
     row = GemmRow(4, 1000, 2000, "t", {"w8a8": (3.0, 1.0, 2.0), "vllm": (4.0, 4.0, 4.0)})
     values = row.to_dict()
@@ -134,22 +105,6 @@ def test_shapes_are_the_models_and_their_shares() -> None:
     assert (21504, 5376) in shapes((2,))
     assert (5376, 21504 // 4) in shapes((4,))
     assert len(shapes()) == len(set(shapes()))
-
-
-@pytest.mark.parametrize("arch", ["gfx1100", "gfx942", "sm_90", "sm_120"])
-@pytest.mark.parametrize("tokens", [1, 64, 4096])
-def test_tuning_tries_the_shipped_tile_and_its_neighbours(arch: str, tokens: int) -> None:
-    tried = candidates(arch, tokens, 5376, 21504)
-    assert tried[0] == tiles.shipped(arch, tokens, 5376, 21504)
-    assert 15 <= len(tried) == len(set(tried)) <= 80
-
-
-def test_cutlass_is_vllms_choice_only_where_it_has_int8() -> None:
-    """A tuning that could not time vLLM's own choice must not say that ours is faster than it."""
-    assert [arch for arch in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx1100") if contenders.takes_cutlass(arch)] == [
-        "sm_80",
-        "sm_90",
-    ]
 
 
 def test_without_a_gpu_the_command_says_what_to_do() -> None:

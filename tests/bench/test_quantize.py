@@ -23,7 +23,7 @@ ROWS = [
 
 
 def bench(folder: Path) -> tuple[dict[str, Any], str]:
-    """The smallest bench there is, one run of each: its JSON result, and what it said meanwhile."""
+    """Run the smallest bench, one run of each contender; return its JSON result and its notices."""
     command = ["bench", "quantize", "--gib", "0.1", "--runs", "1", "--dir", str(folder), "--json"]
     done = subprocess.run([sys.executable, "-m", "w8a8", *command], capture_output=True, text=True, check=True)
     return json.loads(done.stdout), done.stderr

@@ -1,4 +1,4 @@
-"""The rule by which a kernel is placed, and by which `serve` says what runs: it needs neither torch nor vLLM."""
+"""The rule that places a kernel, and tells `serve` which one runs: it needs neither torch nor vLLM."""
 
 import subprocess
 import sys

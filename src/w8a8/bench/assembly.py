@@ -23,9 +23,9 @@ _NVIDIA_LOAD = re.compile(r"(?:LDG|LDGSTS)\.E(?:\.(?!U8|S8|U16|S16)[A-Z]\w*)*(?:
 class Loop:
     """One compiled kernel's inner loop, and the resources that the kernel takes.
 
-    `instruction` is its matrix instruction, of which `matrix` stand among the loop's `instructions`; `load_bits` per
-    lane of the narrowest load; `registers` a lane and `shared` bytes; `waves` and `spills` as in `bench compile`'s
-    table; `cycles` of one pass, None where no analyzer has a model of the GPU.
+    `instruction` is its matrix instruction; `matrix` counts those, `instructions` counts all. `load_bits` are the bits
+    per lane of the narrowest load; `registers` are per lane, `shared` is in bytes; `waves` and `spills` are those of
+    `bench compile`'s table; `cycles` are those of one pass, None where no analyzer has a model of the GPU.
     """
 
     instruction: str

@@ -96,7 +96,7 @@ class QuantizeRow:
 
 @dataclass(frozen=True, slots=True)
 class GemmResult:
-    """All measurements, the GPU and the versions; `copy_gb_s` is what a large copy reads and writes."""
+    """All measurements, the GPU and the versions; `copy_gb_s` is the speed of a large copy, read and written."""
 
     device: str
     arch: str
@@ -125,8 +125,8 @@ def find_device() -> torch.device:
     """Return the GPU. Raises NoDeviceError where torch sees none."""
     if not torch.cuda.is_available():
         raise NoDeviceError(
-            f"torch {torch.__version__} sees no GPU, so there is nothing to time; `w8a8 bench compile` shows what the "
-            "kernels compile to without one"
+            f"torch {torch.__version__} sees no GPU, so there is nothing to time; `w8a8 bench compile` needs none and "
+            "shows the compiled kernels"
         )
     return torch.device("cuda", torch.cuda.current_device())
 

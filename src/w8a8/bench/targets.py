@@ -39,7 +39,7 @@ _CDNA3 = Machine(64, 512, 8, 8, 64 << 10, 4, 64 << 10)
 
 
 def _sm(shared: int, warps: int) -> Machine:
-    """Describe a streaming multiprocessor with `shared` KiB, 1 of which each block takes for the system."""
+    """Describe a streaming multiprocessor with `shared` KiB of shared memory, 1 KiB of it kept from every block."""
     return Machine(32, 512, 8, warps // 4, shared << 10, 4, (shared - 1) << 10)
 
 

@@ -13,6 +13,7 @@ Vllm = Annotated[
         "--vllm", help="Folder or Python with a vLLM to compare with.", show_default="this environment's, if any"
     ),
 ]
+Runs = Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")]
 Peers = Annotated[
     bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14, in environments built here.")
 ]
@@ -30,7 +31,7 @@ Examples:
 )
 def bench_quantize(
     gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
-    runs: Annotated[int, typer.Option(min=1, help="Runs of each contender, by turns; medians are shown.")] = 5,
+    runs: Runs = 5,
     peers: Peers = False,
     folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
         ".cache/bench"
@@ -56,7 +57,7 @@ Examples:
 """,
 )
 def bench_linear(
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 15,
+    runs: Runs = 15,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -106,7 +107,7 @@ Examples:
 """,
 )
 def bench_gemm(
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 20,
+    runs: Runs = 20,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="First find the fastest tiles for this GPU, and store them for all later runs."),
@@ -213,7 +214,7 @@ def bench_calibrate(
     layers: Annotated[int, typer.Option(min=2, help="Layers; the first one is not timed.")] = 3,
     samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate on.")] = 32,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens per sample.")] = 512,
-    runs: Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")] = 1,
+    runs: Runs = 1,
     folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs four times the layers' size.")] = Path(
         ".cache/bench/calibrate"
     ),

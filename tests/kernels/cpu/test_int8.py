@@ -39,7 +39,7 @@ def to_floats(bits: Bits, kind: str) -> Floats:
 
 
 def reference(x: Bits, weight: NDArray[np.int8], scale: Floats, bias: Floats | None, kind: str) -> Bits:
-    """What the layer is defined to compute: FP32 in the written order, integers without bound."""
+    """Compute the layer as it is defined: FP32 in the written order, integers without bound."""
     values = to_floats(x, kind)
     amax = np.maximum(np.abs(values).max(axis=1, keepdims=True), np.float32(FLOOR))
     finite = np.isfinite(amax)

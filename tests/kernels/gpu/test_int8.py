@@ -1,4 +1,4 @@
-"""The INT8 matrix product for GPUs, under Triton's interpreter: the same bits as integers give, whatever the tile."""
+"""The INT8 matrix product for GPUs, under Triton's interpreter: the bits that integers give, for every tile."""
 
 from dataclasses import replace
 

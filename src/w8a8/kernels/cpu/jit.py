@@ -22,7 +22,7 @@ def jit(**options: Any) -> Decorator:
 
 
 def c_function(signature: Any, function: Callable[..., Any]) -> Any:
-    """Compile `function` to a C function of Numba's `signature`; its `address` is what other code calls."""
+    """Compile `function` to a C function of Numba's `signature`; other code calls it at its `address`."""
     return _cached(numba.cfunc, function, signature)
 
 
