@@ -25,14 +25,18 @@ _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 @contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an `OSError` from writing `path` into `DiskFullError` or `UnwritableError`."""
+def disk_errors(path: Path, *, resumable: bool = True) -> Iterator[None]:
+    """Turn an `OSError` from writing `path` into `DiskFullError` or `UnwritableError`.
+
+    `resumable` says that the same command goes on behind what is finished.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            kept = ". What is finished is kept" if resumable else ""
             raise DiskFullError(
-                f"{path}: the disk is full. What is finished is kept; free some space and run the same command again"
+                f"{path}: the disk is full{kept}; free some space and run the same command again"
             ) from error
         raise UnwritableError(f"{path}: cannot be written ({error.strerror})") from error
 
@@ -43,7 +47,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises `DiskFullError` or `UnwritableError`, and leaves no temporary file behind.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path):
+    with disk_errors(path, resumable=False):
         try:
             with unfinished.open("wb") as file:
                 file.write(data)
