@@ -3,11 +3,11 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from w8a8.calibrate.setup import Setup
 from w8a8.checkpoint import read_header
 from w8a8.execute.shard import Finished
+from w8a8.formats.provenance import CalibrationRecord, CalibrationText, NormFold
 from w8a8.plan import Plan, module_name
 from w8a8.recipes.budget import Damage, choose_bf16
 from w8a8.recipes.layer import Gain
@@ -57,7 +57,7 @@ def finished_tensors(layers: Iterable[Path]) -> dict[str, Finished]:
     return {spec.name: Finished(path, spec) for path in layers for spec in read_header(path).tensors}
 
 
-def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Collection[str]) -> dict[str, Any]:
+def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Collection[str]) -> CalibrationRecord:
     """What `w8a8.json` says of the calibration: text, options, and the tensors that differ from rounding to nearest."""
     changed = sorted(d.tensor.name for d in plan.decisions if d.quantize and d.tensor.name in finished)
     folded = sorted(d.tensor.name for d in plan.decisions if not d.quantize and d.tensor.name in finished)
@@ -67,14 +67,14 @@ def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Col
             norm = setup.weight(number, group.producer).name if group.producer and group.kind == "norm" else ""
             if norm in folded:
                 into = [setup.weight(number, path).name for path in group.consumers]
-                norms.append({"name": norm, "offset": group.offset, "into": into})
-    return {
-        "text": {"name": setup.text.name, "sha256": setup.text.sha256},
-        "samples": len(setup.samples),
-        "tokens": setup.request.tokens,
-        "keep_bf16": setup.request.keep_bf16,
-        "kept": sorted(kept),
-        "changed": changed,
-        "folded": folded,
-        "norms": norms,
-    }
+                norms.append(NormFold(norm, group.offset, tuple(into)))
+    return CalibrationRecord(
+        text=CalibrationText(setup.text.name, setup.text.sha256),
+        samples=len(setup.samples),
+        tokens=setup.request.tokens,
+        keep_bf16=setup.request.keep_bf16,
+        kept=tuple(sorted(kept)),
+        changed=tuple(changed),
+        folded=tuple(folded),
+        norms=tuple(norms),
+    )
