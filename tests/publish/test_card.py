@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
@@ -492,6 +492,7 @@ HOSTILE = st.one_of(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
+@example(name=" ", architecture="x")
 @given(name=HOSTILE, architecture=HOSTILE)
 def test_names_are_shown_and_do_nothing_else(out: Path, name: str, architecture: str) -> None:
     from w8a8.terminal.wording import printable

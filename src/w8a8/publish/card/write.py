@@ -182,5 +182,9 @@ def _tied_head(inspection: Inspection) -> str:
 
 
 def _summary(modules: Sequence[str]) -> list[tuple[str, int]]:
-    """Names of `modules`, layer numbers replaced by a star, and how many each stands for."""
-    return list(Counter(re.sub(r"\.\d+(?=\.|$)", ".*", printable(name)) for name in modules).items())
+    """Names of `modules`, layer numbers replaced by a star, and how many each stands for.
+
+    A blank name is shown as such: an empty list item would make a heading of the line above.
+    """
+    names = (re.sub(r"\.\d+(?=\.|$)", ".*", printable(name).strip()) or "(blank)" for name in modules)
+    return list(Counter(names).items())
