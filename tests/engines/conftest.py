@@ -1,10 +1,16 @@
 """The real engines: stock vLLM in an environment of its own, built by scripts/make_vllm.py, and the embedded one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from _pytest.terminal import TerminalReporter
+
+from tests.engines.int8 import Int8Kernel
+from tests.engines.layers import LARGEST, MODULES, Tried, relative_error, tried_in_vllm
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
+INT8_KERNEL = pytest.StashKey[Int8Kernel]()
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +19,27 @@ def vllm_python() -> Path:
     if not (ENVIRONMENT / "ready").is_file():
         pytest.skip("there is no environment with vLLM; python scripts/make_vllm.py .venv-vllm builds one")
     return ENVIRONMENT / "bin" / "python"
+
+
+@pytest.fixture(scope="session")
+def vllm_layers(
+    gemma3_formats: Mapping[str, Path], vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Tried]:
+    """Layers of the real model and two of our own, tried on vLLM's INT8 kernel."""
+    return tried_in_vllm(gemma3_formats["quark"], vllm_python, tmp_path_factory.mktemp("layers"))
+
+
+@pytest.fixture(scope="session")
+def vllm_int8(vllm_layers: Mapping[str, Tried], pytestconfig: pytest.Config) -> Int8Kernel:
+    """What vLLM's INT8 kernel computes on this CPU; a line at the end of the test run says it too."""
+    kernel = Int8Kernel(
+        on_real_codes=max(relative_error(vllm_layers[name]) for name in MODULES),
+        on_largest_codes=relative_error(vllm_layers[LARGEST]),
+    )
+    pytestconfig.stash[INT8_KERNEL] = kernel
+    return kernel
+
+
+def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
+    if INT8_KERNEL in config.stash:
+        terminalreporter.line(str(config.stash[INT8_KERNEL]))

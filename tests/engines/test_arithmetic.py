@@ -1,60 +1,48 @@
-"""One layer on vLLM's INT8 kernel and on ours: the same codes, the same scales, the same sums.
+"""One layer on vLLM's INT8 kernel and on ours: equal codes, equal scales, and equal sums where vLLM's are exact.
 
 Whole models cannot be compared so closely: one code that rounds the other way because an activation differs in its last
 bit moves what follows by a whole quantization step, and after some layers by as much as quantizing moved it at all.
 """
 
-import subprocess
-from pathlib import Path
+from collections.abc import Mapping
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
-from w8a8.runtime.linear import W8A8Linear, quantize_tokens
-
-DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
+from tests.engines.int8 import Int8Kernel, computed, cpu_has_vnni, exact_sums, saturated_sums
+from tests.engines.layers import HARMLESS, LARGEST, MODULES, Tried
+from w8a8.runtime.linear import quantize_tokens
 
 
-@pytest.mark.parametrize("module", ["model.layers.5.mlp.down_proj", "model.layers.0.self_attn.q_proj"])
+@pytest.mark.parametrize("module", MODULES)
 def test_a_layer_of_the_real_model_computes_what_vllm_computes(
-    module: str, gemma3_formats: dict[str, Path], vllm_python: Path, tmp_path: Path
+    module: str, vllm_layers: Mapping[str, Tried], vllm_int8: Int8Kernel
 ) -> None:
-    layer = read_layer(gemma3_formats["quark"], module)
-    generator = torch.Generator().manual_seed(0)
-    inputs = {}
-    for dtype_name, dtype in DTYPES.items():
-        for tokens in (1, 2, 7, 40):
-            x = torch.randn(tokens, layer.in_features, generator=generator)
-            x[:, 3] *= 100  # an outlier channel, as real activations have
-            x *= torch.logspace(-3, 3, tokens)[:, None]
-            inputs[f"x.{dtype_name}.{tokens}"] = x.to(dtype)
-    save_file(
-        {**inputs, "weight": layer.weight.detach(), "weight_scale": layer.weight_scale.detach()},
-        tmp_path / "in.safetensors",
-    )
-    script = Path(__file__).with_name("vllm_linear.py")
-    subprocess.run([vllm_python, script, tmp_path / "in.safetensors", tmp_path / "out.safetensors"], check=True)
-    theirs = load_file(tmp_path / "out.safetensors")
-
-    for name, x in inputs.items():
-        _, _, key = name.partition(".")
+    tried = vllm_layers[module]
+    for name, x in tried.inputs.items():
+        theirs, y = tried.in_vllm[name], tried.layer(x)
         codes, scale = quantize_tokens(x)
-        assert torch.equal(codes, theirs[f"codes.{key}"]), name
-        assert torch.equal(scale.reshape(-1), theirs[f"scale.{key}"].reshape(-1)), name
+        assert torch.equal(codes, theirs.codes), name
+        assert torch.equal(scale.reshape(-1), theirs.scale.reshape(-1)), name
+        assert torch.equal(y, computed(exact_sums, tried.layer, x)), name
         # They scale in another order, so the last bits of FP32 may differ, and what that rounds to in BF16.
         torch.testing.assert_close(
-            layer(x), theirs[f"y.{key}"], rtol=1e-6 if x.dtype == torch.float32 else 2**-7, atol=0, msg=name
+            y if vllm_int8.exact else computed(vllm_int8.sums, tried.layer, x),
+            theirs.y,
+            rtol=1e-6 if x.dtype == torch.float32 else 2**-7,
+            atol=0,
+            msg=name,
         )
 
 
-def read_layer(checkpoint: Path, module: str) -> W8A8Linear:
-    for shard in checkpoint.glob("*.safetensors"):
-        with safe_open(shard, "pt") as file:
-            if f"{module}.weight" in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                weight, scale = file.get_tensor(f"{module}.weight"), file.get_tensor(f"{module}.weight_scale")
-                layer = W8A8Linear(weight.shape[1], weight.shape[0], bias=False)
-                layer.weight.data, layer.weight_scale.data = weight, scale
-                return layer
-    raise AssertionError(f"{module} is not in {checkpoint}")
+@pytest.mark.parametrize(("name", "saturates"), [(LARGEST, True), (HARMLESS, False)])
+def test_vllm_s_sums_saturate_only_on_cpus_without_vnni_and_only_with_large_weights(
+    name: str, saturates: bool, vllm_layers: Mapping[str, Tried], vllm_int8: Int8Kernel
+) -> None:
+    tried = vllm_layers[name]
+    (x,), (theirs,) = tried.inputs.values(), tried.in_vllm.values()
+    exact, saturated = (sums(theirs.codes, tried.layer.weight).float() for sums in (exact_sums, saturated_sums))
+    assert torch.equal(exact, saturated) != saturates
+    assert torch.equal(theirs.y, exact if cpu_has_vnni() else saturated)
+    assert torch.equal(tried.layer(x), exact)
+    assert vllm_int8.exact == cpu_has_vnni()

@@ -1,31 +1,39 @@
-"""Run inside vLLM's environment: its INT8 kernel for the CPU on one layer. `vllm_linear.py IN OUT`
+"""Run inside vLLM's environment: its INT8 kernel for the CPU on some layers. `vllm_linear.py IN OUT`
 
-IN holds `weight` int8 [out, in], `weight_scale` float32 [out], and inputs `x.*` [tokens, in]; OUT gets, of each of
-those, `codes.*` int8, `scale.*` float32 and `y.*` in the input's dtype.
+IN holds for each layer `LAYER/weight` int8 [out, in], `LAYER/weight_scale` float32 [out], and inputs `LAYER/x.*`
+[tokens, in]; OUT gets for each of those `LAYER/codes.*` int8, `LAYER/scale.*` float32 and `LAYER/y.*` in the input's
+dtype.
 """
 
 import sys
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from vllm import _custom_ops as ops
 
 FLAGS = (True, False, 32)
 """Dynamic activation scales, no zero points, a cache of 32 shapes: as its W8A8 layers pass them."""
 
 
+def computed(x: Tensor, weight: Tensor, weight_scale: Tensor) -> dict[str, Tensor]:
+    """Quantize per token, multiply, scale."""
+    layer = ops.create_onednn_scaled_mm(weight.t(), weight_scale.view(-1, 1), x.dtype, *FLAGS)
+    codes, scale, _ = ops.onednn_scaled_int8_quant(x, None, None, symmetric=True)
+    y = torch.empty(len(x), len(weight), dtype=x.dtype)
+    ops.onednn_scaled_mm(layer, codes, y, scale, None, None, None)
+    return {"codes": codes, "scale": scale, "y": y}
+
+
 def main(source: str, target: str) -> None:
-    """Quantize each input per token, multiply, scale."""
     tensors = load_file(source)
-    weight, scale = tensors.pop("weight"), tensors.pop("weight_scale")
-    results: dict[str, torch.Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name, x in tensors.items():
-        layer = ops.create_onednn_scaled_mm(weight.t(), scale.view(-1, 1), x.dtype, *FLAGS)
-        codes, token_scale, _ = ops.onednn_scaled_int8_quant(x, None, None, symmetric=True)
-        y = torch.empty(len(x), len(weight), dtype=x.dtype)
-        ops.onednn_scaled_mm(layer, codes, y, token_scale, None, None, None)
-        _, _, key = name.partition(".")
-        results |= {f"codes.{key}": codes, f"scale.{key}": token_scale, f"y.{key}": y}
+        layer, _, leaf = name.rpartition("/")
+        kind, _, key = leaf.partition(".")
+        if kind == "x":
+            found = computed(x, tensors[f"{layer}/weight"], tensors[f"{layer}/weight_scale"])
+            results |= {f"{layer}/{what}.{key}": tensor for what, tensor in found.items()}
     save_file(results, target)
 
 
