@@ -9,7 +9,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast, set_seed
 
-KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3")
+KINDS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "Glm4")
 WORDS = ["<s>", *"\n ", *string.ascii_letters, *string.digits, *".,:;'?!"]
 LOUD = 7
 """A channel of the states that is twenty times louder than others."""
@@ -29,8 +29,9 @@ _SHAPE: dict[str, Any] = {
 def make(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.bfloat16, **config: Any) -> Path:
     """Write the checkpoint of a small model, and its tokenizer, into `folder`."""
     set_seed(3)
-    head = {} if kind in {"Qwen2", "Olmo2"} else {"head_dim": 16}
-    values = {**_SHAPE, **head, **config}
+    head = {} if kind in {"Qwen2", "Olmo2", "Granite"} else {"head_dim": 16}
+    padding = {"pad_token_id": 0} if kind == "Glm4" else {}  # by default one of its own tokenizer's
+    values = {**_SHAPE, **head, **padding, **config}
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values)).to(dtype)
     model.model.embed_tokens.weight.data[:, LOUD] *= 20
     model.save_pretrained(folder, max_shard_size="100kB")

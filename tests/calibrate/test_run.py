@@ -239,8 +239,8 @@ def test_texts_and_models_that_do_not_go_together_are_refused(source: Path, tmp_
 
 
 def test_an_architecture_without_groups_is_refused(tmp_path: Path) -> None:
-    source = make(tmp_path / "olmo", "Olmo2")
-    with pytest.raises(UnsupportedModelError, match="no recipe knows the layers of olmo2"):
+    source = make(tmp_path / "granite", "Granite")
+    with pytest.raises(UnsupportedModelError, match="no recipe knows the layers of granite"):
         w8a8.quantize(source, tmp_path / "out", Options(recipe="auto", tokens=48))
 
 

@@ -82,10 +82,11 @@ def sizes(folder: str, ranks: int, context: int, text_only: bool = False, **opti
         block = kv_cache_utils._pool_bytes_per_block(config, groups)
         request = kv_cache_utils._max_memory_usage_bytes_from_groups(config, groups)
     state = model.state_dict(keep_vars=True)
-    kept = {
+    kept = {  # where vLLM runs transformers' own code, norms are no longer on the meta device
         id(t): t
         for n, t in state.items()
-        if t.is_meta and not n.endswith(("_k_scale", "_v_scale", "_q_scale", "_prob_scale", "weight_zero_point"))
+        if (t.is_meta or isinstance(t, torch.nn.Parameter))
+        and not n.endswith(("_k_scale", "_v_scale", "_q_scale", "_prob_scale", "weight_zero_point"))
     }
     tables = {id(t): t for n, t in model.named_buffers() if n.endswith("cos_sin_cache")}
     return {

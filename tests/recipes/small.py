@@ -40,8 +40,12 @@ CONFIGS: Mapping[str, Any] = {
         hidden_size_per_layer_input=0,
         layer_types=LAYER_TYPES,
     ),
+    "olmo2": lambda: transformers.Olmo2Config(**SIZES),
+    "glm4": lambda: transformers.Glm4Config(**SIZES, pad_token_id=0),
 }
 KNOWN = tuple(CONFIGS)
+POST_NORMED = "olmo2"
+"""The one in which no norm stands before q/k/v and gate/up, so that loud channels of the states stay loud."""
 
 
 def model(kind: str, seed: int = 0) -> Any:

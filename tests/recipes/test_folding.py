@@ -50,7 +50,7 @@ def test_dividing_alone_changes_the_logits(kind: str) -> None:
     made = small.model(kind)
     before = made(IDS).logits
     groups = scalable(made, made.base_model.layers[0])
-    assert len(groups) == (3 if kind == "gemma4" else 4)
+    assert len(groups) == {"gemma4": 3, "olmo2": 2, "glm4": 3}.get(kind, 4)
     for group in groups:
         changed = copy.deepcopy(made)
         layer = changed.base_model.layers[0]
@@ -72,6 +72,23 @@ def test_values_that_are_normalised_or_keys_too_are_not_scaled() -> None:
     made = small.model("gemma4")
     groups = [groups_of(small.config_of(made), layer)[1] for layer in made.base_model.layers]
     assert [(group.consumers, group.producer) for group in groups] == [(("self_attn.o_proj",), None)] * 3
+
+
+def test_where_no_norm_makes_the_activations_they_are_not_scaled() -> None:
+    made = small.model(small.POST_NORMED)
+    layer = made.base_model.layers[0]
+    assert [(g.name, g.producer) for g in groups_of(small.config_of(made), layer)] == [
+        ("q/k/v", None),
+        ("o", "self_attn.v_proj"),
+        ("gate/up", None),
+        ("down", "mlp.up_proj"),
+    ]
+
+
+def test_consumers_that_a_layer_does_not_have_are_left_out() -> None:
+    made = small.model("gemma4")
+    groups = [groups_of(small.config_of(made), layer)[0] for layer in made.base_model.layers]
+    assert [len(group.consumers) for group in groups] == [3, 3, 2]
 
 
 def test_an_unknown_architecture_has_no_groups() -> None:

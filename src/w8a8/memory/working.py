@@ -1,11 +1,11 @@
-"""What an engine needs on a GPU besides weights and KV cache.
+"""Estimate the memory that an engine needs on a GPU besides weights and KV cache.
 
-Rotary tables follow from the config. The rest are estimates, and marked as such wherever they are shown: vLLM measures
-them when it starts, by one run over the largest batch it would ever make (`GPUModelRunner.profile_run`), and keeps them
-out of the KV cache. The largest of three things counts, because each is freed before the next:
+Rotary tables follow from the config. The rest is estimated, and marked so wherever it is shown: vLLM measures it when
+it starts, by one run over the largest batch it will ever make (`GPUModelRunner.profile_run`), and keeps it out of the
+KV cache. The largest of three things counts, because each is freed before the next:
 
 - one decoder layer over a whole batch: residual, norm, INT8 copy; gate and up, their product, its INT8 copy;
-- the logits of as many sequences as may run at once, in the model's dtype and in FP32, probabilities and noise;
+- the logits of all sequences that may run at once, in the model's dtype and in FP32, probabilities and noise;
 - the vision tower over as many patches as fill a batch with image tokens.
 
 Hidden states and per-layer embeddings of a batch stay beside them.
@@ -31,14 +31,14 @@ GRAPH_BYTES = 800 * 2**20
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The largest batch an engine makes: tokens worked on at once, sequences running at once."""
+    """The largest batch an engine makes: tokens in one step, sequences running at once."""
 
     tokens: int
     sequences: int
 
 
 def largest_batch(model: Model, gpu: Gpu, context: int, *, text_only: bool) -> Batch:
-    """What `vllm serve` takes by default on such a GPU (`EngineArgs.get_batch_defaults`)."""
+    """The largest batch of `vllm serve` by default on such a GPU (`EngineArgs.get_batch_defaults`)."""
     if gpu.memory >= 160 * 2**30:
         tokens, sequences = 16384, 1024
     elif gpu.memory >= 70 * 2**30 and not _is_a100(gpu):
@@ -61,12 +61,14 @@ def activation_bytes(model: Model, gpus: int, batch: Batch, *, text_only: bool) 
 
 
 def engine_bytes(gpus: int) -> int:
-    """Bytes that the engine itself takes on a GPU; an estimate."""
+    """Bytes of the engine itself on a GPU; an estimate."""
     return CONTEXT_BYTES + GRAPH_BYTES + (COMMUNICATION_BYTES if gpus > 1 else 0)
 
 
 def rotary_bytes(model: Model) -> int:
     """Bytes of the cosine and sine tables, one for each kind of layer, `[positions, rotary dimensions]` in 2 bytes."""
+    if not model.table.rotary_tables:
+        return 0
     tables = {}
     for layer in model.layers:
         if layer.kind != "linear":
@@ -76,7 +78,7 @@ def rotary_bytes(model: Model) -> int:
 
 
 def _rope(text: Mapping[str, Any], *, sliding: bool) -> Mapping[str, Any]:
-    """The rotary parameters of a kind of layer, as transformers 5 and as older versions spell them."""
+    """The rotary parameters of a kind of layer, in the spelling of transformers 5 or of older versions."""
     nested = section(text, "rope_parameters", "sliding_attention" if sliding else "full_attention")
     if nested:
         return nested
@@ -99,7 +101,7 @@ def _table_bytes(rope: Mapping[str, Any], head_dim: int, positions: int) -> int:
 
 
 def _patch_bytes(model: Model) -> int:
-    """Bytes that the vision tower needs while it works on the patches behind one token."""
+    """Bytes that the vision tower needs for the patches of one token."""
     vision = section(model.checkpoint.config, "vision_config")
     hidden, intermediate = (_size(vision, key, default) for key, default in _VISION_DEFAULTS)
     merged = _size(vision, "pooling_kernel_size", _size(vision, "spatial_merge_size", 4))
