@@ -13,6 +13,7 @@ import pytest
 import w8a8
 from tests.checkpoint.command import python
 from tests.checkpoints import write_checkpoint
+from tests.named import plan_from
 from w8a8.cli.common import interruptible
 
 
@@ -61,7 +62,7 @@ def test_dry_run_writes_nothing_and_needs_no_target(llama: Path, tmp_path: Path)
 def test_dry_run_json_is_a_plan_that_can_be_read_back(llama: Path) -> None:
     values = json.loads(run("quantize", llama, "--dry-run", "--json").stdout)
     del values["totals"]
-    assert w8a8.Plan.from_dict(values) == w8a8.dry_run(llama)
+    assert plan_from(values) == w8a8.dry_run(llama)
 
 
 def test_model_in_and_model_out_work_as_arguments(llama: Path, tmp_path: Path) -> None:

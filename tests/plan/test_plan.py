@@ -7,7 +7,7 @@ import pytest
 
 import w8a8
 from tests.checkpoints import LLAMA, Array, llama_tensors, write_checkpoint
-from tests.named import NAMES, Family, headers, plan_of
+from tests.named import NAMES, Family, headers, plan_from, plan_of
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, UsageError
 from w8a8.formats import COMPATS, FORMATS
@@ -196,7 +196,7 @@ def test_a_source_that_holds_scales_is_refused() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_survives_json(name: str, options: dict[str, Any]) -> None:
     plan = plan_of(Family.load(name).checkpoint, **options, metadata={"w8a8_source": "ünïcode"})
-    again = Plan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    again = plan_from(json.loads(json.dumps(plan.to_dict())))
     assert again == plan
     assert again.fingerprint() == plan.fingerprint()
 

@@ -1,8 +1,8 @@
-"""Will it fit: a checkpoint's headers and config, a machine's GPUs, and what an engine would need on them.
+"""Will it fit: count what an engine needs on a machine's GPUs, from a checkpoint's headers and config.
 
-`model` reads what a model keeps per token, `weights` shares the tensors out under tensor parallelism, `kv` sizes the
-cache, `working` what is needed besides, `fit` puts them together and says what to change, `drawing` shows it, and `ram`
-does the same sum for the embedded engine on a CPU. Nothing here reads a weight or asks a GPU.
+`model` reads the decoder's layers and what each keeps per token, `weights` splits tensors under tensor parallelism,
+`kv` sizes the cache, `working` estimates the rest, `fit` adds it up and advises, `drawing` shows it, and `ram` makes
+the same count for the embedded engine on a CPU. Nothing here reads a weight or asks a GPU.
 """
 
 from w8a8.memory.fit import KV_DTYPES, Fit, fit

@@ -1,4 +1,4 @@
-"""How `w8a8 fit` looks: a bar for each GPU, what its parts mean, and the answer.
+"""Draw what `w8a8 fit` found: a bar for each GPU, a legend, and the answer.
 
 Every part of a bar has a character of its own, so that it reads without colour too, in a log or a pipe.
 """
@@ -20,7 +20,7 @@ _LABEL, _FIGURES = 7, 18
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A part of a GPU's memory: its bytes, how it is drawn, and what there is to say about it."""
+    """A part of a GPU's memory: its bytes, how it is drawn, and a note."""
 
     name: str
     nbytes: int
@@ -53,7 +53,7 @@ def draw(found: Fit, console: Console) -> None:
 
 
 def _parts(found: Fit) -> tuple[_Part, ...]:
-    """What a GPU's memory goes to, in the order it is drawn; what is not needed is free, or left alone."""
+    """The parts of a GPU's memory in drawing order; memory not needed is free, or left to others."""
     free = max(0, found.budget - found.needed)
     tokens = f"{found.concurrency} x {found.context:,} tokens of {_kb(found.kv_per_token)}"
     if found.kv_beyond_window != found.kv_per_token:
@@ -81,7 +81,7 @@ def _headline(found: Fit) -> str:
 
 
 def _bar(number: int, gpu: Gpu, found: Fit, parts: tuple[_Part, ...], width: int, *, ascii_only: bool) -> Text:
-    """One GPU's parts, to scale; where they are more than the card holds, a line marks its end."""
+    """One GPU's parts, to scale; where they exceed the card, a line marks its end."""
     cells = max(10, width - _LABEL - _FIGURES)
     scale = max(max(g.memory for g in found.gpus), found.needed) / cells
     bar, drawn, position = Text(), 0, 0
@@ -114,7 +114,7 @@ def _verdict(found: Fit) -> Text:
         over = found.needed - found.budget
         text = Text.assemble(("does not fit", "bold red"), f": {gigabytes(over)} too much on each GPU")
         return text.append("; what would help:" if found.advice else "")
-    whole = " (all the model can)" if found.max_context == found.model_context else ""
+    whole = " (the model's maximum)" if found.max_context == found.model_context else ""
     each = f" for each of {found.concurrency} requests" if found.concurrency > 1 else ""
     requests = plural(found.max_concurrency, "request")
     reach = f": up to {found.max_context:,} tokens{whole}{each}, or {requests} of {found.context:,} at once"

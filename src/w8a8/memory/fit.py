@@ -1,8 +1,8 @@
 """`w8a8 fit`: will this checkpoint run on these GPUs, how far would they reach, and what to change if not.
 
-A GPU's budget is `utilization` of its memory, which is what vLLM takes. Out of it come weights, rotary tables, the
-largest activations, the engine itself, and then the KV cache, of which there must be enough for `concurrency` requests
-of `context` tokens each at the same time. All GPUs hold the same, so the smallest decides.
+vLLM takes `utilization` of a GPU's memory: the budget. Weights, rotary tables, the largest activations and the engine
+itself come out of it; the rest is KV cache, and must hold `concurrency` requests of `context` tokens each at the same
+time. All GPUs hold the same, so the smallest decides.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,20 @@ from w8a8.plan import make_plan
 DEFAULT_CONTEXT = 8192
 DEFAULT_UTILIZATION = 0.9
 KV_DTYPES = {"auto": 2, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
-"""Bytes of an element of the KV cache, by the name vLLM's `--kv-cache-dtype` has for it."""
+"""Bytes of an element of the KV cache, by its name in vLLM's `--kv-cache-dtype`."""
 
 CARDS_GIB = (8, 12, 16, 20, 24, 32, 48, 64, 80, 96, 141, 192, 288)
-"""Memory of cards one can buy."""
+"""Memory sizes of cards on sale."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What one GPU of `tensor_parallel` would hold, in bytes, and how far that reaches.
+    """The memory that one of `tensor_parallel` GPUs needs, in bytes, and how far it reaches.
 
     `weights`, `rotary` and `kv` are counted, `activations` and `engine` estimated. `max_context` is the longest context
     for `concurrency` requests (0: none), `max_concurrency` the number of requests of `context` tokens.
-    `kv_per_token` is what a token costs on one GPU while it is in every layer's window, `kv_beyond_window` after that;
-    `state_per_sequence` is what linear attention keeps of a sequence of any length.
+    `kv_per_token`: bytes of a token on one GPU while it is in every layer's window, `kv_beyond_window`: after that;
+    `state_per_sequence`: bytes that linear attention keeps of a sequence of any length.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Fit:
 
     @property
     def budget(self) -> int:
-        """What the engine may take of a GPU's memory, in bytes."""
+        """Bytes of a GPU's memory that the engine may take."""
         return int(self.memory * self.utilization)
 
     @property
     def needed(self) -> int:
-        """What it would take, in bytes."""
+        """Bytes of a GPU's memory that the engine needs."""
         return self.weights + self.rotary + self.activations + self.engine + self.kv
 
     @property
     def fits(self) -> bool:
-        """Whether the one is within the other."""
+        """Whether the engine needs no more than it may take."""
         return self.needed <= self.budget
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,12 +97,15 @@ def fit(
 ) -> Fit:
     """Say whether `checkpoint` (a folder, a Hub id, or an opened one) runs on `gpus`, from its headers alone.
 
-    `context` is cut to what the model can. As many GPUs are used as tensor parallelism can, which must divide the
-    model's heads. Raises `NoDeviceError` without GPUs, `UsageError` for an impossible request, and what opening raises.
+    `context` is cut to the model's maximum. Tensor parallelism must divide the model's heads: the largest number of
+    GPUs that does is used. Raises `NoDeviceError` without GPUs, `UsageError` for an impossible request, and the errors
+    of opening a checkpoint.
     """
+    # 1) Read the model.
     opened = checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint)
     _check(gpus, context, concurrency, kv_dtype, utilization)
     model = Model.read(opened)
+    # 2) Choose how to run it: on as many GPUs as can share it.
     case = _Case(
         model,
         tuple(gpus),
@@ -113,6 +116,7 @@ def fit(
         utilization=utilization,
         text_only=text_only,
     )
+    # 3) Count, then say what to know and what to change.
     found = case.measure()
     notices = tuple(_notices(case, context))
     return replace(found, notices=notices, advice=() if found.fits else tuple(_advice(case, found)))
@@ -120,18 +124,18 @@ def fit(
 
 def _check(gpus: Sequence[Gpu], context: int, concurrency: int, kv_dtype: str, utilization: float) -> None:
     if not gpus:
-        raise NoDeviceError("no GPU was found here, and none described; say which it would run on, as in --gpu 24GiB")
+        raise NoDeviceError("no GPU found on this machine, and none described; describe one, e.g. --gpu 24GiB")
     if context < 1 or concurrency < 1:
         raise UsageError("context and concurrency must be 1 or more")
     if kv_dtype not in KV_DTYPES:
-        raise UsageError(f"unknown KV dtype {kv_dtype!r}; there are {', '.join(KV_DTYPES)}")
+        raise UsageError(f"unknown KV dtype {kv_dtype!r}; choose one of {', '.join(KV_DTYPES)}")
     if not 0 < utilization <= 1:
-        raise UsageError(f"the share of GPU memory to use must lie between 0 and 1, not at {utilization}")
+        raise UsageError(f"the share of GPU memory to use must be above 0 and at most 1, not {utilization}")
 
 
 @dataclass(frozen=True)
 class _Case:
-    """One way to run one model; variants of it are tried by `dataclasses.replace`."""
+    """One way to run one model; `dataclasses.replace` makes variants to try."""
 
     model: Model
     gpus: tuple[Gpu, ...]
@@ -151,14 +155,16 @@ class _Case:
         return kv_cache(self.model.layers, self.tensor_parallel, KV_DTYPES[self.kv_dtype])
 
     def measure(self) -> Fit:
-        """The sum, and by it how far the GPUs reach."""
+        """Count what one GPU needs, and how far that reaches."""
+        # 1) What does not depend on the context.
         model, cache = self.model, self.cache
         weights = weights_per_gpu(model, self.tensor_parallel, text_only=self.text_only)
         rotary, engine = rotary_bytes(model), engine_bytes(self.tensor_parallel)
         room = int(self.gpu.memory * self.utilization) - weights - rotary - engine
 
+        # 2) What does: the largest batch, and with it activations and cache.
         def working(context: int) -> tuple[int, int]:
-            """Tokens of the largest batch at a context, and bytes of its activations."""
+            """The tokens of the largest batch at a context, and the bytes of its activations."""
             batch = largest_batch(model, self.gpu, context, text_only=self.text_only)
             return batch.tokens, activation_bytes(model, self.tensor_parallel, batch, text_only=self.text_only)
 
@@ -166,6 +172,7 @@ class _Case:
             tokens, activations = working(context)
             return cache.nbytes(context, self.concurrency, tokens) <= room - activations
 
+        # 3) The case as asked, and its limits.
         tokens, activations = working(self.context)
         blocks = cache.blocks(self.context, tokens)
         return Fit(
@@ -194,7 +201,7 @@ class _Case:
 
 
 def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that `holds`, which holds for all below; 0 if none."""
+    """The largest number up to `most` for which `holds`, which then holds for all smaller ones; 0 if none."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -203,7 +210,7 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
 
 
 def _can_split(model: Model, gpus: int, *, text_only: bool) -> bool:
-    """Whether tensor parallelism over `gpus` divides what vLLM asserts it to: heads, KV heads, MLP, split towers."""
+    """Whether `gpus` divide all that vLLM asserts they do: heads, KV heads, MLP, split towers."""
     kv = {layer.heads for layer in model.layers if layer.heads}
     even = [model.heads, model.intermediate]
     if model.table.split_towers and model.vision and not text_only:
@@ -218,22 +225,22 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
     model, gpus = case.model, case.gpus
     if case.tensor_parallel < len(gpus):
         yield (
-            f"{len(gpus)} GPUs, of which {case.tensor_parallel} can be used: tensor parallelism must divide "
+            f"only {case.tensor_parallel} of {len(gpus)} GPUs can be used: tensor parallelism must divide "
             f"{model.heads} attention heads, the KV heads and the MLP"
         )
     if asked > model.max_context:
         yield f"the model's longest context is {model.max_context:,} tokens"
     if len({gpu.memory for gpu in gpus}) > 1:
-        yield "the GPUs differ; each can hold only what the smallest can"
+        yield "the GPUs differ; each holds only as much as the smallest can"
     if not model.rules.known:
-        yield f"no rules for {model.rules.architecture}: its tensors are shared out by what their names usually mean"
+        yield f"no rules for {model.rules.architecture}: its tensors are split by what their names usually mean"
     scheme = detect(model.checkpoint.config)
     if scheme.method != "none" and not scheme.w8a8:
         yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
 
 
 def _advice(case: _Case, now: Fit) -> Iterator[str]:
-    """What would make it fit, the cheapest first; `now` is the case as it is. Each is tried before it is said."""
+    """Changes that make it fit, the cheapest first, each one tried; `now` is what the unchanged case needs."""
     if now.max_context:
         yield f"a context of {now.max_context:,} tokens (--context {now.max_context})"
     if now.max_concurrency:
@@ -259,7 +266,7 @@ def _advice(case: _Case, now: Fit) -> Iterator[str]:
 
 
 def _variant(case: _Case, what: str) -> Iterator[str]:
-    """Say how far `what` reaches, if anywhere."""
+    """Advise `what` if the case made of it fits, or would with a shorter context."""
     found = case.measure()
     if found.fits:
         yield what
@@ -268,7 +275,7 @@ def _variant(case: _Case, what: str) -> Iterator[str]:
 
 
 def _quantized(case: _Case) -> _Case | None:
-    """The same with the checkpoint that `w8a8 quantize` would write; none if it is quantized, or cannot be."""
+    """The case with the checkpoint that `w8a8 quantize` would write; None if the source cannot be quantized."""
     source = case.model.checkpoint
     try:
         plan = make_plan(source, get_format(None, None, source.config), source=source.path.name)
@@ -284,5 +291,5 @@ def _quantized(case: _Case) -> _Case | None:
 
 
 def _scheme(model: Model) -> str:
-    """The scheme in a few words: what comes before a colon in its summary."""
+    """The scheme in a few words: its summary up to the colon."""
     return detect(model.checkpoint.config).summary.partition(":")[0]

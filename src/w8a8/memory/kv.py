@@ -1,4 +1,4 @@
-"""How many bytes of KV cache a GPU needs, as vLLM 0.32 allocates it.
+"""Count the bytes of KV cache that a GPU needs, as vLLM 0.32 allocates it.
 
 vLLM gives every request whole blocks out of one pool, and all blocks have the same number of bytes. Where layers differ
 (sliding windows next to full attention, other head sizes, linear attention), it sorts them into groups of as many
@@ -22,7 +22,7 @@ MAMBA_STATES = 2
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """Layers alike: `page` bytes hold `block` tokens of one layer (all of a sequence if `block` is 0)."""
+    """A layer's cache: `page` bytes hold `block` tokens (all of a sequence if `block` is 0)."""
 
     page: int
     block: int
@@ -31,9 +31,10 @@ class _Spec:
 
 @dataclass(frozen=True, slots=True)
 class KvCache:
-    """One GPU's pool: bytes of a block, and the groups that each take blocks for themselves.
+    """One GPU's pool: bytes of a block, and the groups of layers that each take blocks of their own.
 
-    `per_token` is what a token costs in all layers, `beyond_window` in those that keep every token.
+    `per_token`: bytes of a token in all layers; `beyond_window`: in those that keep every token; `per_sequence`: bytes
+    of linear attention's states.
     """
 
     block_bytes: int
@@ -43,12 +44,12 @@ class KvCache:
     per_sequence: int
 
     def blocks(self, context: int, batched_tokens: int) -> int:
-        """Blocks that a request of `context` tokens may come to hold, `batched_tokens` being worked on at once."""
+        """The most blocks that a request of `context` tokens holds, with batches of `batched_tokens`."""
         in_flight = CONCURRENT_BATCHES * batched_tokens
         return sum(_blocks(group, context, in_flight) for group in self.groups)
 
     def nbytes(self, context: int, requests: int, batched_tokens: int) -> int:
-        """Bytes for so many requests of `context` tokens each at the same time."""
+        """Bytes for `requests` requests of `context` tokens each at the same time."""
         return (self.blocks(context, batched_tokens) * requests + 1) * self.block_bytes if self.groups else 0
 
 
@@ -75,7 +76,7 @@ def kv_cache(layers: tuple[Layer, ...], tensor_parallel: int, element_bytes: int
 
 
 def _token_bytes(layer: Layer, gpus: int, element_bytes: int) -> int:
-    """Keys and values of one token in one layer; every GPU holds one head at least."""
+    """Bytes of one token's keys and values in one layer; every GPU holds one head at least."""
     return 2 * max(1, layer.heads // gpus) * layer.head_dim * element_bytes if layer.heads else 0
 
 
@@ -84,14 +85,14 @@ def _state_bytes(layer: Layer, gpus: int) -> int:
 
 
 def _block_tokens(costs: dict[Layer, int], state: int) -> int:
-    """Tokens to a block: 16, or next to linear attention as many as make a page hold one layer's state."""
+    """Tokens per block: 16, or next to linear attention enough for a page to hold one layer's state."""
     dearest = max((cost for layer, cost in costs.items() if layer.kind != "linear"), default=0)
     pages = -(-state // (BLOCK_TOKENS * dearest)) if dearest else 1
     return BLOCK_TOKENS * max(1, pages)
 
 
 def _group(specs: list[_Spec]) -> tuple[int, tuple[_Spec, ...]]:
-    """Bytes of a block, and the groups (`get_kv_cache_groups`)."""
+    """The bytes of a block, and the groups (`get_kv_cache_groups`)."""
     if not specs:
         return 0, ()
     if len({(spec.block, spec.window) for spec in specs}) == 1:  # pages may differ, the number of blocks does not

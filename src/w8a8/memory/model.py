@@ -1,9 +1,9 @@
-"""What a model keeps per token and per sequence: its decoder layers, read off the headers, named by the config.
+"""Read a model's decoder layers, and what each keeps per token and per sequence, from headers and config.
 
 The shapes in the headers are the truth: published configs leave out what their class has as a default (Gemma 3's do not
 even say how many heads there are), and a head is as wide as its norm. The config is asked for what shapes do not show:
-which layers look at a window only, which reuse another layer's cache, how long a context may be. How tensors and the
-config's keys are called is in the architecture's table (`memory` in `architectures.toml`).
+which layers look at a window only, which reuse another layer's cache, how long a context may be. The names of tensors
+and of the config's keys are in the architecture's table (`memory` in `architectures.toml`).
 """
 
 import re
@@ -19,23 +19,23 @@ from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules
 
 LARGEST = 2**40
-"""No number in a config is larger and makes sense."""
+"""No number that makes sense in a config is larger."""
 
 Kind = Literal["full", "sliding", "linear"]
 
 _LAYER = re.compile(r".*?(?:^|\.)(?:layers|h|blocks)\.(?P<index>\d+)\.(?P<leaf>.+)")
 OUTSIDE = ("vision tower", "audio tower", "projector", "mtp head")
-"""Components that are no part of the decoder."""
+"""Components outside the decoder."""
 
 _SCALE = re.compile(r"\.weight_(scale|scale_inv|zero_point)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One decoder layer's memory of what it has seen.
+    """One decoder layer's cache: `heads` KV heads of `head_dim`, for `window` tokens or (0) all.
 
-    `heads` KV heads of `head_dim`, for `window` tokens or (0) all; none at all where another layer's are `shared`. A
-    linear-attention layer has a state instead: `conv_state` elements of 2 bytes, `ssm_state` of `ssm_bytes`.
+    It has none where it uses another layer's (`shared`). A linear-attention layer has a state instead: `conv_state`
+    elements of 2 bytes, `ssm_state` elements of `ssm_bytes`.
     """
 
     kind: Kind
@@ -50,7 +50,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint's decoder. Numbers are of the whole model, before tensor parallelism."""
+    """A checkpoint's decoder; numbers are those of the whole model, before tensor parallelism."""
 
     checkpoint: Checkpoint
     rules: Rules
@@ -84,7 +84,7 @@ class Model:
 
     @cached_property
     def components(self) -> Mapping[str, str]:
-        """The component of every tensor by name, as `w8a8.plan` calls them; a scale belongs to its weight's."""
+        """The component of every tensor by name, as in `w8a8.plan`; a scale belongs to its weight's."""
         return {name: component(self.rules, tensor) for name, tensor in self.checkpoint.tensors.items()}
 
     @cached_property
@@ -100,7 +100,7 @@ def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mappi
 
 
 def component(rules: Rules, tensor: TensorSpec) -> str:
-    """What `tensor` is a part of. A tower's own embeddings are the tower's here: they go where it goes."""
+    """The component of `tensor`. A tower's own embeddings count as the tower: they go where it goes."""
     name = _SCALE.sub(".weight", tensor.name)
     part = next(
         (part for part in OUTSIDE if part in rules.keep and rules.keep[part].fullmatch("." + module_name(name))), None
@@ -109,7 +109,7 @@ def component(rules: Rules, tensor: TensorSpec) -> str:
 
 
 def layer_of(name: str) -> tuple[int, str] | None:
-    """The decoder layer's number in a tensor's name, and the rest behind it."""
+    """The number of the decoder layer in a tensor's name, and the rest of the name."""
     match = _LAYER.fullmatch(name)
     return (int(match["index"]), match["leaf"]) if match and len(match["index"]) < 6 else None
 
@@ -139,7 +139,7 @@ class _Parts:
         self.intermediate = max(self._rows(table.mlp), self._rows(table.mlp_fused) // 2, 1)
 
     def number(self, key: str, default: int | None = None) -> int:
-        """A number of the config; `default` where it says nothing."""
+        """A number from the config; `default` where the config has none."""
         value = self.text.get(key)
         if value is None and default is not None:
             return default
@@ -148,7 +148,7 @@ class _Parts:
         return value
 
     def layer(self, index: int) -> Layer:
-        """The memory of layer `index`."""
+        """The cache of layer `index`."""
         tensors = self.tensors[index]
         if any(leaf.startswith(f"{self.table.linear_attention.module}.") for leaf in tensors):
             return self._linear(index)
@@ -162,9 +162,9 @@ class _Parts:
         return Layer("sliding" if sliding else "full", 0 if shared else heads, head_dim, window, shared)
 
     def _linear(self, index: int) -> Layer:
-        """A gated delta net's state, as vLLM's `mamba_utils.py` has it.
+        """The state of a gated delta net, as in vLLM's `mamba_utils.py`.
 
-        `[conv_dim, kernel - 1]` of the convolution and `[value heads, value dim, key dim]` of the recurrence.
+        Convolution: `[conv_dim, kernel - 1]`; recurrence: `[value heads, value dim, key dim]`.
         """
         tensors, names = self.tensors[index], self.table.linear_attention
         conv, decay, z = (tensors.get(f"{names.module}.{leaf}") for leaf in (names.conv, names.decay, names.gate))
@@ -179,7 +179,7 @@ class _Parts:
         )
 
     def _head_dim(self, tensors: Mapping[str, TensorSpec]) -> int:
-        """As wide as the norm of queries or keys, which most have; else as the config says."""
+        """The width of the norm of queries or keys where a layer has one; else the config's number."""
         for path in self.table.head_norms:
             norm = tensors.get(f"{path}.weight")
             if norm is not None and len(norm.shape) == 1 and 0 < norm.shape[0] < 4096:
@@ -191,7 +191,7 @@ class _Parts:
         norm = next((found for path in self.table.head_norms if (found := tensors.get(f"{path}.weight"))), None)
         width = self._width(tensors, self.table.attention.query)
         if norm is None or not norm.shape or not norm.shape[0] or width is None:
-            return self.number("num_attention_heads")  # says that it is missing
+            return self.number("num_attention_heads")  # raises: the config has none either
         return max(1, width // norm.shape[0])
 
     @staticmethod
@@ -200,7 +200,7 @@ class _Parts:
         return tensor.shape[0] if tensor is not None and tensor.shape else None
 
     def _rows(self, paths: Iterable[str]) -> int:
-        """The most rows that a projection has in any layer."""
+        """The largest number of rows of these projections in any layer."""
         names = {f"{path}.weight" for path in paths}
         return max(
             (t.shape[0] for ts in self.tensors.values() for n, t in ts.items() if n in names and t.shape), default=0
@@ -211,7 +211,7 @@ class _Parts:
         return value if type(value) is int and 0 <= value <= len(self.tensors) else 0
 
     def _is_sliding(self, index: int) -> bool:
-        """As transformers fills `layer_types` in where a config has none."""
+        """Whether layer `index` has a window; without `layer_types`, as transformers fills it in."""
         kinds = self.text.get("layer_types")
         if isinstance(kinds, list):
             kind = kinds[index] if index < len(kinds) else None

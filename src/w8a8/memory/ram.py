@@ -1,6 +1,6 @@
-"""The same sum for the embedded engine: how much RAM a checkpoint takes to run on the CPU.
+"""Count the RAM that the embedded engine needs to run a checkpoint on the CPU.
 
-transformers holds the weights as they lie (INT8 with FP32 scales, the rest in 2 bytes), a `DynamicCache` of keys and
+transformers holds the weights as stored (INT8 with FP32 scales, the rest in 2 bytes), a `DynamicCache` of keys and
 values in 2 bytes (a sliding window keeps its window), and works on a whole prompt at once.
 """
 
@@ -18,7 +18,7 @@ PROCESS_BYTES = 1000 * 2**20
 def ram_needed(checkpoint: str | Path | Checkpoint, context: int, concurrency: int = 1) -> int:
     """Bytes of RAM that the embedded engine needs for `concurrency` requests of `context` tokens; an estimate.
 
-    Raises what opening a checkpoint raises.
+    Raises the errors of opening a checkpoint.
     """
     model = Model.read(checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint))
     context = min(context, model.max_context)

@@ -1,17 +1,17 @@
-"""How many bytes of weights one GPU holds, under tensor parallelism as vLLM does it.
+"""Count the bytes of weights that one GPU holds under vLLM's tensor parallelism.
 
-From the source of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`, `models/*.py`), and held
-against what its models allocate (`tests/memory/test_against_vllm.py`):
+From the source of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`, `models/*.py`), and
+tested against what its models allocate (`tests/memory/test_against_vllm.py`):
 
 - projections into heads or into the MLP are split by rows, with their scales and biases; those back are split by
   columns, and every GPU keeps all their scales and the bias;
 - key and value heads are copied where there are more GPUs than heads;
 - a layer whose keys serve as values (no `v_proj`) gets a `v_proj` all the same, a copy of its `k_proj`;
-- embeddings and `lm_head` are split by vocabulary, padded to a multiple of 64; a tied `lm_head` is none;
+- embeddings and `lm_head` are split by vocabulary, padded to a multiple of 64; a tied `lm_head` takes nothing;
 - everything else is whole on every GPU: norms, routers, projectors. So is the vision tower of Gemma 4, which is
   transformers' own module; those of Gemma 3, Mistral 3 and Qwen3.5 are split like the decoder;
 - not loaded at all: MTP heads, keys and values of layers that use another layer's cache, and with `--text-only` towers;
-- whatever is not quantized is held in 2 bytes, also if the file has 4.
+- weights that are not quantized take 2 bytes each, even if the file has 4.
 """
 
 import re
@@ -32,7 +32,7 @@ def weights_per_gpu(model: Model, tensor_parallel: int, *, text_only: bool = Fal
 
 
 def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
-    """The tensors that an engine takes from the files; a `v_proj` that is a copy of keys is among them twice."""
+    """The tensors that an engine loads; a `k_proj` that is also loaded as `v_proj` comes twice."""
     tensors, names = model.checkpoint.tensors, model.table.attention
     tied = model.text.get("tie_word_embeddings", model.checkpoint.config.get("tie_word_embeddings")) is True
     for tensor in tensors.values():
@@ -50,7 +50,7 @@ def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
 
 
 def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
-    """Bytes of `tensor` on the first GPU."""
+    """The bytes of `tensor` on the first GPU."""
     nbytes = tensor.nbytes
     if tensor.dtype in {"F32", "F64"} and not tensor.name.endswith("_scale"):
         nbytes = tensor.numel * 2
@@ -75,7 +75,7 @@ def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
 
 
 def _fused_share(model: Model, leaf: str, part: str, nbytes: int, gpus: int) -> int:
-    """Rows are shared out evenly, but for the KV heads in a fused projection, of which each GPU has one at least."""
+    """The bytes of a tensor split by rows; of a fused projection's KV heads, each GPU has one at least."""
     if leaf == model.table.attention.fused and part not in _TOWERS:
         layer = model.layers[0]
         heads = model.heads + 2 * layer.heads
@@ -89,5 +89,5 @@ def _kv_heads(model: Model, index: int) -> int:
 
 
 def _leaf(name: str) -> str:
-    """The last part of a module's name, `linear` wrappers left out (`q_proj.linear.weight`)."""
+    """The last part of a module's name, without a `linear` wrapper (`q_proj.linear.weight`)."""
     return _SUFFIX.sub("", name).removesuffix(".linear").rpartition(".")[2]

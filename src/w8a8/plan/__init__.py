@@ -1,4 +1,4 @@
-"""A plan says what becomes of every tensor and where every output byte will lie. Pure: no weight is read.
+"""Plan a run: the fate of every tensor, and the place of every output byte. Pure: no weight is read.
 
 `architectures` reads what is known of each architecture (`architectures.toml`), `rules` judge tensors by it, `layout`
 places the output, `plan` puts both into a value that can be printed, saved as JSON and compared.

@@ -1,4 +1,4 @@
-"""Where every output byte will lie, known before a weight is read.
+"""Place every output byte, before a weight is read.
 
 An output shard mirrors its source shard. Its tensors keep the source's order, because the quantizer makes one pass: it
 reads each source byte once, writes each output byte once and hashes both on the way. Two kinds must wait for the end
@@ -18,7 +18,7 @@ Kind = Literal["copy", "codes", "scale"]
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One output tensor: what it is made of, and its place, counted from the start of the shard's data."""
+    """One output tensor: its source, and its place from the start of the shard's data."""
 
     kind: Kind
     source: str
@@ -49,13 +49,13 @@ class ShardPlan:
 
     @property
     def tail(self) -> tuple[Write, ...]:
-        """What is written after everything that streams."""
+        """The tensors written after those that stream."""
         return self.writes[self.streamed :]
 
 
 @dataclass(frozen=True, slots=True)
 class ScaleSpec:
-    """How a format spells the scale of a quantized tensor."""
+    """The scale of a quantized tensor, as a format spells it."""
 
     name: str
     dtype: str

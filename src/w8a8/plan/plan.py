@@ -1,4 +1,4 @@
-"""`make_plan`: from a checkpoint's headers to a `Plan`.
+"""Make a `Plan` from a checkpoint's headers.
 
 Judging goes tensor by tensor (rules, then the user's globs), then group by group (what engines fuse must be quantized
 whole), then the output is laid out. Sizes follow from the headers alone.
@@ -9,7 +9,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, Self
+from typing import Any
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.header import write_header
@@ -21,7 +21,7 @@ from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name,
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What becomes of one source tensor, and why."""
+    """The fate of one source tensor, and the reason."""
 
     tensor: TensorSpec
     component: str
@@ -43,7 +43,7 @@ class ComponentSummary:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do, complete: `execute` needs nothing else but the source folder."""
+    """All that a run will do: `execute` needs nothing else but the source folder."""
 
     source: str
     revision: str | None
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        """Bytes of all output shards, headers included: what the result needs on disk."""
+        """Bytes of all output shards on disk, headers included."""
         return sum(len(self.header(shard)) + shard.data_bytes for shard in self.shards)
 
     @property
@@ -99,25 +99,8 @@ class Plan:
             yield from shard.writes
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON values; `from_dict` is its inverse."""
+        """The plan as plain JSON values."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild a plan from `to_dict`'s values."""
-        fields = dict(values)
-        fields["decisions"] = tuple(
-            Decision(**{**d, "tensor": TensorSpec(**{**d["tensor"], "shape": tuple(d["tensor"]["shape"])})})
-            for d in values["decisions"]
-        )
-        fields["shards"] = tuple(
-            ShardPlan(s["name"], tuple(Write(**{**w, "shape": tuple(w["shape"])}) for w in s["writes"]), s["streamed"])
-            for s in values["shards"]
-        )
-        for key in ("exclude", "sidecars", "warnings"):
-            fields[key] = tuple(values[key])
-        fields["left_out"] = tuple((name, reason) for name, reason in values["left_out"])
-        return cls(**fields)
 
     def fingerprint(self) -> str:
         """SHA-256 of the plan: two runs with the same fingerprint write the same files from the same source."""
@@ -139,18 +122,20 @@ def make_plan(
 ) -> Plan:
     """Decide what becomes of every tensor of `checkpoint` and where it will lie.
 
-    `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins. `kept` are
-    modules that calibration found worth leaving as they are, and why; `calibration` is what it says of itself, and its
-    `folded` names copied tensors that it has changed.
+    `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins. `kept` gives
+    the modules that calibration leaves in their dtype, each with the reason; `calibration` is its record, whose
+    `folded` names the copied tensors that it has changed.
     Raises `AlreadyQuantizedError`, `UsageError` (an `include` that matches no linear layer, an `exclude` that matches
     no tensor), `FusedGroupError`, `NothingToQuantizeError`.
     """
+    # 1) Judge each tensor by the rules; then the user's globs and calibration have their say.
     refuse_quantized(checkpoint)
     rules = Rules.for_config(checkpoint.config)
     decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
     decisions = [_calibrated(decision, kept or {}, (calibration or {}).get("folded", ())) for decision in decisions]
+    # 2) Check that the decisions can be carried out, and that engines can load the result.
     _check_groups(decisions, rules)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
     if not quantized:
@@ -159,6 +144,7 @@ def make_plan(
             "name them with --include, e.g. --include '*.layers.*_proj'"
         )
     _check_new_names(checkpoint, quantized)
+    # 3) Lay the output out, and write the config.
     selection = _selection(decisions, rules)
     return Plan(
         source=source,
@@ -180,7 +166,7 @@ def make_plan(
 
 
 def _metadata(calibration: Mapping[str, Any]) -> dict[str, str]:
-    """What every shard says of calibration."""
+    """What the metadata of every shard says about calibration."""
     if not calibration:
         return {}
     text = calibration["text"]
@@ -232,7 +218,7 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
 
 
 def _calibrated(decision: Decision, kept: Mapping[str, str], folded: Collection[str]) -> Decision:
-    """The decision after what calibration found."""
+    """The decision, corrected by calibration's findings."""
     name = decision.tensor.name
     if decision.quantize and module_name(name) in kept:
         return replace(decision, quantize=False, reason=kept[module_name(name)])
@@ -266,10 +252,10 @@ def _check_new_names(checkpoint: Checkpoint, quantized: Mapping[str, ScaleSpec])
 
 
 def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:
-    """The layers by name, and every linear layer that stays as it is.
+    """The quantized layers by name, and every linear layer that is left alone.
 
-    Of the latter, some are listed though the file does not hold them: a tied lm_head, which engines still build as a
-    layer, and the missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
+    The second list has layers that the file does not hold: a tied lm_head, which engines still build as a layer, and
+    the missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
     """
     quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
     copied = [d for d in decisions if not d.quantize]

@@ -1,7 +1,7 @@
-"""What becomes of a tensor, by its name: the patterns of an architecture's table, asked.
+"""Judge a tensor by its name: which component it belongs to, and whether it is quantized.
 
-`Rules.for_config` picks the table by the config's `model_type`; `Rules.judge` says of one tensor which component it
-belongs to and whether it is quantized. Nothing here looks at a weight.
+`Rules.for_config` picks the architecture's table by the config's `model_type`; `Rules.judge` asks its patterns. Nothing
+here looks at a weight.
 """
 
 import re
@@ -18,7 +18,7 @@ QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the rules say of a tensor: its component, whether it is quantized, and why (not)."""
+    """The rules' verdict on a tensor: its component, whether it is quantized, and the reason."""
 
     component: str
     quantize: bool
@@ -48,7 +48,7 @@ class Rules:
         )
 
     def judge(self, tensor: TensorSpec) -> Verdict:
-        """Say what becomes of `tensor`."""
+        """Judge `tensor`."""
         name = "." + module_name(tensor.name)
         for component, pattern in self.keep.items():
             if pattern.fullmatch(name):
