@@ -28,7 +28,6 @@ SPEED_SECONDS = 86_400
 """The speed is the average over this time: one layer may take many minutes."""
 
 BYTES = "bytes"
-Advance = Callable[[int], None]
 
 
 @dataclass
