@@ -1,5 +1,6 @@
 import errno
 import hashlib
+import os
 from pathlib import Path
 from random import Random
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from w8a8.errors import DiskFullError, UnwritableError
 from w8a8.storage import writer as module
-from w8a8.storage.writer import PAGE, SequentialWriter, disk_errors
+from w8a8.storage.writer import PAGE, SequentialWriter, disk_errors, write_whole
 
 LARGEST = 3 * PAGE + 5
 
@@ -77,3 +78,29 @@ def test_a_missing_folder_says_so(tmp_path: Path) -> None:
 def test_disk_errors_are_full_or_unwritable(code: int, kind: type[Exception]) -> None:
     with pytest.raises(kind, match="/some/file"), disk_errors(Path("/some/file")):
         raise OSError(code, "as the system says")
+
+
+def test_a_small_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "result.json"
+    write_whole(target, b"old")
+    with monkeypatch.context() as patched:
+        patched.setattr("os.fsync", fail)
+        with pytest.raises(DiskFullError, match="disk is full; free"):
+            write_whole(target, b"new")
+    assert target.read_bytes() == b"old"
+    write_whole(target, b"new")
+    assert target.read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(tmp_path / "pipe", b"result")
+    assert os.read(reader, 100) == b"result"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def fail(_fd: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")

@@ -48,6 +48,9 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path, resumable=False):
+        if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace it by
+            path.write_bytes(data)
+            return
         try:
             with unfinished.open("wb") as file:
                 file.write(data)
