@@ -40,8 +40,8 @@ clean:
 # torch goes first and is pinned, so that nothing brings another build of it later.
 .venv/.%: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "w8a8 needs Python 3.11 or newer; try make PYTHON=python3.12")'
+	@echo "installing w8a8[$*] and what it needs into .venv, once: torch (large), transformers and smaller packages"
 	@test -x $(BIN)/pip || { rm -rf .venv && $(PYTHON) -m venv .venv; }
-	@echo "installing what this needs into .venv (once; torch is large)"
 	@$(BIN)/pip install --quiet torch==2.13.0
 	@$(BIN)/pip install --quiet --editable '.[$*]'
 	@$(BIN)/python scripts/mend_torchvision.py
