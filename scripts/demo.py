@@ -148,7 +148,7 @@ def ask_questions(checkpoint: Path, server: Server, result: Path, amounts: Amoun
         os.environ["OPENAI_API_KEY"] = server.api_key  # which `w8a8 eval` reads
         answer, rate = ask(server, str(checkpoint), amounts.shown)
         console.print(f"{QUESTION}[dim]...[/dim]{' '.join(answer.split())}", style="italic")
-        console.print(f"{rate:.0f} tokens/s, one request, greedy")
+        console.print(f"{rate:.1f} tokens/s, one request, greedy")
         asked = ("--limit", amounts.questions, "--shots", amounts.shots, "--max-tokens", amounts.answer)
         where = ("--base-url", server.base_url, "--completions", "--data", GSM8K, "--out", result, "--restart")
         scored = command("eval", "gsm8k", *where, *asked)
