@@ -6,7 +6,6 @@ that does not become ready fails the test with what it said.
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from socket import socket
 from threading import Thread
 from typing import TYPE_CHECKING
 from urllib.request import urlopen
+
+from tests.command import W8A8
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -132,18 +133,7 @@ def served(
 ) -> Iterator[Server]:
     """`w8a8 serve CHECKPOINT --engine ENGINE`, ready; `environment` is where the engine's programs are."""
     port = free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "w8a8",
-        "serve",
-        str(checkpoint),
-        "--engine",
-        engine,
-        "--port",
-        str(port),
-        *arguments,
-    ]
+    command: list[str | Path] = [*W8A8, "serve", checkpoint, "--engine", engine, "--port", str(port), *arguments]
     path = {"PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"} if environment else {}
     with started(command, output, OFFLINE | path) as running:
         server = Server(running.process, output, port, str(checkpoint))

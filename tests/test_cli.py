@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 
 import w8a8
-from tests.checkpoint.command import python
 from tests.checkpoints import write_checkpoint
+from tests.command import W8A8, cli
 from tests.named import plan_from
 from w8a8.cli.common import interruptible
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return python("-m", "w8a8", *arguments, env=environment)
+    return cli(*arguments, env=environment)
 
 
 def test_quantize_prints_what_became_of_each_component(llama: Path, tmp_path: Path) -> None:
@@ -136,7 +137,7 @@ def test_files_that_are_not_copied_are_named(llama: Path, tmp_path: Path) -> Non
 
 
 def test_a_closed_pipe_is_no_error(llama: Path) -> None:
-    command = f"{sys.executable} -m w8a8 quantize {llama} --dry-run --json | head -c 10"
+    command = f"{shlex.join(W8A8)} quantize {llama} --dry-run --json | head -c 10"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
 

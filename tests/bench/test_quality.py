@@ -1,13 +1,12 @@
 """`w8a8 bench quality`, on a small Gemma 4: that the table is there and sane. Peers need environments of gigabytes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.command import cli
 from w8a8.bench.quality import ARITHMETIC, EXAMPLES, OURS, QualityResult, Row, Score, show
 
 
@@ -19,7 +18,7 @@ def result(gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     command = ["bench", "quality", str(gemma4), "--gsm8k", str(folder), "--tokens", "200", "--samples", "4"]
     command += ["--dir", str(folder / "work"), "--json", "--quiet"]
-    done = subprocess.run([sys.executable, "-m", "w8a8", *command], capture_output=True, text=True, check=True)
+    done = cli(*command, check=True, timeout=None)
     assert not (folder / "work" / "out").exists()
     found: dict[str, Any] = json.loads(done.stdout)
     return found

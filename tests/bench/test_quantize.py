@@ -1,14 +1,13 @@
 """`w8a8 bench quantize`, on a single layer: that the table is there and sane. No timing is asserted."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich import markup
 
+from tests.command import cli
 from w8a8.bench.model import LAYER_BYTES
 from w8a8.bench.quantize import BenchResult, Row, show
 
@@ -25,7 +24,7 @@ ROWS = [
 def bench(folder: Path) -> tuple[dict[str, Any], str]:
     """Run the smallest bench, one run of each contender; return its JSON result and its notices."""
     command = ["bench", "quantize", "--gib", "0.1", "--runs", "1", "--dir", str(folder), "--json"]
-    done = subprocess.run([sys.executable, "-m", "w8a8", *command], capture_output=True, text=True, check=True)
+    done = cli(*command, check=True, timeout=None)
     return json.loads(done.stdout), done.stderr
 
 

@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import w8a8
 from tests.calibrate.checkpoints import KINDS, make, write_text
-from tests.checkpoint.command import python
 from tests.checkpoints import folder_bytes
+from tests.command import W8A8, cli
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
 from w8a8.inspection import inspect
@@ -158,8 +157,8 @@ def test_another_text_starts_over(source: Path, text: Path, tmp_path: Path) -> N
 def test_killed_it_goes_on_to_the_same_result(text: Path, tmp_path: Path) -> None:
     source = make(tmp_path / "deep", num_hidden_layers=8)
     options = ["--recipe", "smooth", "--calibration", str(text), "--samples", "9", "--tokens", "48", "--quiet"]
-    command = [sys.executable, "-m", "w8a8", "quantize", str(source), str(tmp_path / "out"), *options]
-    work = subprocess.Popen(command)
+    arguments: list[str | Path] = ["quantize", source, tmp_path / "out", *options]
+    work = subprocess.Popen([*W8A8, *arguments])
     journal = tmp_path / ".out.w8a8-calibration" / "first" / "journal.jsonl"
     while not journal.exists() or journal.read_text().count("\n") < 3:
         assert work.poll() is None
@@ -167,7 +166,7 @@ def test_killed_it_goes_on_to_the_same_result(text: Path, tmp_path: Path) -> Non
     work.send_signal(signal.SIGKILL)
     work.wait()
     assert not (tmp_path / "out").exists()
-    done = python(*command[1:])
+    done = cli(*arguments)
     assert done.returncode == 0, done.stderr
     w8a8.quantize(source, tmp_path / "whole", Options(recipe="smooth", calibration=str(text), **SIZES))
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
@@ -273,9 +272,9 @@ def test_a_disk_too_small_is_known_before_the_work(
 
 
 def test_the_command_says_what_it_calibrates_on_and_what_it_gained(source: Path, tmp_path: Path) -> None:
-    done = python("-m", "w8a8", "quantize", source, tmp_path / "out", "--recipe", "auto", "--tokens", "64")
+    done = cli("quantize", source, tmp_path / "out", "--recipe", "auto", "--tokens", "64")
     assert done.returncode == 0, done.stderr
     assert "using the small built-in text" in done.stderr
     assert "64 samples of 64 tokens, built-in text, on cpu" in done.stderr
-    shown = python("-m", "w8a8", "inspect", tmp_path / "out")
+    shown = cli("inspect", tmp_path / "out")
     assert "recipe auto, on 64 x 64 tokens of built-in text" in shown.stdout.replace("\n", " ")

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoint.command import assert_refused
 from tests.checkpoint.files import edit_header, edit_json, hub_cache, raw_shard
 from tests.checkpoints import llama_tensors, read_tensor, tensor_bytes, write_checkpoint, write_shard
+from tests.command import assert_refused
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import (

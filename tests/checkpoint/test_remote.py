@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.checkpoint.command import python
 from tests.checkpoint.hub import Hub, local_hub
 from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
+from tests.command import cli, python
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.remote import FIRST_BYTES
 from w8a8.errors import (
@@ -62,14 +62,14 @@ def client(hub: Hub, tmp_path: Path) -> Mapping[str, str]:
 
 def tensors_seen(source: str, env: Mapping[str, str]) -> dict[str, tuple[str, tuple[int, ...], int]]:
     """Dtype, shape and bytes of what `w8a8 inspect --tensors` sees, by name."""
-    run = python("-m", "w8a8", "inspect", source, "--tensors", "--json", env=env)
+    run = cli("inspect", source, "--tensors", "--json", env=env)
     assert run.returncode == 0, run.stderr
     return {t["name"]: (t["dtype"], tuple(t["shape"]), t["nbytes"]) for t in json.loads(run.stdout)["specs"]}
 
 
 def assert_refused(source: str, error: type[W8A8Error], *mentions: str, env: Mapping[str, str]) -> None:
     """`inspect` ends with the exit code of `error` and one line with all `mentions`."""
-    run = python("-m", "w8a8", "inspect", source, env=env)
+    run = cli("inspect", source, env=env)
     assert run.returncode == error.exit_code, run.stderr
     [line] = run.stderr.splitlines()
     assert [mention for mention in mentions if mention not in line] == [], line
@@ -129,7 +129,7 @@ def test_half_a_download_is_no_checkpoint_and_the_hub_is_asked(
 def test_fit_reads_a_hub_id(hub: Hub, client: Mapping[str, str]) -> None:
     config = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 512}
     repo = with_file(hub, "config.json", json.dumps(config).encode())
-    run = python("-m", "w8a8", "fit", repo, "--gpu", "8GiB", "--json", env=client)
+    run = cli("fit", repo, "--gpu", "8GiB", "--json", env=client)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["name"] == "changed"
 
@@ -159,7 +159,7 @@ def test_a_length_that_cannot_be_is_refused(
     hub: Hub, client: Mapping[str, str], length: str, error: type[W8A8Error]
 ) -> None:
     hub.lengths["model-00001-of-00002.safetensors"] = length
-    run = python("-m", "w8a8", "inspect", "org/llama", env=client)
+    run = cli("inspect", "org/llama", env=client)
     assert run.returncode == error.exit_code or (error is W8A8Error and 19 <= run.returncode <= 23), run.stderr
     assert "Traceback" not in run.stderr
     assert "org/llama" in run.stderr

@@ -8,10 +8,10 @@ from time import perf_counter
 
 import pytest
 
-from tests.checkpoint.command import assert_refused, python
 from tests.checkpoint.files import hub_cache
 from tests.checkpoint.hub import COMMIT, Hub, local_hub
 from tests.checkpoints import folder_bytes
+from tests.command import assert_refused, cli, python
 from w8a8.checkpoint import Source, resolve
 from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError, UnreadableError
 
@@ -97,7 +97,7 @@ def test_a_snapshot_is_recognized_through_a_link(llama: Path, tmp_path: Path) ->
 def test_a_snapshot_is_quantized_and_its_commit_recorded(llama: Path, tmp_path: Path) -> None:
     snapshot = hub_cache(tmp_path / "hub", llama, "org/name", COMMIT)
 
-    run = python("-m", "w8a8", "quantize", snapshot, tmp_path / "out", "--quiet")
+    run = cli("quantize", snapshot, tmp_path / "out", "--quiet")
 
     assert run.returncode == 0, run.stderr
     source = json.loads((tmp_path / "out" / "w8a8.json").read_text())["source"]
@@ -107,7 +107,7 @@ def test_a_snapshot_is_quantized_and_its_commit_recorded(llama: Path, tmp_path: 
 def test_a_folder_whose_name_is_not_utf8_can_be_quantized(llama: Path, tmp_path: Path) -> None:
     folder = llama.rename(os.fsdecode(os.fsencode(tmp_path) + b"/lla\xe4ma"))
 
-    run = python("-m", "w8a8", "quantize", folder, tmp_path / "out", "--quiet")
+    run = cli("quantize", folder, tmp_path / "out", "--quiet")
 
     assert run.returncode == 0, run.stderr
     assert json.loads((tmp_path / "out" / "w8a8.json").read_text())["source"]["name"] == "lla\ufffdma"
@@ -170,7 +170,7 @@ def test_the_token_is_sent_if_there_is_one(
 
 
 def test_a_hub_id_is_quantized_and_its_commit_recorded(client: Mapping[str, str], tmp_path: Path) -> None:
-    run = python("-m", "w8a8", "quantize", "org/llama@v1", tmp_path / "out", "--quiet", env=client)
+    run = cli("quantize", "org/llama@v1", tmp_path / "out", "--quiet", env=client)
 
     assert run.returncode == 0, run.stderr
     assert run.stderr == ""

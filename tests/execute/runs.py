@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tests.checkpoints import Array, write_checkpoint
+from tests.command import W8A8
 from w8a8.execute import staging
 from w8a8.storage import folders, journal
 
@@ -39,7 +40,7 @@ def large_checkpoint(folder: Path, *, shards: int, shard_mb: int, seed: int = 0)
 
 def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """Start `w8a8 quantize` on one worker, so that shards finish one by one."""
-    command = [sys.executable, "-m", "w8a8", "quantize", str(source), str(out), "--workers", "1", "--json", *options]
+    command = [*W8A8, "quantize", str(source), str(out), "--workers", "1", "--json", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.command import python
 from tests.checkpoints import LLAMA, llama_tensors, write_checkpoint
+from tests.command import cli
 from w8a8.errors import DoesNotFitError, NoConfigError, NoDeviceError, UsageError
 
 
@@ -20,7 +20,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def run(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    return python("-m", "w8a8", "fit", *arguments, env=environment)
+    return cli("fit", *arguments, env=environment)
 
 
 def test_the_answer_is_drawn(llama: Path) -> None:

@@ -16,9 +16,9 @@ from markdown_it import MarkdownIt
 import w8a8
 from tests.calibrate.checkpoints import make as make_small
 from tests.calibrate.checkpoints import write_text
-from tests.checkpoint.command import python
 from tests.checkpoint.hub import local_hub
 from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
+from tests.command import cli
 from tests.publish.results import gsm8k, kld
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import (
@@ -147,7 +147,7 @@ def test_the_card_of_a_gemma_4_that_sees(gemma4: Path, gemma4_w8a8: Path) -> Non
 def test_the_vllm_command_is_what_serve_prints(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(out.parent)
     for gpus in ("24GiB", "2x24GiB:gfx1100"):
-        run = python("-m", "w8a8", "serve", out.name, "--describe", gpus, "--dry-run")
+        run = cli("serve", out.name, "--describe", gpus, "--dry-run")
         command, _, call = run.stdout.partition("\n\n# once it is ready:\n")
         written = blocks(make(out, describe=gpus).text)
         assert command.partition("\n")[2] + "\n" == written[0]
@@ -192,7 +192,7 @@ def test_the_command_in_the_card_calibrates_as_it_was(tmp_path: Path, monkeypatc
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     source, text, out = make_small(tmp_path / "llama"), write_text(tmp_path), tmp_path / "llama-W8A8"
     command = ("quantize", source, out, "--recipe", "smooth", "--calibration", text, "--keep-bf16", "10%")
-    run = python("-m", "w8a8", *command, "--tokens", "48", "--exclude", "*.layers.1.mlp.*")
+    run = cli(*command, "--tokens", "48", "--exclude", "*.layers.1.mlp.*")
     assert run.returncode == 0, run.stderr
     card = make(out).text
     assert re.search(r"Calibrated on \d+ samples of 48 tokens of miller\.txt \(SHA-256 `[0-9a-f]{64}`\)", card)
@@ -208,7 +208,9 @@ def check_commands(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.chdir(out.parent)
     for command in commands.replace("\\\n", "").strip().splitlines():
-        run = python("-m", *shlex.split(command))
+        program, *arguments = shlex.split(command)
+        assert program == "w8a8"
+        run = cli(*arguments)
         assert run.returncode == 0, run.stderr
     assert folder_bytes(out) == expected
 
@@ -267,7 +269,7 @@ def test_one_result_alone_leaves_the_other_not_measured(out: Path, files: Result
 
 def test_the_environment_names_the_results(out: Path, files: Results) -> None:
     env = {"EVAL_BASELINE_JSON": str(files.baseline), "EVAL_QUANT_JSON": str(files.quant), "HF_REPO_ID": "me/it"}
-    run = python("-m", "w8a8", "card", out, "--json", env=env)
+    run = cli("card", out, "--json", env=env)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout)["card"] == str(out / "README.md")
     text = (out / "README.md").read_text()
@@ -277,9 +279,7 @@ def test_the_environment_names_the_results(out: Path, files: Results) -> None:
 
 def test_figures_of_the_report_are_shown_once_they_lie_there(source: Path, out: Path, files: Results) -> None:
     assert "![" not in make(out).text
-    run = python(
-        *("-m", "w8a8", "report", out, "--source", source, "--png", out / "figures", "--quant", str(files.quant))
-    )
+    run = cli("report", out, "--source", source, "--png", out / "figures", "--quant", str(files.quant))
     assert run.returncode == 0, run.stderr
     shown = re.findall(r"!\[[^]]+\]\((.+)\)", make(out).text)
     assert set(shown) == {str(path.relative_to(out)) for path in (out / "figures").iterdir()}
@@ -335,9 +335,9 @@ def test_from_the_hub_it_has_base_model_revision_and_license(
     readme = b"---\nlicense: other\nlicense_name: terms\nlicense_link: TERMS\n---\n# Llama\n"
     with local_hub({"org/llama": {**folder_bytes(source), "README.md": readme}}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        assert python("-m", "w8a8", "quantize", "org/llama", tmp_path / "out", env=env).returncode == 0
+        assert cli("quantize", "org/llama", tmp_path / "out", env=env).returncode == 0
         asked = len(hub.requests)
-        run = python("-m", "w8a8", "card", tmp_path / "out", env=env)
+        run = cli("card", tmp_path / "out", env=env)
         assert run.returncode == 0, run.stderr
         assert len(hub.requests) == asked  # the cache has it
     text = (tmp_path / "out" / "README.md").read_text()

@@ -2,7 +2,6 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
@@ -12,8 +11,8 @@ from socket import create_server
 import pytest
 
 import w8a8
-from tests.checkpoint.command import python
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.command import W8A8, cli
 from tests.publish.hub import TOKEN, Hub, Repository, receiving_hub
 from w8a8.errors import HubError, PathEscapeError, UsageError, W8A8Error
 from w8a8.publish.push import check, prepare
@@ -48,7 +47,7 @@ def env(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 @pytest.fixture
 def push(out: Path, env: Mapping[str, str]) -> Push:
     """`w8a8 push OUT REPO ...` as a user runs it."""
-    return lambda *args, **more: python("-m", "w8a8", "push", out, *(args or (REPO,)), env={**env, **more})
+    return lambda *args, **more: cli("push", out, *(args or (REPO,)), env={**env, **more})
 
 
 def refused(run: "subprocess.CompletedProcess[str]", error: type[W8A8Error], *mentions: str) -> None:
@@ -77,14 +76,14 @@ def test_public_makes_a_public_repository(hub: Hub, push: Push) -> None:
 
 
 def test_hf_repo_id_is_the_default(hub: Hub, out: Path, env: Mapping[str, str]) -> None:
-    run = python("-m", "w8a8", "push", out, env={**env, "HF_REPO_ID": REPO})
+    run = cli("push", out, env={**env, "HF_REPO_ID": REPO})
     assert run.returncode == 0, run.stderr
     assert f"{hub.url}/{REPO}" in run.stdout.replace("\n", "")
     assert REPO in hub.repositories
 
 
 def test_without_a_repository_it_says_how_to_name_one(out: Path, env: Mapping[str, str]) -> None:
-    refused(python("-m", "w8a8", "push", out, env=env), UsageError, "REPO", "HF_REPO_ID")
+    refused(cli("push", out, env=env), UsageError, "REPO", "HF_REPO_ID")
 
 
 def test_hidden_files_stay_here(hub: Hub, out: Path, push: Push) -> None:
@@ -100,7 +99,7 @@ def test_hidden_files_stay_here(hub: Hub, out: Path, push: Push) -> None:
 
 def test_what_arrived_before_a_kill_is_not_sent_again(hub: Hub, out: Path, push: Push, env: Mapping[str, str]) -> None:
     hub.uploads_left = 2
-    kill_once_stuck(hub, [sys.executable, "-m", "w8a8", "push", str(out), REPO], env)
+    kill_once_stuck(hub, [*W8A8, "push", str(out), REPO], env)
     arrived = set(hub.objects)
     assert len(arrived) == 2
     assert not hub.repositories[REPO].files

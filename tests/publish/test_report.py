@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import w8a8
+from tests.command import cli
 from tests.publish import results
 from w8a8.errors import (
     DiskFullError,
@@ -314,13 +314,12 @@ def test_hard_rows_draw(golden: Path, tmp_path: Path) -> None:
 
 def test_the_command_takes_results_from_the_environment(golden: Path, tmp_path: Path) -> None:
     base, quant = results.pair(40)
-    environment = os.environ | {
+    environment = {
         "EVAL_BASELINE_JSON": str(results.write(tmp_path / "b.json", results.gsm8k("base", base))),
         "EVAL_QUANT_JSON": str(results.write(tmp_path / "q.json", results.gsm8k("quant", quant))),
     }
     out = shutil.copytree(golden / "quark-0.13", tmp_path / "W8A8")
-    command = [sys.executable, "-m", "w8a8", "report", str(out), "--json"]
-    said = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    said = json.loads(cli("report", out, "--json", env=environment, check=True, timeout=None).stdout)
     assert said["page"] == str(tmp_path / "W8A8-report" / "report.html")
     assert "GSM8K" in said["headline"]
     assert all(Path(path).is_file() for path in [said["page"], *said["figures"]])

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.command import W8A8, cli
 from tests.serve.embedded.servers import KEY, make_checkpoint, serving
 from tests.servers import Server, free_port
 from w8a8.errors import ServerError, UsageError
@@ -49,10 +50,7 @@ def completing(servers: tuple[Server, Server]) -> Server:
 
 
 def chat(*arguments: str, stdin: str | None = None, key: str = KEY) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, "-m", "w8a8", "chat", *arguments]
-    how: dict[str, Any] = {"stdin": subprocess.DEVNULL} if stdin is None else {"input": stdin}
-    environment = {**ENVIRONMENT, "OPENAI_API_KEY": key}
-    return subprocess.run(command, **how, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return cli("chat", *arguments, env={**ENVIRONMENT, "OPENAI_API_KEY": key}, stdin=stdin)
 
 
 class Typist:
@@ -64,7 +62,7 @@ class Typist:
         control = (
             "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
         )
-        command = [sys.executable, "-c", control, sys.executable, "-m", "w8a8", "chat", *arguments]
+        command = [sys.executable, "-c", control, *W8A8, "chat", *arguments]
         environment = {**ENVIRONMENT, "OPENAI_API_KEY": KEY}
         self.process = subprocess.Popen(
             command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment, start_new_session=True

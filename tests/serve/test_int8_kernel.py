@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.command import python
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.command import cli
 from tests.serve import fake_vllm
 from tests.serve.test_launch import CONFIG, NO_KEYS
 from w8a8 import machine, quantize
@@ -97,6 +97,6 @@ def test_serve_says_it_for_int8_checkpoints(quantized: bool, tmp_path: Path) -> 
     quantize(source, target)
     model = target if quantized else source
     env = NO_KEYS | fake_vllm.install(tmp_path / "vllm", "0.32.0+cpu")
-    done = python("-m", "w8a8", "serve", model, "--dry-run", "--json", env=env)
+    done = cli("serve", model, "--dry-run", "--json", env=env)
     sentences = [sentence for sentence in json.loads(done.stdout)["notices"] if "INT8" in sentence]
     assert sentences == (["INT8 kernel: vLLM's kernel for the CPU"] if quantized else [])

@@ -6,7 +6,6 @@ import shlex
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -16,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoint.command import python
 from tests.checkpoints import llama_tensors, write_checkpoint
+from tests.command import W8A8, cli
 from tests.memory.reference import gemma4_31b
 from tests.named import headers
 from tests.serve import fake_vllm
@@ -91,16 +90,14 @@ def port() -> int:
 
 
 def run(*arguments: str | Path, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return python("-m", "w8a8", "serve", *arguments, env=NO_KEYS | dict(env or {}))
+    return cli("serve", *arguments, env=NO_KEYS | dict(env or {}))
 
 
 @contextmanager
 def serving(*arguments: str | Path, env: Mapping[str, str]) -> Iterator[Running]:
     """`w8a8 serve` while it runs; what is left of it at the end is killed."""
     try:
-        with started(
-            [sys.executable, "-m", "w8a8", "serve", *arguments], Path(env[fake_vllm.FOLDER]) / "log", env
-        ) as it:
+        with started([*W8A8, "serve", *arguments], Path(env[fake_vllm.FOLDER]) / "log", env) as it:
             yield it
     finally:
         for pid in (fake_vllm.started(env) or {"pids": []})["pids"]:

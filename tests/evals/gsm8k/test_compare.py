@@ -1,9 +1,7 @@
 """`w8a8 compare`: paired results of the same questions."""
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.command import cli
 from w8a8.errors import InvalidResultError, UsageError
 from w8a8.evals.gsm8k.asking import Reply
 from w8a8.evals.gsm8k.compare import compare
@@ -179,10 +178,7 @@ def command(folder: Path, base: Any, quant: Any, *arguments: str) -> "subprocess
     for name, value in (("base", base), ("quant", quant)):
         (folder / f"{name}.json").write_text(json.dumps(value))
     files = (str(folder / "base.json"), str(folder / "quant.json"))
-    return subprocess.run(
-        [sys.executable, "-m", "w8a8", "compare", *files, *arguments],
-        env={**os.environ, "COLUMNS": "100"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    return cli("compare", *files, *arguments, env={"COLUMNS": "100"}, timeout=None)
 
 
 def test_it_prints_the_counts_the_flips_and_the_verdict(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from urllib.request import urlopen
 
 import pytest
 
+from tests.command import W8A8, cli
 from tests.evals.api import KEY, MODEL, answer, running_api, write_data
 from w8a8.errors import HubError, InvalidResultError, ServerError, TargetBusyError, UnwritableError, UsageError
 from w8a8.evals.gsm8k.asking import Server
@@ -42,7 +42,12 @@ def run(url: str, data: Path, out: Path, *, key: str = KEY, timeout: float = 60,
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "w8a8", "eval", "gsm8k", *arguments]
+    return [*W8A8, "eval", "gsm8k", *arguments]
+
+
+def gsm8k(*arguments: str, check: bool = False) -> "subprocess.CompletedProcess[str]":
+    """Run `w8a8 eval gsm8k` to its end, which takes as long as the model does."""
+    return cli("eval", "gsm8k", *arguments, env=ENVIRONMENT, check=check, timeout=None)
 
 
 def outcomes(path: Path) -> Any:
@@ -242,7 +247,7 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, out: Path, tmp_path: Path
             file.write('{"index": 19, "answ')  # as a kill in the middle of a line leaves it
         api.delay = 0
         api.requests.clear()
-        done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=True)
+        done = gsm8k(*arguments, check=True)
         assert sorted(api.asked()) == sorted(set(range(QUESTIONS)) - kept)
         run(api.url, data, tmp_path / "whole.json")
     assert "strict" in done.stdout
@@ -380,10 +385,8 @@ def test_without_a_folder_the_hub_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_it_prints_a_table_or_json(data: Path, out: Path) -> None:
     with running_api() as api:
         arguments = ("--base-url", api.url.removesuffix("/v1"), "--data", str(data), "--out", str(out))
-        table = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=True)
-        as_json = subprocess.run(
-            command(*arguments, "--json"), env=ENVIRONMENT, capture_output=True, text=True, check=True
-        )
+        table = gsm8k(*arguments, check=True)
+        as_json = gsm8k(*arguments, "--json", check=True)
     assert "30.0%" in table.stdout
     assert str(out) in table.stdout
     assert "GSM8K: 20 of 20 questions, 30.0% right" in table.stderr
@@ -421,9 +424,7 @@ def test_in_a_terminal_it_shows_a_bar_with_the_accuracy(data: Path, out: Path) -
     ],
 )
 def test_it_needs_one_server(arguments: tuple[str, ...], complaint: str, data: Path) -> None:
-    done = subprocess.run(
-        command(*arguments, "--data", str(data)), env=ENVIRONMENT, capture_output=True, text=True, check=False
-    )
+    done = gsm8k(*arguments, "--data", str(data))
     assert done.returncode == UsageError.exit_code
     assert complaint in done.stderr
 
@@ -431,7 +432,7 @@ def test_it_needs_one_server(arguments: tuple[str, ...], complaint: str, data: P
 def test_a_checkpoint_is_served_for_as_long_as_it_takes(gemma4_w8a8: Path, data: Path, out: Path) -> None:
     arguments = ("--ckpt", str(gemma4_w8a8), "--engine", "transformers", "--data", str(data), "--out", str(out))
     how = ("--limit", "3", "--shots", "2", "--max-tokens", "8", "--json")
-    done = subprocess.run(command(*arguments, *how), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = gsm8k(*arguments, *how)
     assert done.returncode == 0, done.stderr
     found = read(out)
     assert found["model"] == str(gemma4_w8a8)
@@ -445,7 +446,7 @@ def test_a_checkpoint_is_served_for_as_long_as_it_takes(gemma4_w8a8: Path, data:
 def test_a_checkpoint_without_a_chat_template_is_not_chatted_with(llama: Path, data: Path) -> None:
     (llama / "tokenizer_config.json").write_text("{}")
     arguments = ("--ckpt", str(llama), "--data", str(data))
-    done = subprocess.run(command(*arguments), env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    done = gsm8k(*arguments)
     assert done.returncode == UsageError.exit_code
     assert "--completions" in done.stderr
 

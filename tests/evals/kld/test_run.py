@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -20,7 +19,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
-from tests.checkpoint.command import python
+from tests.command import W8A8, cli
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import (
     DoesNotFitError,
@@ -434,7 +433,7 @@ def test_the_file_and_the_json_are_the_result(pair: tuple[Path, Path], book: Pat
     out = tmp_path / "kld.json"
     out.write_text("an older result")
     options = ("--text", book, "--tokens", "50", "--context", "16", "--out", out, "--json", "--quiet")
-    done = python("-m", "w8a8", "eval", "kld", *pair, *options)
+    done = cli("eval", "kld", *pair, *options)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     found = json.loads(done.stdout)
@@ -452,7 +451,7 @@ def test_the_file_and_the_json_are_the_result(pair: tuple[Path, Path], book: Pat
 
 
 def test_a_person_reads_a_table(pair: tuple[Path, Path], book: Path) -> None:
-    done = python("-m", "w8a8", "eval", "kld", *pair, "--text", book)
+    done = cli("eval", "kld", *pair, "--text", book)
     assert done.returncode == 0, done.stderr
     for words in ("mean KL divergence", "same likeliest token", "perplexity, candidate", "16-31", "▇"):
         assert words in done.stdout
@@ -472,7 +471,7 @@ def test_an_interrupt_ends_it_in_order(pair: tuple[Path, Path], tmp_path: Path) 
     long = tmp_path / "long.txt"
     long.write_text("the miller had gone down to the river. " * 10_000)
     options = ("--text", long, "--tokens", "1000000", "--out", tmp_path / "kld.json")
-    command: list[str | Path] = [sys.executable, "-m", "w8a8", "eval", "kld", *pair, *options]
+    command: list[str | Path] = [*W8A8, "eval", "kld", *pair, *options]
     work = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert work.stderr is not None
     wait_for(work.stderr.readline, f"loading {pair[1]}")

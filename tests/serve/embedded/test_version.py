@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoint.command import python
+from tests.command import python
 from w8a8.serve.embedded import TRANSFORMERS
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"

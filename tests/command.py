@@ -1,4 +1,4 @@
-"""`python -m w8a8` as a user runs it."""
+"""w8a8 as a user runs it: in a process of its own."""
 
 import ctypes
 import os
@@ -9,18 +9,47 @@ from pathlib import Path
 
 from w8a8.errors import W8A8Error
 
+W8A8 = (sys.executable, "-m", "w8a8")
+"""What a command line of w8a8 begins with, for tests that start a process and do not wait for its end."""
+
 PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
-def python(
-    *args: str | Path, env: Mapping[str, str] | None = None, obey_permissions: bool = False
+def cli(
+    *args: str | Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    check: bool = False,
+    timeout: float | None = 120,
+    obey_permissions: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run this Python; with `obey_permissions` the rights of files hold even for root."""
+    """Run `w8a8 ARGS` to its end, see `python`."""
+    return python(
+        *W8A8[1:], *args, env=env, stdin=stdin, check=check, timeout=timeout, obey_permissions=obey_permissions
+    )
+
+
+def python(
+    *args: str | Path,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    check: bool = False,
+    timeout: float | None = 120,
+    obey_permissions: bool = False,
+) -> "subprocess.CompletedProcess[str]":
+    """Run this Python to its end.
+
+    `env` comes on top of this environment. `stdin` is all there is to read: nothing, unless given. `check` makes a
+    failure an exception. With `obey_permissions` the rights of files hold even for root.
+    """
     return subprocess.run(
         [sys.executable, *args],
+        input=stdin,
+        stdin=subprocess.DEVNULL if stdin is None else None,
         capture_output=True,
         text=True,
-        timeout=120,
+        check=check,
+        timeout=timeout,
         env={**os.environ, **(env or {})},
         preexec_fn=_give_up_overriding_permissions if obey_permissions else None,
     )
@@ -35,7 +64,7 @@ def assert_refused(
     obey_permissions: bool = False,
 ) -> None:
     """`quantize` ends with the exit code of `error` and one line with all `mentions`, and leaves nothing behind."""
-    run = python("-m", "w8a8", "quantize", source, out, "--quiet", env=env, obey_permissions=obey_permissions)
+    run = cli("quantize", source, out, "--quiet", env=env, obey_permissions=obey_permissions)
     assert run.returncode == error.exit_code, run.stderr
     [line] = run.stderr.splitlines()
     assert line.startswith("w8a8: error: ")
