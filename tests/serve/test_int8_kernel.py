@@ -9,7 +9,7 @@ import pytest
 from tests.checkpoints import llama_tensors, write_checkpoint
 from tests.command import cli
 from tests.serve import fake_vllm
-from tests.serve.test_launch import CONFIG, NO_KEYS
+from tests.serve.launching import CONFIG, NO_KEYS
 from w8a8 import machine, quantize
 from w8a8.serve.installed import Installed
 from w8a8.serve.int8_kernel import notice

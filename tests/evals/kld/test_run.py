@@ -1,12 +1,8 @@
-"""`w8a8 eval kld`: against a plain computation, on real models, and what it refuses."""
+"""The KL divergence: against a plain computation, on real models, layer by layer, and what is refused."""
 
-import hashlib
 import json
 import shutil
-import signal
-import subprocess
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,59 +12,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaForCausalLM
 
-from tests.command import W8A8, cli
+from tests.evals.kld.llamas import LETTERS, PROSE, WORDS, make_llama, measure
 from w8a8.checkpoint import Checkpoint
-from w8a8.errors import (
-    DoesNotFitError,
-    EngineError,
-    SourceNotFoundError,
-    UnreadableError,
-    UnwritableError,
-    UsageError,
-)
+from w8a8.errors import DoesNotFitError, EngineError, SourceNotFoundError, UsageError
 from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.models import CHUNK_BYTES, Predictor, score
-from w8a8.evals.kld.run import KldResult, bands, block_starts, histogram, prepare, run
-from w8a8.evals.kld.windows import Window, choose, cut
+from w8a8.evals.kld.run import bands, block_starts, histogram, prepare, run
+from w8a8.evals.kld.windows import Window
 from w8a8.memory import ram_needed
-from w8a8.storage.writer import write_json
 from w8a8.texts.files import Text
-
-PROSE = """\
-In the valley the harvest had been gathered early that year, and the carts stood empty behind the mill. The miller, \
-who was seldom seen without his pipe, had gone down to the river to look at the wheel, which had begun to groan in the \
-night. He found nothing wrong with it but its age, and he said so to his daughter when he came home for supper."""
-WORDS = ["<s>", *"\n abcdefghijklmnopqrstuvwxyz.,"]
-LETTERS = Text("letters", ("the wheel had begun to groan, and nothing was wrong with it but its age.", "so he said."))
-
-
-def make_llama(folder: Path, *, seed: int = 0, bos: bool = True, words: list[str] = WORDS, **config: Any) -> Path:
-    """A small random Llama in float32 that reads characters."""
-    set_seed(seed)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes = {"vocab_size": len(WORDS), "max_position_embeddings": 512, "initializer_range": 0.5}
-    model = LlamaForCausalLM(LlamaConfig(**{**shape, **sizes, **config}))
-    model.save_pretrained(folder)
-    characters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=" "))
-    if bos:
-        characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two Llamas that think differently."""
-    folder = tmp_path_factory.mktemp("llamas")
-    return make_llama(folder / "one", seed=1), make_llama(folder / "two", seed=2)
-
-
-@pytest.fixture(scope="module")
-def predictors(pair: tuple[Path, Path]) -> tuple[Predictor, Predictor]:
-    return Predictor("one", pair[0]), Predictor("two", pair[1])
 
 
 def plain_log_probabilities(model: Any, ids: tuple[int, ...]) -> Any:
@@ -76,10 +30,6 @@ def plain_log_probabilities(model: Any, ids: tuple[int, ...]) -> Any:
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double().numpy()
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
-def measure(reference: Path, candidate: Path, text: Text = LETTERS, **options: Any) -> KldResult:
-    return run(prepare(reference, candidate, text, **options))
 
 
 # --- what is computed ---------------------------------------------------------------------------------------------
@@ -257,93 +207,6 @@ def test_models_too_large_for_memory_are_streamed_unasked(
     assert prepare(*pair, LETTERS).streamed
 
 
-# --- the text -----------------------------------------------------------------------------------------------------
-
-
-@given(
-    documents=st.lists(st.lists(st.integers(1, 9), max_size=30), min_size=1, max_size=5),
-    bos=st.sampled_from([None, 0]),
-    context=st.integers(2, 12),
-    tokens=st.integers(1, 100),
-)
-def test_windows_predict_every_token_once_from_what_lies_before_it(
-    documents: list[list[int]], bos: int | None, context: int, tokens: int
-) -> None:
-    wanted = [(n, token) for n, ids in enumerate(documents) for token in (ids if bos == 0 else ids[1:])][:tokens]
-    if not wanted:
-        with pytest.raises(UsageError, match="no token"):
-            cut(documents, bos, context, tokens)
-        return
-    found = cut(documents, bos, context, tokens)
-    assert [(window.document, token) for window in found for token in window.ids[1:]] == wanted
-    assert all(2 <= len(window.ids) <= context for window in found)
-    if bos is None:
-        assert all(contains(documents[window.document], window.ids) for window in found)
-    else:
-        assert all(window.ids[0] == bos for window in found)
-
-
-def contains(whole: list[int], part: tuple[int, ...]) -> bool:
-    return any(tuple(whole[i : i + len(part)]) == part for i in range(len(whole)))
-
-
-def test_a_tokenizer_without_a_beginning_of_sequence_loses_the_first_token_alone(tmp_path: Path) -> None:
-    plain = make_llama(tmp_path / "plain", bos=False)
-    job = prepare(plain, plain, Text("t", ("abcabc",)), context=4)
-    assert [len(window.ids) for window in job.windows] == [4, 3]
-    assert job.windows[0].ids[-1] == job.windows[1].ids[0]
-    assert job.tokens == 5
-
-
-def test_a_plain_file_is_one_document_with_its_own_checksum(tmp_path: Path) -> None:
-    data = "one\r\ntwo ñ\n".encode()
-    (tmp_path / "t.txt").write_bytes(data)
-    text = choose(text=tmp_path / "t.txt")
-    assert text.documents == ("one\r\ntwo ñ\n",)
-    assert text.sha256 == hashlib.sha256(data).hexdigest()
-
-
-def test_jsonl_has_a_document_per_line(tmp_path: Path) -> None:
-    rows = [{"text": "a\u2028b"}, {"question": "1 + 1?", "answer": "#### 2"}]
-    lines = "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    (tmp_path / "test.jsonl").write_text(lines)
-    assert choose(jsonl=tmp_path / "test.jsonl").documents == ("a\u2028b", "1 + 1?\n#### 2")
-
-
-def test_gsm8k_has_a_document_per_question_of_its_test_split(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "#### 2"}))
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "How many legs have two hens? ", "answer": "#### 4"}))
-    assert choose(data=tmp_path) == Text("GSM8K test", ("How many legs have two hens?\n#### 4",))
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": 3}', "line 2: neither"),
-        ('["text"]', "line 2: neither"),
-        ('{"question": "?"}', "line 2: neither"),
-        ("{", "line 2: not JSON"),
-        ("[" * 100_000, "line 2: not JSON"),
-    ],
-)
-def test_a_line_that_is_no_document_is_named(tmp_path: Path, line: str, message: str) -> None:
-    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n' + line)
-    with pytest.raises(UsageError, match=message):
-        choose(jsonl=tmp_path / "t.jsonl")
-
-
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(UsageError, match="not UTF-8"):
-        choose(text=tmp_path / "latin")
-    with pytest.raises(SourceNotFoundError, match="nothing"):
-        choose(text=tmp_path / "nothing")
-    with pytest.raises(UnreadableError, match="directory"):
-        choose(text=tmp_path)
-    with pytest.raises(UsageError, match="one of"):
-        choose(text=tmp_path / "latin", jsonl=tmp_path / "latin")
-
-
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
@@ -417,73 +280,3 @@ def test_a_token_that_one_model_rules_out_has_no_divergence(
     with pytest.raises(EngineError, match=r"rules out a token .* at position 0"):
         score(predictors[0], never, [Window((0, 1, 2), 0)])
     assert score(never, too, [Window((0, 1, 2), 0)]).kl.tolist() == [0, 0]
-
-
-# --- the command --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def book(tmp_path: Path) -> Path:
-    path = tmp_path / "book.txt"
-    path.write_text(LETTERS.documents[0])
-    return path
-
-
-def test_the_file_and_the_json_are_the_result(pair: tuple[Path, Path], book: Path, tmp_path: Path) -> None:
-    out = tmp_path / "kld.json"
-    out.write_text("an older result")
-    options = ("--text", book, "--tokens", "50", "--context", "16", "--out", out, "--json", "--quiet")
-    done = cli("eval", "kld", *pair, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    found = json.loads(done.stdout)
-    assert json.loads(out.read_text()) == found
-    assert (found["kind"], found["schema"], found["tokens"]) == ("w8a8.kld", 1, 50)
-    assert found["text"] == {
-        "name": "book.txt",
-        "sha256": hashlib.sha256(book.read_bytes()).hexdigest(),
-        "tokens": len(book.read_text()),
-    }
-    assert found["kl"].keys() == {"mean", "median", "p99", "max", "interval"}
-    assert [band["first"] for band in found["positions"]] == [0]
-    assert sum(bin_["count"] for bin_ in found["histogram"]) == 50
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["book.txt", "kld.json"]
-
-
-def test_a_person_reads_a_table(pair: tuple[Path, Path], book: Path) -> None:
-    done = cli("eval", "kld", *pair, "--text", book)
-    assert done.returncode == 0, done.stderr
-    for words in ("mean KL divergence", "same likeliest token", "perplexity, candidate", "16-31", "▇"):
-        assert words in done.stdout
-    assert "loading" in done.stderr
-
-
-def test_where_the_result_cannot_go_is_known_before_the_work(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    with pytest.raises(UnwritableError, match="not a folder that can be written"):
-        prepare(*pair, LETTERS, out=tmp_path / "nowhere" / "kld.json")
-    (tmp_path / "taken").mkdir()
-    with pytest.raises(UnwritableError, match="cannot be written"):
-        write_json(tmp_path / "taken", measure(*pair).to_dict(), indent=1)
-    assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
-
-
-def test_an_interrupt_ends_it_in_order(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    long = tmp_path / "long.txt"
-    long.write_text("the miller had gone down to the river. " * 10_000)
-    options = ("--text", long, "--tokens", "1000000", "--out", tmp_path / "kld.json")
-    command: list[str | Path] = [*W8A8, "eval", "kld", *pair, *options]
-    work = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert work.stderr is not None
-    wait_for(work.stderr.readline, f"loading {pair[1]}")
-    time.sleep(0.5)
-    work.send_signal(signal.SIGINT)
-    _, said = work.communicate(timeout=60)
-    assert work.returncode == 130, said
-    assert "interrupted; nothing was written" in said
-    assert "Traceback" not in said
-    assert [path.name for path in tmp_path.iterdir()] == ["long.txt"]
-
-
-def wait_for(read: Callable[[], str], line: str) -> None:
-    while (found := read().strip()) != line:
-        assert found, "ended too early"

@@ -1,42 +1,20 @@
 """The report, looked at with a real browser; the checkpoints are real, the results about invented questions."""
 
-import errno
-import json
-import math
-import os
-import re
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-import w8a8
-from tests.command import cli
 from tests.publish import results
-from w8a8.errors import (
-    DiskFullError,
-    InvalidResultError,
-    MissingExtraError,
-    UnsupportedSchemeError,
-    UnwritableError,
-    UsageError,
-)
 from w8a8.publish.report import write as reports
-from w8a8.publish.report.data import Place, place, short
 from w8a8.publish.report.facts import Report
-from w8a8.publish.report.page import SHOWN_CHARACTERS, render
-from w8a8.publish.report.style import number
+from w8a8.publish.report.page import SHOWN_CHARACTERS
 from w8a8.publish.report.write import Written
-from w8a8.publish.results import read_gsm8k, read_kld
 
 HOSTILE = (
     "<script>document.title = 'taken'</script>",
@@ -250,17 +228,6 @@ def test_without_source_and_results_it_shows_the_rest_and_says_so(golden: Path, 
     assert page.query_selector_all("#size .bar") != []
 
 
-def test_the_source_that_lies_beside_is_found_and_no_other(gemma4: Path, gemma4_w8a8: Path, tmp_path: Path) -> None:
-    assert reports.prepare(gemma4_w8a8).verification is not None
-    moved = shutil.copytree(gemma4_w8a8, tmp_path / "moved" / "W8A8")
-    assert reports.prepare(moved).verification is None
-    shutil.copytree(gemma4, tmp_path / gemma4.name)
-    provenance = json.loads((moved / "w8a8.json").read_text())
-    for name in ("..", f"../{gemma4.name}", str(gemma4), "", "no/such-repository"):
-        (moved / "w8a8.json").write_text(json.dumps(provenance | {"source": {"name": name}}))
-        assert reports.prepare(moved).verification is None
-
-
 def test_a_model_whose_layers_differ_has_only_the_cells_there_are(
     gemma4_w8a8: Path, page: Page, tmp_path: Path
 ) -> None:
@@ -282,130 +249,3 @@ def test_a_checkpoint_that_fails_says_so_first(gemma4: Path, gemma4_w8a8: Path, 
     written = reports.write(reports.run(reports.prepare(out, gemma4)), tmp_path / "report.html", tmp_path)
     page.goto(written.page.as_uri())
     assert page.inner_text("section:first-of-type h2").startswith("FAILED")
-
-
-def test_what_cannot_be_stored_leaves_the_page_that_was_there(
-    plain: tuple[Report, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    report, _ = plain
-    page, figures = tmp_path / "report.html", tmp_path / "figures"
-    page.write_text("the one before")
-    figures.write_text("a file where the folder should be")
-    with pytest.raises(UnwritableError, match="figures"):
-        reports.write(report, page, figures)
-    figures.unlink()
-
-    def full(_descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DiskFullError, match=r"size\.png"):
-        reports.write(report, page, figures)
-    assert page.read_text() == "the one before"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["figures", "report.html"]
-
-
-def test_hard_rows_draw(golden: Path, tmp_path: Path) -> None:
-    out = tmp_path / "W8A8"
-    w8a8.quantize(golden / "source", out)
-    report = reports.run(reports.prepare(out, golden / "source"))
-    assert len(reports.write(report, tmp_path / "report.html", tmp_path).figures) == 4
-
-
-def test_the_command_takes_results_from_the_environment(golden: Path, tmp_path: Path) -> None:
-    base, quant = results.pair(40)
-    environment = {
-        "EVAL_BASELINE_JSON": str(results.write(tmp_path / "b.json", results.gsm8k("base", base))),
-        "EVAL_QUANT_JSON": str(results.write(tmp_path / "q.json", results.gsm8k("quant", quant))),
-    }
-    out = shutil.copytree(golden / "quark-0.13", tmp_path / "W8A8")
-    said = json.loads(cli("report", out, "--json", env=environment, check=True, timeout=None).stdout)
-    assert said["page"] == str(tmp_path / "W8A8-report" / "report.html")
-    assert "GSM8K" in said["headline"]
-    assert all(Path(path).is_file() for path in [said["page"], *said["figures"]])
-
-
-def test_what_is_not_w8a8_is_refused(golden: Path) -> None:
-    with pytest.raises(UnsupportedSchemeError, match="not quantized"):
-        reports.prepare(golden / "source")
-
-
-def test_results_of_different_questions_do_not_compare(golden: Path, tmp_path: Path) -> None:
-    first = results.write(tmp_path / "a.json", results.gsm8k("a", [True, False]))
-    second = results.write(tmp_path / "b.json", results.gsm8k("b", [True]))
-    with pytest.raises(UsageError, match="not comparable"):
-        reports.prepare(golden / "quark-0.13", baseline=first, quant=second)
-
-
-@pytest.mark.parametrize(("lost", "won", "shown"), [(3, 0, "no difference"), (20, 2, "a loss"), (0, 10, "a gain")])
-def test_the_headline_claims_what_the_pairs_show(golden: Path, tmp_path: Path, lost: int, won: int, shown: str) -> None:
-    base = [True] * 50 + [False] * 50
-    quant = [False] * lost + [True] * (50 - lost + won) + [False] * (50 - won)
-    first = results.write(tmp_path / "a.json", results.gsm8k("a", base))
-    second = results.write(tmp_path / "b.json", results.gsm8k("b", quant))
-    report = reports.run(reports.prepare(golden / "quark-0.13", baseline=first, quant=second))
-    assert report.headline.endswith(f"GSM8K {50 - lost + won:.1f}% against 50.0%: {shown} shown")
-
-
-def test_a_missing_package_is_named_with_its_extra(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtraError, match=r"w8a8\[publish\]"):
-        reports.prepare(golden / "quark-0.13")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
-    """A report on a small checkpoint, and a folder."""
-    folder = Path(__file__).parents[1] / "golden" / "quark-0.13"
-    return reports.run(reports.prepare(folder)), tmp_path_factory.mktemp("broken")
-
-
-WRONG: st.SearchStrategy[Any] = st.sampled_from(
-    [None, "x", -1, 0, 2.5, math.nan, math.inf, 1e308, True, [], {}, [None], 10**400, "\ud800"]
-)
-
-
-@given(data=st.data(), wrong=WRONG)
-def test_a_broken_result_is_refused_or_drawn(plain: tuple[Report, Path], data: st.DataObject, wrong: Any) -> None:
-    report, folder = plain
-    kind = data.draw(st.sampled_from(["kld", "gsm8k"]))
-    result = results.kld() if kind == "kld" else results.gsm8k("model", [True, False])
-    where: Any = result
-    while True:
-        key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
-        if not where[key] or not isinstance(where[key], dict | list) or data.draw(st.integers(0, 3)) == 0:
-            break
-        where = where[key]
-    where[key] = wrong
-    path = results.write(folder / "result.json", result)
-    try:
-        found = replace(report, kld=read_kld(path)) if kind == "kld" else replace(report, quant=read_gsm8k(path))
-    except InvalidResultError:
-        return
-    html = render(found)
-    assert len(html) > 10_000
-    assert re.search(r">\s*-?(nan|inf)\b", html) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [
-        ("model.layers.5.self_attn.k_proj.weight", Place("model.layers", 5, "self_attn.k_proj")),
-        ("model.layers.5.mlp.experts.17.down_proj.weight", Place("model.layers", 5, "mlp.experts.*.down_proj")),
-        ("model.vision_tower.layers.0.fc1.weight", Place("model.vision_tower.layers", 0, "fc1")),
-        ("lm_head.weight", Place("", 0, "lm_head")),
-        ("0.weight", Place("", 0, "0")),
-    ],
-)
-def test_a_tensor_has_its_place_by_its_name(name: str, where: Place) -> None:
-    assert place(name) == where
-
-
-def test_projections_are_abbreviated_only_where_that_is_clear() -> None:
-    names = ("attn.q_proj", "mlp.down_proj", "mlp.experts.*.down_proj")
-    assert [short(name, names) for name in names] == ["q", "mlp.down_proj", "mlp.experts.*.down_proj"]
-
-
-def test_numbers_are_written_as_people_write_them() -> None:
-    values = (0.0286, 1e-5, 2.51e-5, 14.21, 1319.0, 0.0)
-    assert [number(v) for v in values] == ["0.0286", "10⁻⁵", "2.51·10⁻⁵", "14.2", "1,319", "0"]
