@@ -18,8 +18,8 @@ from w8a8.memory.working import rotary_bytes
 UNNAMED = 4096
 """Bytes that vLLM holds beside the tensors of the files: a zero point here, a scalar in FP32 there."""
 
-NOT_SPLIT_HERE = {"gemma4_unified": 20784, "qwen3_5": 300, "qwen3_5_text": 300}
-"""Bytes counted too much: a patch embedding that is split, decays kept in FP32."""
+NOT_SPLIT_HERE = {"gemma4_unified": 20784}
+"""Bytes counted too much: a patch embedding that is split."""
 
 TOWER_TABLE = {"qwen3_5": 98304}
 """The rotary table of Qwen's vision tower, of which no config tells."""

@@ -11,7 +11,7 @@ tested against what its models allocate (`tests/memory/test_against_vllm.py`):
 - everything else is whole on every GPU: norms, routers, projectors. So is the vision tower of Gemma 4, which is
   transformers' own module; those of Gemma 3, Mistral 3 and Qwen3.5 are split like the decoder;
 - not loaded at all: MTP heads, keys and values of layers that use another layer's cache, and with `--text-only` towers;
-- weights that are not quantized take 2 bytes each, even if the file has 4.
+- weights that are not quantized take 2 bytes each, even if the file has 4; the decays of linear attention take 4.
 """
 
 import re
@@ -51,10 +51,12 @@ def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
 
 def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
     """The bytes of `tensor` on the first GPU."""
-    nbytes = tensor.nbytes
-    if tensor.dtype in {"F32", "F64"} and not tensor.name.endswith("_scale"):
-        nbytes = tensor.numel * 2
     table, leaf, part = model.table, _leaf(tensor.name), model.components[tensor.name]
+    nbytes = tensor.nbytes
+    if leaf in table.in_fp32:
+        nbytes = tensor.numel * 4
+    elif tensor.dtype in {"F32", "F64"} and not tensor.name.endswith("_scale"):
+        nbytes = tensor.numel * 2
     kv = {table.attention.key, table.attention.value}
     if gpus == 1 and leaf not in table.by_vocabulary:
         return nbytes

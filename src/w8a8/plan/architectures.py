@@ -67,6 +67,7 @@ class MemoryRules:
     by_vocabulary: tuple[str, ...]
     by_rows: tuple[str, ...]
     by_columns: tuple[str, ...]
+    in_fp32: tuple[str, ...]
     rotary_tables: bool
     split_towers: bool
     video_tokens: int
