@@ -1,7 +1,11 @@
 """How much work `make demo` chooses to do, from the rates it measures; no model is loaded here."""
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
+import measuring
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,3 +95,20 @@ def test_kld_keeps_to_the_plan_where_time_suffices() -> None:
 )
 def test_durations_are_spoken(duration: float, words: str) -> None:
     assert spoken(duration) == words
+
+
+def test_what_is_too_quick_to_time_is_timed_in_a_larger_amount(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def work(number: int) -> Any:
+        done.append(number)
+        clock.now += number * 0.02
+        return np.ones(number)
+
+    monkeypatch.setattr(measuring, "time", clock)
+    assert measuring.seconds_each(work, (16, 32, 64)) == pytest.approx(0.02)
+    assert done == [16, 32]
+    assert measuring.seconds_each(work, (4, 8)) == pytest.approx(0.02)
+    assert done == [16, 32, 4, 8]
