@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from w8a8.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorSpec
 from w8a8.formats import Selection, get_format
-from w8a8.plan import Decision, Plan, ShardPlan, Write, make_plan, module_name
+from w8a8.plan import Plan, make_plan, module_name
 
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "plan" / "names").glob("*.json"))
 """`names/*.json`: what transformers saves for each family, every tensor with its kind and the verdict expected."""
@@ -38,19 +40,7 @@ def plan_of(
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
     """The plan that `Plan.to_dict` made `values` of."""
-    fields = dict(values)
-    fields["decisions"] = tuple(
-        Decision(**{**d, "tensor": TensorSpec(**{**d["tensor"], "shape": tuple(d["tensor"]["shape"])})})
-        for d in values["decisions"]
-    )
-    fields["shards"] = tuple(
-        ShardPlan(s["name"], tuple(Write(**{**w, "shape": tuple(w["shape"])}) for w in s["writes"]), s["streamed"])
-        for s in values["shards"]
-    )
-    for key in ("exclude", "sidecars", "warnings"):
-        fields[key] = tuple(values[key])
-    fields["left_out"] = tuple((name, reason) for name, reason in values["left_out"])
-    return Plan(**fields)
+    return msgspec.convert({**values, "calibration": values["calibration"] or None}, Plan)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from w8a8.execute import execute
 from w8a8.execute.shard import Finished
 from w8a8.formats import Selection, quark
 from w8a8.formats.arithmetic import decode, round_to
+from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan import make_plan
 from w8a8.quantization import Options, prepare
 
@@ -270,7 +272,7 @@ def folded(llama: Path, tmp_path: Path) -> Path:
         "norms": [{"name": NORM, "offset": 0.0, "into": readers}],
     }
     job = prepare(llama)
-    plan = make_plan(source, job.format, source="llama", calibration=record)
+    plan = make_plan(source, job.format, source="llama", calibration=msgspec.convert(record, CalibrationRecord))
     places = {tensor.name: Finished(tmp_path / "finished.safetensors", tensor) for tensor in tensors}
     execute(plan, source, tmp_path / "folded", job.format.arithmetic, finished=places)
     return tmp_path / "folded"

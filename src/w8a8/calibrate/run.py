@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from w8a8.calibrate import costs
@@ -77,7 +77,7 @@ def calibrated(
         # 5) Say what it gained, and hand the tensors over
         say_gains(journal.gains, notice)
         finished = finished_tensors(journal.layers())
-        yield Calibrated(make(kept=kept, calibration=asdict(record(finished, setup, plan, kept))), finished)
+        yield Calibrated(make(kept=kept, calibration=record(finished, setup, plan, kept)), finished)
         # 6) Nothing is left to go on with
         shutil.rmtree(home, ignore_errors=True)
 

@@ -25,7 +25,6 @@ from w8a8.formats.provenance import (
     ShardFile,
     SourceFiles,
     TensorBytes,
-    calibration_record,
 )
 from w8a8.plan import Plan
 from w8a8.storage.writer import disk_errors, write_json, write_whole
@@ -148,7 +147,7 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> Provenance:
         architecture=plan.architecture,
         format=plan.format,
         recipe=plan.recipe,
-        calibration=calibration_record(plan.calibration),
+        calibration=plan.calibration,
         scheme=SchemeText(
             weights=f"int8, symmetric, per output channel, static, {_rounding(plan)}",
             activations="int8, symmetric, per token, dynamic",

@@ -128,8 +128,3 @@ class Provenance:
         if self.calibration is None:
             del values["calibration"]
         return {key: values[key] for key in (*order, "quantized_tensors", "shards") if key in values}
-
-
-def calibration_record(values: Mapping[str, Any]) -> CalibrationRecord | None:
-    """Turn a plan's account of calibration into the record of `w8a8.json`; None where there is none."""
-    return msgspec.convert(values, CalibrationRecord) if values else None

@@ -7,7 +7,7 @@ whole), then the output is laid out. Sizes follow from the headers alone.
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -15,6 +15,7 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import Format, Selection, detect
+from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
 from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name
 
@@ -59,7 +60,7 @@ class Plan:
     sidecars: tuple[str, ...]
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
-    calibration: Mapping[str, Any] = field(default_factory=dict)
+    calibration: CalibrationRecord | None = None
 
     @property
     def bytes_in(self) -> int:
@@ -100,7 +101,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "calibration": asdict(self.calibration) if self.calibration else {}}
 
     def fingerprint(self) -> str:
         """SHA-256 of the plan: two runs with the same fingerprint write the same files from the same source."""
@@ -118,7 +119,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     metadata: Mapping[str, str] | None = None,
     kept: Mapping[str, str] | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    calibration: CalibrationRecord | None = None,
 ) -> Plan:
     """Decide what becomes of every tensor of `checkpoint` and where it will lie.
 
@@ -134,7 +135,7 @@ def make_plan(
     decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
-    decisions = [_calibrated(decision, kept or {}, (calibration or {}).get("folded", ())) for decision in decisions]
+    decisions = [_calibrated(decision, kept or {}, calibration.folded if calibration else ()) for decision in decisions]
     # 2) Check that the decisions can be carried out, and that engines can load the result.
     _check_groups(decisions, rules)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
@@ -156,21 +157,21 @@ def make_plan(
         shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
         exclude=tuple(selection.left_alone),
         config={**checkpoint.config, "quantization_config": fmt.quantization_config(selection)},
-        metadata={"format": "pt", **(metadata or {}), **_metadata(calibration or {})},
+        metadata={"format": "pt", **(metadata or {}), **_metadata(calibration)},
         indexed=checkpoint.indexed,
         sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
         left_out=tuple((left.name, left.reason) for left in checkpoint.left_out),
         warnings=tuple(_warnings(rules, decisions)),
-        calibration=calibration or {},
+        calibration=calibration,
     )
 
 
-def _metadata(calibration: Mapping[str, Any]) -> dict[str, str]:
+def _metadata(calibration: CalibrationRecord | None) -> dict[str, str]:
     """What the metadata of every shard says about calibration."""
-    if not calibration:
+    if calibration is None:
         return {}
-    text = calibration["text"]
-    said = f"{calibration['samples']} x {calibration['tokens']} tokens of {text['name']} (SHA-256 {text['sha256']})"
+    text = calibration.text
+    said = f"{calibration.samples} x {calibration.tokens} tokens of {text.name} (SHA-256 {text.sha256})"
     return {"w8a8_calibration": said}
 
 
