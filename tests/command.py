@@ -20,7 +20,7 @@ def cli(
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
     check: bool = False,
-    timeout: float | None = 120,
+    timeout: float | None = 400,
     obey_permissions: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """Run `w8a8 ARGS` to its end, see `python`."""
@@ -34,7 +34,7 @@ def python(
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
     check: bool = False,
-    timeout: float | None = 120,
+    timeout: float | None = 400,
     obey_permissions: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
     """Run this Python to its end.
