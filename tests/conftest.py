@@ -24,6 +24,20 @@ def llama(tmp_path: Path) -> Path:
     return write_checkpoint(tmp_path / "llama", llama_tensors(), shards=2)
 
 
+MARKS = {
+    "vllm_python": "engine",
+    **dict.fromkeys(("gemma3", "gemma3_formats", "gemma3_w8a8", "gemma4", "gemma4_w8a8"), "model"),
+}
+"""Fixture -> the marker of every test that uses it."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test by what it stands on, so that `make check` can leave out engines and real models."""
+    for fixture in getattr(item, "fixturenames", ()):
+        if fixture in MARKS:
+            item.add_marker(MARKS[fixture])
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where skipping is not allowed (in CI), a skipped test fails the run."""

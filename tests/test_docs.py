@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from w8a8 import errors
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 

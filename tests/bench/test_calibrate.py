@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from w8a8.bench.calibrate import EMPTY, PLAIN, RECIPES, CalibrateResult, Row, contend, make_checkpoint, show
 from w8a8.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.slow
 
 
 def test_every_contender_times_the_layers_behind_the_first(tmp_path: Path) -> None:

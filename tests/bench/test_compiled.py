@@ -23,6 +23,8 @@ from w8a8.cli import app
 from w8a8.errors import MissingExtraError, UsageError
 from w8a8.kernels.gpu.tiles import family, shipped
 
+pytestmark = pytest.mark.slow
+
 INSTRUCTIONS = {
     "gfx11": "v_wmma_i32_16x16x16_iu8",
     "gfx12": "v_wmma_i32_16x16x16_iu8",

@@ -15,6 +15,8 @@ from w8a8.bench.model import GEMMA_4_31B, LAYERS, VOCABULARY, make_model
 from w8a8.errors import DoesNotFitError
 from w8a8.runtime.linear import W8A8Linear
 
+pytestmark = pytest.mark.slow
+
 TINY = {
     **GEMMA_4_31B,
     "hidden_size": 64,

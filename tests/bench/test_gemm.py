@@ -18,6 +18,8 @@ from w8a8.cli import app
 from w8a8.errors import NoDeviceError
 from w8a8.kernels.gpu.tiles import Tile
 
+pytestmark = pytest.mark.slow
+
 
 def run_small(vllm: Path | None, cache: Path | None) -> GemmResult:
     """Runs where kernels are interpreted; tunes where there is a cache to store into."""

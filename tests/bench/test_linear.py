@@ -8,6 +8,8 @@ from rich.console import Console
 
 from w8a8.bench.linear import LinearResult, LinearRow, bench, show
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def result() -> LinearResult:

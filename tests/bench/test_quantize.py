@@ -11,6 +11,8 @@ from tests.command import cli
 from w8a8.bench.model import LAYER_BYTES
 from w8a8.bench.quantize import BenchResult, Row, show
 
+pytestmark = pytest.mark.slow
+
 ROWS = [
     "cp -r",
     "cp -r, synced",

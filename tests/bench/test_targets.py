@@ -6,6 +6,8 @@ from w8a8.bench.compiled import bench
 from w8a8.bench.targets import Machine, machine
 from w8a8.errors import UsageError
 
+pytestmark = pytest.mark.slow
+
 
 def test_occupancy_is_what_registers_and_shared_memory_allow() -> None:
     rdna: Machine = machine("gfx1100")

@@ -25,6 +25,8 @@ from w8a8.quantization import Options, calibrated, prepare, run
 from w8a8.runtime import W8A8Linear
 from w8a8.texts.samples import cut, load
 
+pytestmark = pytest.mark.slow
+
 SIZES: dict[str, Any] = {"samples": 9, "tokens": 48}
 
 

@@ -24,6 +24,8 @@ from w8a8.checkpoint import DTYPE_BYTES, Checkpoint
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import W8A8Error
 
+pytestmark = pytest.mark.slow
+
 MAX_BYTES = 4 << 20
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 

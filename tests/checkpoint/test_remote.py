@@ -28,6 +28,8 @@ from w8a8.errors import (
     W8A8Error,
 )
 
+pytestmark = pytest.mark.slow
+
 MEGABYTES = 40
 
 

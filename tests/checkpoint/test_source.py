@@ -15,6 +15,8 @@ from tests.command import assert_refused, cli, python
 from w8a8.checkpoint import Source, resolve
 from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError, UnreadableError
 
+pytestmark = pytest.mark.slow
+
 RESOLVE = """
 import sys
 from w8a8.checkpoint import resolve

@@ -21,6 +21,8 @@ from tests.execute.runs import (
     wait_for,
 )
 
+pytestmark = pytest.mark.slow
+
 SHARDS = 6
 KILLS = 20
 KILLS_OVERWRITING = 6

@@ -30,6 +30,8 @@ from w8a8.errors import (
 )
 from w8a8.quantization import Options
 
+pytestmark = pytest.mark.slow
+
 Tensors = dict[str, tuple[str, Array]]
 
 

@@ -13,6 +13,8 @@ from w8a8.errors import TargetBusyError, TargetExistsError, UnwritableError, Usa
 from w8a8.execute.shard import ShardRecord
 from w8a8.execute.staging import Staging
 
+pytestmark = pytest.mark.slow
+
 JOB = {"version": "1", "format": "quark", "sources": {"a": [3, 1], "b": [3, 1]}}
 OTHER = {**JOB, "format": "compressed-tensors"}
 

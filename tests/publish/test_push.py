@@ -17,6 +17,8 @@ from tests.publish.hub import TOKEN, Hub, Repository, receiving_hub
 from w8a8.errors import HubError, PathEscapeError, UsageError, W8A8Error
 from w8a8.publish.push import check, prepare
 
+pytestmark = pytest.mark.slow
+
 REPO = "me/llama-W8A8"
 Push = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -9,6 +9,8 @@ from w8a8.recipes.costs import Cost, backwards, direction
 from w8a8.recipes.groups import groups_of
 from w8a8.runtime.streamed import states_of
 
+pytestmark = pytest.mark.slow
+
 HIDDEN, VOCABULARY, TOKENS = 12, 50, 7
 FORETOLD = 0.002
 """Nats of a whole text: little enough for what is of second order."""

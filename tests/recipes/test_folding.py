@@ -10,6 +10,8 @@ from tests.recipes import small
 from w8a8.recipes.folding import divide, expand, heads_of, storable
 from w8a8.recipes.groups import Group, groups_of
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(40)[None] % 96
 
 

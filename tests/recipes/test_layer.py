@@ -15,6 +15,8 @@ from w8a8.recipes.layer import LayerResult, calibrate_layer, quantized
 from w8a8.runtime.linear import W8A8Linear
 from w8a8.runtime.streamed import states_of
 
+pytestmark = pytest.mark.slow
+
 
 def calibrated(made: Any, number: int, name: RecipeName, batches: list[small.CostedBatch]) -> LayerResult:
     layer = made.base_model.layers[number]

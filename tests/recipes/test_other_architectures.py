@@ -14,6 +14,8 @@ from w8a8.evals.kld import run as kld
 from w8a8.evals.kld.windows import choose
 from w8a8.quantization import Options
 
+pytestmark = pytest.mark.slow
+
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k"
 SIZE = Size(hidden=128, layers=3, vocabulary=512)
 STEPS = 40

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from tests.interpreter import Interpreted
 from w8a8.runtime.linear import MAX_IN_FEATURES, W8A8Linear, _openmp_fork, composed, padded_int_mm
 
+pytestmark = pytest.mark.slow
+
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 

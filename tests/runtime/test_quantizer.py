@@ -19,6 +19,8 @@ from w8a8.formats import COMPATS, FORMATS
 from w8a8.quantization import Options
 from w8a8.runtime import W8A8Config, W8A8Linear, register
 
+pytestmark = pytest.mark.slow
+
 INPUT = torch.arange(3, 20)[None]
 
 

@@ -17,6 +17,8 @@ from w8a8.formats import FORMATS
 from w8a8.quantization import Options
 from w8a8.runtime.streamed import StreamedModel, forward
 
+pytestmark = pytest.mark.slow
+
 IDS = list(range(3, 60))
 
 

@@ -21,6 +21,8 @@ from tests.serve.embedded.servers import KEY, make_checkpoint, serving
 from tests.servers import Server, free_port
 from w8a8.errors import ServerError, UsageError
 
+pytestmark = pytest.mark.engine
+
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "120"}
 
 

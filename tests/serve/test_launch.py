@@ -14,6 +14,8 @@ from tests.serve.launching import CONFIG, install_nvidia_smi, run
 from w8a8 import errors
 from w8a8.serve.address import check_address
 
+pytestmark = pytest.mark.slow
+
 FP8 = {"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}
 
 

@@ -13,6 +13,8 @@ from tests.serve.launching import run, serving
 from w8a8 import errors
 from w8a8.serve.process import telling
 
+pytestmark = pytest.mark.slow
+
 
 def eventually_gone(pids: list[int]) -> bool:
     """Whether all of them end; a dead one nobody has waited for counts as ended."""

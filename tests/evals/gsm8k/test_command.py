@@ -15,6 +15,8 @@ from tests.evals.gsm8k.runs import ENVIRONMENT, command, gsm8k
 from w8a8.errors import UsageError
 from w8a8.evals.gsm8k.results import read
 
+pytestmark = pytest.mark.slow
+
 
 def test_it_prints_a_table_or_json(data: Path, out: Path) -> None:
     with running_api() as api:

@@ -16,6 +16,8 @@ from w8a8.errors import UnwritableError
 from w8a8.evals.kld.run import prepare
 from w8a8.storage.writer import write_json
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def book(tmp_path: Path) -> Path:
@@ -72,7 +74,7 @@ def test_an_interrupt_ends_it_in_order(pair: tuple[Path, Path], tmp_path: Path) 
     wait_for(work.stderr.readline, f"loading {pair[1]}")
     time.sleep(0.5)
     work.send_signal(signal.SIGINT)
-    _, said = work.communicate(timeout=60)
+    _, said = work.communicate(timeout=300)
     assert work.returncode == 130, said
     assert "interrupted; nothing was written" in said
     assert "Traceback" not in said

@@ -24,6 +24,8 @@ from w8a8.evals.kld.windows import Window
 from w8a8.memory import ram_needed
 from w8a8.texts.files import Text
 
+pytestmark = pytest.mark.slow
+
 
 def plain_log_probabilities(model: Any, ids: tuple[int, ...]) -> Any:
     """`[tokens, vocabulary]` after each of `ids`, in NumPy, all at once."""

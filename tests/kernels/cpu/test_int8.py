@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from w8a8.kernels.cpu import int8 as int8_cpu
 from w8a8.kernels.cpu.int8 import DEPTH, DOT_TOKENS, FLOOR, ROWS, SLAB
 
+pytestmark = pytest.mark.slow
+
 BITS = {"BF16": np.uint16, "F16": np.int16, "F32": np.uint32}
 Bits = NDArray[Any]
 Floats = NDArray[np.float32]

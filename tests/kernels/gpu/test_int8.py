@@ -12,6 +12,8 @@ from torch import Tensor
 from tests.interpreter import Interpreted
 from w8a8.kernels.gpu.tiles import FAMILIES, SAFE, Tile
 
+pytestmark = pytest.mark.slow
+
 MODULE = "w8a8.kernels.gpu.int8"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = Tile(16, 16, 32)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tests.interpreter import Interpreted
 from w8a8.runtime.linear import quantize_tokens
 
+pytestmark = pytest.mark.slow
+
 MODULE = "w8a8.kernels.gpu.quantize"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

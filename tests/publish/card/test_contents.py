@@ -23,6 +23,8 @@ from w8a8.publish.card.write import make
 from w8a8.quantization import Options
 from w8a8.terminal.wording import count, size
 
+pytestmark = pytest.mark.slow
+
 
 def check_against_files(text: str, source: Path, out: Path) -> None:
     """Every number is that of the files."""

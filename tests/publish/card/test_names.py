@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
@@ -10,6 +11,8 @@ from markdown_it import MarkdownIt
 
 from tests.publish.card.reading import SECTIONS, details, metadata
 from w8a8.publish.card.write import make, write
+
+pytestmark = pytest.mark.slow
 
 HOSTILE = st.one_of(
     st.text(min_size=1, max_size=60),

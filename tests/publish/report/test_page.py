@@ -16,6 +16,8 @@ from w8a8.publish.report.facts import Report
 from w8a8.publish.report.page import SHOWN_CHARACTERS
 from w8a8.publish.report.write import Written
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "<script>document.title = 'taken'</script>",
     "</pre></style></details><img src=http://127.0.0.1:9/x onerror=\"document.title='taken'\">",

@@ -18,6 +18,8 @@ from w8a8.serve.embedded import batching
 from w8a8.serve.embedded.batching import Batcher, joinable
 from w8a8.serve.embedded.stream import StopStrings
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY = 320
 EOS = 7
 SMALL: dict[str, Any] = {

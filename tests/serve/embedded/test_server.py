@@ -26,6 +26,8 @@ from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
 from w8a8.serve.embedded.protocol import ChatRequest
 
+pytestmark = pytest.mark.engine
+
 NAME = "some/model@main:8"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

@@ -8,6 +8,8 @@ import pytest
 from tests.command import python
 from w8a8.serve.embedded import TRANSFORMERS
 
+pytestmark = pytest.mark.slow
+
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
