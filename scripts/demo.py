@@ -110,7 +110,7 @@ def quantize_and_verify(source: Path, out: Path) -> None:
         error = errors.get(row["component"]) if row["quantized"] else None
         table.add_row(
             row["component"],
-            "INT8" if row["quantized"] else "as it is",
+            "INT8" if row["quantized"] else "unchanged",
             str(row["tensors"]),
             size(row["bytes_in"]),
             size(row["bytes_out"]),

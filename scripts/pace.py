@@ -1,6 +1,6 @@
 """How much work `make demo` does: as much as this machine does in three minutes, by rates that are measured first.
 
-A CPU without BF16 arithmetic reads Gemma 3 270M's prompts twenty times slower than one that has it, and a machine that
+A CPU without BF16 arithmetic reads Gemma 3 270M's prompts many times slower than one that has it, and a machine that
 others use too is slower still. So the amounts are rungs of a ladder, and the demo takes the highest whose predicted
 time fits.
 """
