@@ -48,6 +48,7 @@ def test_the_budget_is_the_share_that_is_asked_for() -> None:
     assert not found.fits
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     gib=st.integers(36, 200),
@@ -73,6 +74,7 @@ def test_the_largest_context_fits_and_one_token_more_does_not(
     assert most == 262144 or not at(most + 1).fits
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(gib=st.integers(16, 200), context=st.integers(1, 262144))
 def test_the_largest_concurrency_fits_and_one_request_more_does_not(gib: int, context: int) -> None:
@@ -215,6 +217,7 @@ json_values = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     name=st.sampled_from(["llama", "gemma3", "gemma4", "gemma4_e2b", "qwen3_5", "phi3"]),

@@ -52,6 +52,7 @@ def pair(both: int, only_base: int, only_quant: int, neither: int) -> tuple[dict
     return result([a for a, _ in pairs], "base"), result([b for _, b in pairs], "quant")
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(*[st.integers(0, 30)] * 3, st.integers(1, 30))
 def test_pairs_are_counted_and_the_counts_add_up(both: int, base: int, quant: int, neither: int) -> None:
@@ -98,6 +99,7 @@ def test_the_verdict_says_no_more_than_the_data(counts: tuple[int, int, int, int
     assert verdict.endswith(".")
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(*[st.integers(0, 40)] * 3, st.integers(1, 40))
 def test_a_difference_is_claimed_only_where_the_test_shows_one(both: int, base: int, quant: int, neither: int) -> None:

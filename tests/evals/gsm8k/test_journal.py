@@ -13,6 +13,8 @@ from tests.evals.gsm8k.runs import ENVIRONMENT, QUESTIONS, command, gsm8k, outco
 from w8a8.errors import InvalidResultError, TargetBusyError, UnwritableError, UsageError
 from w8a8.evals.gsm8k.journal import open_journal
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_killed_run_goes_on_where_it_was(data: Path, out: Path, tmp_path: Path) -> None:
     with running_api(delay=0.3) as api:

@@ -14,6 +14,8 @@ from tests.publish.card.reading import blocks, metadata
 from w8a8.errors import UnsupportedSchemeError, UsageError, W8A8Error
 from w8a8.publish.card.write import make
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_folder_is_no_base_model_and_its_readme_says_the_license(source: Path, out: Path) -> None:
     (source / "README.md").write_text("---\nlicense: gemma\nlicense_link: TERMS.md\n---\n# Llama\n")

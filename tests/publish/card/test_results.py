@@ -14,6 +14,8 @@ from w8a8.evals.statistics import wilson
 from w8a8.publish.card.write import make
 from w8a8.publish.results import Results
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_results_it_says_not_measured(out: Path) -> None:
     text = make(out).text

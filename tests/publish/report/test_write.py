@@ -16,6 +16,8 @@ from w8a8.errors import DiskFullError, MissingExtraError, UnsupportedSchemeError
 from w8a8.publish.report import write as reports
 from w8a8.publish.report.facts import Report
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_source_that_lies_beside_is_found_and_no_other(gemma4: Path, gemma4_w8a8: Path, tmp_path: Path) -> None:
     assert reports.prepare(gemma4_w8a8).verification is not None
