@@ -32,6 +32,8 @@ NEARER = 0.4
 """The share of the distance that calibration may leave; it leaves about 0.2."""
 ALIKE = 2.0
 """By how much the shares may differ that two engines find."""
+ALIKE_SATURATED = 4.0
+"""The same where sums saturate: our engine follows vLLM's sums there on average, not token by token."""
 VARIABLES = {
     "W8A8_VLLM_PLUGIN": "0",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process for all checkpoints, a third of the time
@@ -141,6 +143,7 @@ def test_a_recipe_brings_stock_vllm_nearer_to_bf16(
 
 
 def test_it_does_so_by_about_the_factor_that_it_does_in_our_engine(
-    in_vllm: Distances, with_vllm_s_sums: Distances
+    in_vllm: Distances, with_vllm_s_sums: Distances, vllm_int8: Int8Kernel
 ) -> None:
-    assert 1 / ALIKE < in_vllm.left / with_vllm_s_sums.left < ALIKE
+    alike = ALIKE if vllm_int8.exact else ALIKE_SATURATED
+    assert 1 / alike < in_vllm.left / with_vllm_s_sums.left < alike
