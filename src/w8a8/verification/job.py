@@ -7,7 +7,7 @@ from pathlib import Path
 
 from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
 from w8a8.formats import FORMATS, Scheme, detect
-from w8a8.formats.provenance import Provenance
+from w8a8.formats.provenance import CalibrationRecord, Provenance
 from w8a8.plan import QUANTIZABLE, Rules
 
 HALF_A_SCALE = 0.5 + 2**-10
@@ -40,24 +40,25 @@ class Job:
     @cached_property
     def changed(self) -> frozenset[str]:
         """The quantized tensors that calibration changed."""
-        calibration = self.provenance.calibration if self.provenance else None
-        return frozenset(calibration.changed if calibration else ())
+        return frozenset(self._calibration.changed if self._calibration else ())
 
     @cached_property
     def folded(self) -> frozenset[str]:
         """The copied tensors that calibration changed."""
-        calibration = self.provenance.calibration if self.provenance else None
-        return frozenset(calibration.folded if calibration else ())
+        return frozenset(self._calibration.folded if self._calibration else ())
 
     def folds(self) -> Iterator[Fold]:
         """The norms that calibration changed and both checkpoints hold, with the weights that read them."""
-        calibration = self.provenance.calibration if self.provenance else None
-        for norm in calibration.norms if calibration else ():
+        for norm in self._calibration.norms if self._calibration else ():
             before, after = self.source.tensors.get(norm.name), self.out.tensors.get(norm.name)
             if before is None or after is None or before.dtype not in QUANTIZABLE:
                 continue
             if (before.shape, before.dtype) == (after.shape, after.dtype):
                 yield Fold(before, after, norm.offset, norm.into)
+
+    @property
+    def _calibration(self) -> CalibrationRecord | None:
+        return self.provenance.calibration if self.provenance else None
 
     @property
     def error_limit(self) -> float:
