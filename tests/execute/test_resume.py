@@ -141,7 +141,7 @@ def test_an_interrupted_run_ends_at_once_says_so_and_goes_on(
     returned, _, stderr = finish(process)
     assert time.perf_counter() - sent < 2
     assert returned == code
-    assert "the same command goes on" in stderr
+    assert "give the same command again to go on from here" in stderr
     assert "Traceback" not in stderr
     assert not out.exists()
     done = finished_shards(out)
