@@ -6,18 +6,19 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+LONG := engine or model or slow
 
 .PHONY: demo test check lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
 
-test: lint vllm
-	$(BIN)/pytest
+test: check vllm
+	$(BIN)/pytest -m "$(LONG)"
 
 # Two processes, a file of tests at a time: fixtures that last for a file are made once.
 check: lint
-	$(BIN)/pytest -q -m "not engine and not model and not slow" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -q -m "not ($(LONG))" --numprocesses 2 --dist loadfile
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict
