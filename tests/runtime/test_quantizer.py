@@ -1,6 +1,7 @@
 """`import w8a8.runtime` and transformers loads W8A8 checkpoints, whoever wrote them, in INT8; others as before."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from w8a8.errors import MissingTensorError, UnsupportedSchemeError
 from w8a8.formats import COMPATS, FORMATS
 from w8a8.quantization import Options
 from w8a8.runtime import W8A8Config, W8A8Linear, register
+from w8a8.runtime.loading import load_model
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +96,13 @@ def test_gemma4_loads_with_its_vision_tower_in_bf16(gemma4_w8a8: Path) -> None:
 def test_an_unquantized_checkpoint_loads_as_before(source: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source)
     assert not any(isinstance(layer, W8A8Linear) for layer in model.modules())
+
+
+def test_an_entry_that_declares_nothing_is_no_scheme(source: Path, tmp_path: Path) -> None:
+    """transformers itself refuses `{}`: a scheme without a name."""
+    folder = Path(shutil.copytree(source, tmp_path / "emptied"))
+    edit_json(folder / "config.json", lambda config: config.update(quantization_config={}))
+    assert type(load_model("emptied", folder).model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
 def test_registering_twice_changes_nothing(out: Path) -> None:

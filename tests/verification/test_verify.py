@@ -76,6 +76,34 @@ def test_a_layer_that_quark_forgot_to_exclude_is_a_warning(golden: Path) -> None
     assert any("embed_vision.embedding_projection" in warning for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"quantization_config": None},
+        {"quantization_config": {}},
+        {"compression_config": None},
+        {"text_config": {"quantization_config": None, "compression_config": {}, "hidden_size": 64}},
+        {"thinker_config": {"text_config": {"quantization_config": {}}}},
+    ],
+)
+def test_entries_that_declare_nothing_do_not_stay_in_the_result(llama: Path, tmp_path: Path, entry: Any) -> None:
+    edit_json(llama / "config.json", lambda config: config.update(entry))
+    assert w8a8.inspect(llama).scheme == "not quantized"
+    w8a8.quantize(llama, tmp_path / "out")
+    assert w8a8.verify(tmp_path / "out", llama).problems == ()
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "INT8 W8A8" in w8a8.inspect(tmp_path / "out").scheme
+    del written["quantization_config"]
+    assert "quantization_config" not in json.dumps(written)
+    assert "compression_config" not in json.dumps(written)
+
+
+def test_a_scheme_that_was_put_into_a_section_of_the_config_is_named(llama: Path, made: Path) -> None:
+    entry = {"text_config": {"quantization_config": {"quant_method": "fp8"}}}
+    edit_json(made / "config.json", lambda config: config.update(entry))
+    assert w8a8.verify(made, llama).problems == ("config.json: differs from the source's in text_config",)
+
+
 def test_sqnr_and_error_are_those_of_a_plain_computation(llama: Path, made: Path) -> None:
     source, out = Checkpoint.open(llama), Checkpoint.open(made)
     bits = np.frombuffer(read_tensor(source, source.tensors[Q_PROJ]), np.uint16).astype(np.uint32) << 16

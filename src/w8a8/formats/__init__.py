@@ -5,7 +5,18 @@ A `Format` is a value: the dtype and shape of the stored scale, the arithmetic t
 """
 
 from w8a8.formats.base import Arithmetic, Format, Selection
-from w8a8.formats.detect import Scheme, detect, section
+from w8a8.formats.detect import Scheme, detect, section, without_empty
 from w8a8.formats.registry import COMPATS, FORMATS, get_format
 
-__all__ = ["COMPATS", "FORMATS", "Arithmetic", "Format", "Scheme", "Selection", "detect", "get_format", "section"]
+__all__ = [
+    "COMPATS",
+    "FORMATS",
+    "Arithmetic",
+    "Format",
+    "Scheme",
+    "Selection",
+    "detect",
+    "get_format",
+    "section",
+    "without_empty",
+]

@@ -30,6 +30,9 @@ def matches(entry: str, module: str) -> bool:
         return False
 
 
+DECLARATIONS = ("quantization_config", "compression_config")
+"""Keys under which engines look for the scheme."""
+
 UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
 
 
@@ -46,10 +49,22 @@ def detect(config: Mapping[str, Any]) -> Scheme:
     return Scheme(method, f"{method}, a scheme this tool does not read", w8a8=False, excludes=())
 
 
+def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the entries that declare no quantization (null, `{}`), here and in every section: tools leave them behind.
+
+    They mean nothing, yet an engine may take `{}` for a scheme that it does not know.
+    """
+    return {
+        key: without_empty(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if value or key not in DECLARATIONS
+    }
+
+
 def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Find the quantization config in any of the places where engines look."""
     for place in (config, section(config, "text_config")):
-        for key in ("quantization_config", "compression_config"):
+        for key in DECLARATIONS:
             if place.get(key):
                 return section(place, key)
     return None

@@ -14,7 +14,7 @@ from typing import Any
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
-from w8a8.formats import Format, Selection, detect
+from w8a8.formats import Format, Selection, detect, without_empty
 from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
 from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name
@@ -156,7 +156,7 @@ def make_plan(
         decisions=tuple(decisions),
         shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
         exclude=tuple(selection.left_alone),
-        config={**checkpoint.config, "quantization_config": fmt.quantization_config(selection)},
+        config={**without_empty(checkpoint.config), "quantization_config": fmt.quantization_config(selection)},
         metadata={"format": "pt", **(metadata or {}), **_metadata(calibration)},
         indexed=checkpoint.indexed,
         sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),

@@ -16,7 +16,11 @@ from w8a8.errors import EngineError, W8A8Error, first_line
 
 def load_config(folder: Path) -> Any:
     """Read the config of the checkpoint in `folder`. Raises whatever transformers does."""
-    return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for part in (config, config.get_text_config(decoder=True)):
+        if not getattr(part, "quantization_config", True):  # transformers takes `{}` for a scheme without a name
+            del part.quantization_config
+    return config
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
@@ -32,8 +36,9 @@ def load_model(name: str, folder: Path, dtype: str = "auto") -> Any:
     """
     quiet()
     with engine_errors(f"{name}: transformers cannot load it"):
-        kind = model_class(name, load_config(folder))
-        return kind.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
+        config = load_config(folder)
+        kind = model_class(name, config)
+        return kind.from_pretrained(folder, config=config, dtype=dtype, device_map="auto").eval()
 
 
 def model_class(name: str, config: Any) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, read_json
-from w8a8.formats import section
+from w8a8.formats import section, without_empty
 from w8a8.plan import QUANTIZABLE, is_linear, module_name, scale_name
 from w8a8.verification.job import Job
 
@@ -57,11 +57,10 @@ def scale_shape_problems(tensor: TensorSpec, scale: TensorSpec | None) -> Iterat
 
 def bookkeeping_problems(job: Job) -> Iterator[str]:
     """Check that config, index and sidecars are the source's, apart from what quantizing adds."""
-    theirs = {key: value for key, value in job.out.config.items() if key != "quantization_config"}
-    if theirs != dict(job.source.config):
-        changed = sorted(
-            k for k in theirs.keys() | job.source.config.keys() if theirs.get(k) != job.source.config.get(k)
-        )
+    theirs, ours = without_empty(job.out.config), without_empty(job.source.config)
+    theirs.pop("quantization_config", None)
+    if theirs != ours:
+        changed = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         yield f"config.json: differs from the source's in {', '.join(changed)}"
     if job.out.indexed:
         total = section(read_json(job.out.path / INDEX), "metadata").get("total_size")
