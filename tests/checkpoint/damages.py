@@ -135,6 +135,14 @@ def quantized_by_its_weights(folder: Path) -> None:
     write_checkpoint(folder, llama_tensors() | {Q_PROJ: ("I8", np.zeros((64, 64), np.int8))}, shards=2)
 
 
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 17082730\n"
+
+
+@damage(NoConfigError, "config.json", "git-lfs pointer", "git lfs pull")
+def config_is_a_pointer_of_git_lfs(folder: Path) -> None:
+    (folder / "config.json").write_text(POINTER)
+
+
 # --- which files are the weights ----------------------------------------------------------------------------------
 
 
@@ -343,6 +351,22 @@ def sidecar_is_a_dangling_link(folder: Path) -> None:
 @damage(UnreadableError, "tokenizer.json", "not a regular file")
 def sidecar_is_a_pipe(folder: Path) -> None:
     os.mkfifo(folder / "tokenizer.json")
+
+
+@damage(UnreadableError, "tokenizer.json", "git-lfs pointer", "git lfs pull")
+def sidecar_is_a_pointer_of_git_lfs(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text(POINTER)
+
+
+@damage(HeaderError, FIRST, "git-lfs pointer", "git lfs pull")
+def shard_is_a_pointer_of_git_lfs(folder: Path) -> None:
+    (folder / FIRST).write_text(POINTER)
+
+
+@damage(HeaderError, FIRST, "not a regular file")
+def shard_is_a_pipe(folder: Path) -> None:
+    (folder / FIRST).unlink()
+    os.mkfifo(folder / FIRST)
 
 
 # --- weights ------------------------------------------------------------------------------------------------------

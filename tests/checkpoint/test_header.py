@@ -37,7 +37,7 @@ BROKEN: dict[str, tuple[type[W8A8Error], Any, str]] = {
     "tensor is a number": (HeaderError, {"a": 1}, "'a' lacks"),
     "no offsets": (HeaderError, {"a": {"dtype": "F32", "shape": [1]}}, "'a' lacks"),
     "metadata with a number": (HeaderError, {"a": A, "__metadata__": {"n": 1}}, "__metadata__"),
-    "metadata null": (HeaderError, {"a": A, "__metadata__": None}, "__metadata__"),
+    "metadata of 10 MB": (HeaderError, {"a": A, "__metadata__": {"n": "x" * 10_000_000}}, "10,000,001 characters"),
     "unknown dtype": (HeaderError, {"a": entry("F33", [6], 0, 24)}, "'F33'"),
     "dtype in lower case": (HeaderError, {"a": entry("f32", [6], 0, 24)}, "'f32'"),
     "dtype is a list": (HeaderError, {"a": {**A, "dtype": ["F32"]}}, "['F32']"),
@@ -89,6 +89,32 @@ def test_scalars_and_empty_tensors_are_tensors(tmp_path: Path) -> None:
     header = read_header(raw_shard(tmp_path / "x", entries, bytes(8)))
 
     assert [(t.name, t.numel, t.nbytes) for t in header.tensors] == [("scalar", 1, 8), ("empty", 0, 0)]
+
+
+def test_metadata_of_null_is_none_as_the_library_has_it(tmp_path: Path) -> None:
+    header = read_header(raw_shard(tmp_path / "x", {"a": entry("F32", [2], 0, 8), "__metadata__": None}, bytes(8)))
+
+    assert header.metadata == {}
+    assert [tensor.name for tensor in header.tensors] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b'{"a":' + b"[" * 99_000_000, b'{"a":[' + b"1," * 45_000_000, '{"😀'.encode() + b"a" * 99_000_000 + b'":1}'],
+    ids=["nested", "numbers", "wide text"],
+)
+def test_a_header_of_too_much_is_refused_before_it_is_parsed(tmp_path: Path, header: bytes) -> None:
+    path = raw_shard(tmp_path / "x", header)
+    del header
+
+    tracemalloc.start()
+    with pytest.raises(HeaderError, match=r"more than 2,000,000 values|bytes of text"):
+        read_header(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 110_000_000
+    path.unlink()
 
 
 def test_what_is_written_is_read_back_and_data_start_at_a_multiple_of_eight(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """A checkpoint is opened whole, or refused with an error of its own."""
 
 import shutil
+import tracemalloc
+from codecs import BOM_UTF8
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,14 @@ from tests.checkpoints import llama_tensors, read_tensor, tensor_bytes, write_ch
 from tests.command import assert_refused
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX
-from w8a8.errors import PathEscapeError, SourceNotFoundError, UnreadableError, W8A8Error
+from w8a8.errors import (
+    InvalidIndexError,
+    NoConfigError,
+    PathEscapeError,
+    SourceNotFoundError,
+    UnreadableError,
+    W8A8Error,
+)
 
 
 @pytest.mark.parametrize(("error", "change", "mentions"), DAMAGES.values(), ids=DAMAGES)
@@ -30,6 +39,33 @@ def test_every_error_has_an_exit_code_of_its_own() -> None:
     codes = [error.exit_code for error in family(W8A8Error)]
 
     assert len(set(codes)) == len(codes)
+
+
+@pytest.mark.parametrize(("name", "error"), [("config.json", NoConfigError), (INDEX, InvalidIndexError)])
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [(b"[" * 99_000_000, "larger than"), (b'{"a": [' + b"[]," * 3_000_000 + b"0]}", "more than 1,000,000 values")],
+)
+def test_json_of_too_much_is_refused_before_it_is_parsed(
+    llama: Path, name: str, error: type[W8A8Error], text: bytes, reason: str
+) -> None:
+    (llama / name).write_bytes(text)
+
+    tracemalloc.start()
+    with pytest.raises(error, match=f"{name}.*{reason}"):
+        Checkpoint.open(llama)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert peak < 20_000_000
+
+
+def test_a_byte_order_mark_before_json_is_no_harm(llama: Path) -> None:
+    healthy = Checkpoint.open(llama)
+    for name in ("config.json", INDEX):
+        (llama / name).write_bytes(BOM_UTF8 + (llama / name).read_bytes())
+
+    assert Checkpoint.open(llama) == healthy
 
 
 # --- permissions --------------------------------------------------------------------------------------------------

@@ -7,13 +7,12 @@ known; shape times dtype is the byte range; the ranges tile the data exactly, wi
 long as they say. The safetensors library checks the file again before the result is used.
 """
 
+import io
 import json
 import math
 import os
-import reprlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +26,17 @@ from w8a8.errors import (
     OffsetsError,
     TensorSizeError,
     TruncatedShardError,
-    UnreadableError,
 )
+from w8a8.reading import UnfitError, open_file, parse_json, reading, show
 
 MAX_HEADER_BYTES = 100_000_000
 """The safetensors library's own cap."""
+
+MAX_HEADER_VALUES = 2_000_000
+"""A tensor takes a dozen; the largest models published have 200,000 tensors, in sixty files and more."""
+
+MAX_METADATA = 10_000_000
+"""Characters of `__metadata__`; files that transformers writes have a dozen."""
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
@@ -40,12 +45,6 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes per element of every dtype of the format that fills whole bytes."""
-
-_shown = reprlib.Repr()
-_shown.maxstring = _shown.maxother = 200
-_shown.maxlist = 12
-show = _shown.repr
-"""`repr`, but short and shallow: a header may hold megabytes where a name or a number should be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +81,14 @@ def read_header(path: Path, shard: str | None = None) -> Header:
     `TruncatedShardError` or `UnreadableError`.
     """
     shard = shard or path.name
-    with reading(path), path.open("rb") as file:
+    with reading(path), _open(path) as file:
         size = os.fstat(file.fileno()).st_size
-        length = _header_length(file.read(8), size, path)
-        raw = file.read(length)
+        buffered = io.BufferedReader(file)
+        length = _header_length(buffered.read(8), size, path)
+        raw = buffered.read(length)
     entries = _parse(raw, path)
-    metadata = _metadata(entries.pop("__metadata__", {}), path)
+    del raw
+    metadata = _metadata(entries.pop("__metadata__", None), path)
     data_start = 8 + length
     tensors = sorted((_tensor(name, entry, shard, data_start, path) for name, entry in entries.items()), key=_by_offset)
     _check_tiling(tensors, data_start, size, path)
@@ -105,13 +106,11 @@ def write_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int, int]], 
     return struct.pack("<Q", len(text)) + text
 
 
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn an `OSError` from reading `path`, or a file in it, into `UnreadableError`."""
+def _open(path: Path) -> io.FileIO:
     try:
-        yield
-    except OSError as error:
-        raise UnreadableError(f"{error.filename or path}: cannot be read ({error.strerror or error})") from error
+        return open_file(path)
+    except UnfitError as error:
+        raise HeaderError(f"{path}: no safetensors, but {error}") from error
 
 
 def _by_offset(tensor: TensorSpec) -> tuple[int, int]:
@@ -144,17 +143,21 @@ def _parse(raw: bytes, path: Path) -> dict[str, Any]:
         return result
 
     try:
-        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{path}: the header is not JSON ({error}); the file is damaged") from error
+        entries = parse_json(raw, values=MAX_HEADER_VALUES, pairs=unique)
+    except UnfitError as error:
+        raise HeaderError(f"{path}: the header is not JSON that can be read ({error}); the file is damaged") from error
     if not isinstance(entries, dict):
         raise HeaderError(f"{path}: the header is JSON, but not an object; the file is damaged")
     return entries
 
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
+    if value is None:  # the library takes a null for none
+        return {}
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise HeaderError(f"{path}: __metadata__ must map strings to strings")
+    if (length := sum(map(len, (*value, *value.values())))) > MAX_METADATA:
+        raise HeaderError(f"{path}: __metadata__ holds {length:,} characters, more than {MAX_METADATA:,}")
     return value
 
 

@@ -6,16 +6,14 @@ directions. Paths may not leave the folder; the one exception is a Hugging Face 
 into the `blobs` folder of the same repository.
 """
 
-import json
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-from w8a8.checkpoint.header import TensorSpec, read_header, reading, show
+from w8a8.checkpoint.header import TensorSpec, read_header
 from w8a8.checkpoint.sidecars import LeftOut, sort_files
 from w8a8.errors import (
     DuplicateTensorError,
@@ -27,13 +25,12 @@ from w8a8.errors import (
     PathEscapeError,
     PickleOnlyError,
     SourceNotFoundError,
-    UnreadableError,
 )
+from w8a8.reading import UnfitError, open_file, read_json, reading, show
 
 INDEX = "model.safetensors.index.json"
-MAX_JSON_BYTES = 200_000_000
-MAX_JSON_DEPTH = 100
-"""Real configs nest five levels; Python's own limit would be met by whatever walks the config later."""
+MAX_INDEX_BYTES = 40_000_000
+"""The largest published has some 25 MB, for 200,000 tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +90,13 @@ class Checkpoint:
 
 def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None, Sequence[str]]:
     """Return the index of the folder at `path`, if it has one, and the weight files among its files `names`."""
-    index = _read_index(path) if INDEX in names else None
+    index = read_index(path).weight_map if INDEX in names else None
     return index, sorted(set(index.values())) if index is not None else [_single_file(path, names)]
 
 
 def inside(folder: Path, name: str) -> Path:
     """Return `folder / name` if it stays within `folder`, links followed; else raise `PathEscapeError`."""
-    parts = PurePosixPath(name).parts
-    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
-        raise PathEscapeError(f"{folder}: {show(name)} leads out of the folder; refusing to follow it")
+    _check_name(folder, name)
     path = folder / name
     target = Path(os.path.realpath(path))  # where links go round in circles, Path.resolve raises in Python 3.11
     if not any(target.is_relative_to(root) for root in _roots(folder)):
@@ -109,36 +104,17 @@ def inside(folder: Path, name: str) -> Path:
     return path
 
 
+def _check_name(folder: Path, name: str) -> None:
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts or "\\" in name or "\0" in name:
+        raise PathEscapeError(f"{folder}: {show(name)} leads out of the folder; refusing to follow it")
+
+
 def _roots(folder: Path) -> tuple[Path, ...]:
     """Return the folder and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
     folder = folder.resolve()
     blobs = folder.parent.parent / "blobs"
     return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object, of bounded size. Raises `ValueError` if it is none, `OSError` if unreadable."""
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")
-    if status.st_size > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        depth = _depth(value)
-    except RecursionError:
-        depth = MAX_JSON_DEPTH + 1
-    if depth > MAX_JSON_DEPTH:
-        raise ValueError("nested too deeply")
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")  # noqa: TRY004 - callers catch one error
-    json.dumps(value, ensure_ascii=False).encode()  # JSON can spell half a character, which no file could hold
-    return value
-
-
-def _depth(value: Any) -> int:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return 1 + max(map(_depth, children), default=0)
 
 
 def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
@@ -151,30 +127,41 @@ def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
         raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{hint}")
     file = inside(path, "config.json")
     try:
-        with reading(file):
-            return read_json(file)
-    except ValueError as error:
+        return read_json(file, dict[str, Any])
+    except UnfitError as error:
         raise NoConfigError(f"{file}: not a valid config ({error})") from error
 
 
-def _read_index(path: Path) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class Index:
+    """`model.safetensors.index.json`: the shard of each tensor by name; `metadata` says how many bytes they have."""
+
+    weight_map: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
+
+    @property
+    def total_size(self) -> Any:
+        """What the index says of the bytes of all tensors; None where it says nothing."""
+        return (self.metadata or {}).get("total_size")
+
+
+def read_index(path: Path) -> Index:
+    """Read the index of the folder `path`. Raises `InvalidIndexError`, `UnreadableError` or `PathEscapeError`."""
     where = inside(path, INDEX)
     try:
-        with reading(where):
-            index = read_json(where)
-    except ValueError as error:
+        index = read_json(where, Index, limit=MAX_INDEX_BYTES)
+    except UnfitError as error:
         raise InvalidIndexError(f"{where}: not a valid index ({error})") from error
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    if not index.weight_map:
         raise InvalidIndexError(f"{where}: no weight_map, so it names no tensors")
-    for tensor, shard in weight_map.items():
+    for tensor, shard in index.weight_map.items():
         if not isinstance(shard, str) or not shard:
             raise InvalidIndexError(f"{where}: tensor {show(tensor)} maps to {show(shard)}, not to a file name")
-    for shard in sorted(set(weight_map.values())):
-        inside(path, shard)
+    for shard in set(index.weight_map.values()):
+        _check_name(path, shard)
         if "/" in shard or not shard.endswith(".safetensors"):
             raise InvalidIndexError(f"{where}: {show(shard)} is not a safetensors file of this folder")
-    return weight_map
+    return index
 
 
 def _single_file(path: Path, names: set[str]) -> str:
@@ -207,7 +194,7 @@ def _only_alternative(path: Path, files: list[str]) -> str:
 def _open_shard(path: Path, name: str) -> Shard:
     file = inside(path, name)
     with reading(file):
-        if not file.is_file():
+        if not file.exists():
             raise MissingShardError(f"{file}: the index names this shard, but it is not there; finish the download")
     header = read_header(file, name)
     return Shard(name, header.file_size, header.tensors, header.metadata)
@@ -216,9 +203,7 @@ def _open_shard(path: Path, name: str) -> Shard:
 def _check_copyable(file: Path) -> None:
     """Raise now if a file cannot be read, not after hours of quantizing."""
     with reading(file):
-        if not stat.S_ISREG(file.stat().st_mode):
-            raise UnreadableError(f"{file}: not a regular file, so it cannot be copied; remove it")
-        file.open("rb").close()
+        open_file(file).close()
 
 
 def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, path: Path) -> None:

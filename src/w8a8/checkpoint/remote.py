@@ -14,10 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from w8a8.checkpoint.header import MAX_HEADER_BYTES, reading
-from w8a8.checkpoint.reader import INDEX, MAX_JSON_BYTES, Checkpoint, weight_files
+from w8a8.checkpoint.header import MAX_HEADER_BYTES
+from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, weight_files
 from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
 from w8a8.errors import HubError, NoConfigError, W8A8Error
+from w8a8.reading import MAX_JSON_BYTES, reading
 
 FIRST_BYTES = 100_000
 """Enough for most headers (huggingface_hub fetches as many)."""
@@ -100,8 +101,10 @@ def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkp
     try:
         if "config.json" not in names:
             raise NoConfigError(f"{folder}: no config.json here, so this is not a Hugging Face checkpoint")
-        for name in {"config.json", INDEX} & names:
-            content, length = files.start(name, MAX_JSON_BYTES)
+        for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
+            if name not in names:
+                continue
+            content, length = files.start(name, limit)
             if len(content) < length:
                 raise HubError(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
             (folder / name).write_bytes(content)

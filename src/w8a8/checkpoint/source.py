@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint.header import reading
 from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError, W8A8Error
+from w8a8.reading import reading
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
 _NOT_FETCHED = (

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from w8a8.checkpoint import Shard, TensorSpec, reading
+from w8a8.checkpoint import Shard, TensorSpec
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import SourceChangedError
+from w8a8.reading import open_file, reading
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -103,7 +104,7 @@ def stream(
 
     def read() -> None:
         try:
-            with reading(path), path.open("rb", buffering=0) as file:
+            with reading(path), open_file(path) as file:
                 for block in blocks:
                     buffer = free.get()
                     if stopped() or ended.is_set():
@@ -151,7 +152,7 @@ def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | No
     """
     path = inside(folder, tensor.shard)
     data = bytearray((tensor.nbytes if end is None else end) - start)
-    with reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), open_file(path) as file:
         read_exactly(file.fileno(), memoryview(data), tensor.offset + start, path)
     return data
 
@@ -159,7 +160,7 @@ def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | No
 def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
     """Compute the SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
-    with reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), open_file(path) as file:
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while count := file.readinto(buffer):
             if stopped():

@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-import msgspec
 from msgspec import Meta
 
-from w8a8.checkpoint.reader import read_json
 from w8a8.errors import W8A8Error
+from w8a8.reading import UnfitError, read_json
 
 PROVENANCE = "w8a8.json"
 
@@ -114,11 +113,11 @@ class Provenance:
         Raises `W8A8Error` where the file is not as `quantize` writes it.
         """
         path = folder / PROVENANCE
-        if not path.is_file():
+        if not path.exists():
             return None
         try:
-            return msgspec.convert(read_json(path), cls)
-        except (ValueError, OSError, msgspec.ValidationError) as error:
+            return read_json(path, cls)
+        except UnfitError as error:
             raise W8A8Error(f"{path}: not as `quantize` wrote it ({error}); quantize again") from error
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Self
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.checkpoint.reader import INDEX, read_json
+from w8a8.checkpoint.reader import INDEX, read_index
 from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import UnsupportedSchemeError, W8A8Error
 from w8a8.execute.workers import worker_count
 from w8a8.formats import Scheme, detect, section
 from w8a8.formats.provenance import PROVENANCE, Provenance
 from w8a8.plan import scale_name
+from w8a8.reading import show
 
 UNVERIFIED = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf")
 """Endings of weight files; beside a checkpoint's own shards there should be none."""
@@ -66,9 +67,9 @@ class Made:
             if found.get(name) != recorded.get(name):
                 yield f"{name}: {_bytes(found.get(name))} here, {_bytes(recorded.get(name))} in {PROVENANCE}"
         if self.checkpoint.indexed:
-            total = section(read_json(self.path / INDEX), "metadata").get("total_size")
+            total = read_index(self.path).total_size
             if total != self.checkpoint.nbytes:
-                yield f"{INDEX}: total_size is {total}, the tensors have {self.checkpoint.nbytes} bytes"
+                yield f"{INDEX}: total_size is {show(total)}, the tensors have {self.checkpoint.nbytes} bytes"
         for left in self.checkpoint.left_out:
             if left.name.lower().endswith(UNVERIFIED):
                 yield f"{left.name}: weights that are not part of the checkpoint, so no checksum covers them"

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import reading
-from w8a8.checkpoint.reader import read_json
 from w8a8.errors import InvalidResultError
 from w8a8.evals.gsm8k import results
 from w8a8.evals.gsm8k.compare import Comparison, compare
+from w8a8.reading import read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +123,7 @@ def read_gsm8k(path: Path) -> Gsm8k:
 def read_kld(path: Path) -> Kld:
     """Read a result of `w8a8 eval kld`. Raises `InvalidResultError` where the file is something else."""
     with _named(path, "kld"):
-        with reading(path):
-            result = read_json(path)
+        result = read_json(path, dict[str, Any])
         if result.get("kind") != "w8a8.kld" or result.get("schema") != 1:
             raise ValueError(f"kind is {result.get('kind')!r} and schema {result.get('schema')!r}")
         return _kld(_Fields(result), float32=result.get("dtypes") == ["float32", "float32"])

@@ -5,9 +5,11 @@ import shlex
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from w8a8.checkpoint.reader import read_json
 from w8a8.checkpoint.source import cached, hub_id
+from w8a8.errors import UnreadableError
+from w8a8.reading import UnfitError, read_json
 
 _EVERYWHERE = {"127.0.0.1": "localhost", "0.0.0.0": "localhost", "::": "localhost"}
 
@@ -57,8 +59,8 @@ def can_chat(checkpoint: str) -> bool:
         return True
     known = False
     for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json"):
-        with suppress(OSError, ValueError):
-            if read_json(folder / name).get("chat_template"):
+        with suppress(UnreadableError, UnfitError):
+            if read_json(folder / name, dict[str, Any]).get("chat_template"):
                 return True
             known = True
     return not known

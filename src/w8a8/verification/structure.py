@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.checkpoint.reader import INDEX, read_json
-from w8a8.formats import section, without_empty
+from w8a8.checkpoint.reader import INDEX, read_index
+from w8a8.formats import without_empty
 from w8a8.plan import QUANTIZABLE, is_linear, module_name, scale_name
+from w8a8.reading import show
 from w8a8.verification.job import Job
 
 
@@ -63,9 +64,9 @@ def bookkeeping_problems(job: Job) -> Iterator[str]:
         changed = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         yield f"config.json: differs from the source's in {', '.join(changed)}"
     if job.out.indexed:
-        total = section(read_json(job.out.path / INDEX), "metadata").get("total_size")
+        total = read_index(job.out.path).total_size
         if total != job.out.nbytes:
-            yield f"{INDEX}: total_size is {total}, the tensors have {job.out.nbytes} bytes"
+            yield f"{INDEX}: total_size is {show(total)}, the tensors have {job.out.nbytes} bytes"
     for name in job.source.sidecars:
         if name != "config.json" and name not in job.out.sidecars:
             yield f"{name}: beside the source, missing beside the result"
