@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from w8a8.checkpoint.header import TensorSpec, read_header
+from w8a8.checkpoint.kinds import instead
 from w8a8.checkpoint.sidecars import LeftOut, sort_files
 from w8a8.errors import (
     DuplicateTensorError,
@@ -119,12 +120,7 @@ def _roots(folder: Path) -> tuple[Path, ...]:
 
 def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if "config.json" not in names:
-        hint = (
-            "; params.json is Mistral's own format, use the repository's transformers files"
-            if "params.json" in names
-            else ""
-        )
-        raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{hint}")
+        raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{instead(names)}")
     file = inside(path, "config.json")
     try:
         return read_json(file, dict[str, Any])
@@ -182,7 +178,7 @@ def _single_file(path: Path, names: set[str]) -> str:
             "them where you trust them: AutoModelForCausalLM.from_pretrained(...).save_pretrained(NEW_FOLDER) "
             "in transformers writes safetensors"
         )
-    raise NoWeightsError(f"{path}: no safetensors weights here")
+    raise NoWeightsError(f"{path}: no safetensors weights here{instead(names)}")
 
 
 def _only_alternative(path: Path, files: list[str]) -> str:

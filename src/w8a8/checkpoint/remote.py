@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
+from w8a8.checkpoint.kinds import instead
 from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, weight_files
 from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
 from w8a8.errors import HubError, NoConfigError, W8A8Error
@@ -100,7 +101,9 @@ def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkp
     """Lay the headers out in `folder` and open it; errors speak of `label`, not of `folder`."""
     try:
         if "config.json" not in names:
-            raise NoConfigError(f"{folder}: no config.json here, so this is not a Hugging Face checkpoint")
+            raise NoConfigError(
+                f"{folder}: no config.json here, so this is not a Hugging Face checkpoint{instead(names)}"
+            )
         for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
             if name not in names:
                 continue

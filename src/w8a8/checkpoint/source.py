@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import HubError, PickleOnlyError, SourceNotFoundError, W8A8Error
+from w8a8.checkpoint.kinds import instead
+from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, W8A8Error
 from w8a8.reading import reading
 
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
@@ -51,8 +52,8 @@ def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str 
     match = _HUB_ID.fullmatch(str(source))
     exists = Path(source).exists() if exists is None else exists
     if match is None or exists:
-        kind = "is a file; give the folder it lies in" if exists else "no such folder, and not a Hub id (org/name)"
-        raise SourceNotFoundError(f"{source}: {kind}")
+        is_file = f"is a file{instead([Path(source).name]) or '; give the folder it lies in'}"
+        raise SourceNotFoundError(f"{source}: {is_file if exists else 'no such folder, and not a Hub id (org/name)'}")
     return match["repo"], match["revision"]
 
 
@@ -149,10 +150,16 @@ def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
 
 
 def refuse_pickles(label: str, files: Iterable[str]) -> None:
-    """Raise `PickleOnlyError` if none of a repository's `files` is safetensors."""
-    if not any(name.endswith(".safetensors") for name in files):
-        found = next((name for name in files if name.endswith((".bin", ".pt", ".pth"))), "no weights at all")
-        raise PickleOnlyError(f"{label}: the repository has no safetensors, only {found}; pickles are never opened")
+    """Raise if none of a repository's `files` is safetensors: `NoWeightsError` if it is known what else they are."""
+    names = list(files)
+    if any(name.endswith(".safetensors") for name in names):
+        return
+    pickle = next((name for name in names if name.endswith((".bin", ".pt", ".pth"))), None)
+    if pickle is None and (known := instead(names)):
+        raise NoWeightsError(f"{label}: the repository has no safetensors{known}")
+    raise PickleOnlyError(
+        f"{label}: the repository has no safetensors, only {pickle or 'no weights at all'}; pickles are never opened"
+    )
 
 
 def _one_line(error: Exception) -> str:

@@ -15,9 +15,10 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import Format, Selection, detect, without_empty
+from w8a8.formats.foreign import is_adapter, quantized_as
 from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
-from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name
+from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +141,7 @@ def make_plan(
     _check_groups(decisions, rules)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
     if not quantized:
-        raise NothingToQuantizeError(
-            f"{checkpoint.path}: no tensor of this {rules.architecture} model is a decoder linear layer by the rules; "
-            "name them with --include, e.g. --include '*.layers.*_proj'"
-        )
+        raise NothingToQuantizeError(f"{checkpoint.path}: {_nothing(checkpoint, rules, decisions)}")
     _check_new_names(checkpoint, quantized)
     # 3) Lay the output out, and write the config.
     selection = _selection(decisions, rules)
@@ -176,17 +174,34 @@ def _metadata(calibration: CalibrationRecord | None) -> dict[str, str]:
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise `AlreadyQuantizedError` if the checkpoint says it is quantized, or holds 8-bit decoder weights."""
+    """Raise `AlreadyQuantizedError` if the checkpoint says it is quantized, or its tensors show it."""
     declared = detect(checkpoint.config).method
-    if declared != "none":
-        raise AlreadyQuantizedError(
-            f"{checkpoint.path}: already quantized (quant_method {declared}); quantize the BF16 original"
+    seen = quantized_as(checkpoint.tensors.values())
+    if declared != "none" or seen:
+        said = ", ".join(filter(None, ("" if declared == "none" else f"quant_method {declared}", seen)))
+        raise AlreadyQuantizedError(f"{checkpoint.path}: already quantized ({said}); quantize the BF16 original")
+
+
+def _nothing(checkpoint: Checkpoint, rules: Rules, decisions: Sequence[Decision]) -> str:
+    """Say why no tensor is quantized, and what to do."""
+    if is_adapter(checkpoint.tensors.values()):
+        return "this is a LoRA adapter; merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
+    if dtypes := sorted({d.tensor.dtype for d in decisions if _of_wrong_dtype(d)}):
+        return (
+            f"the linear layers are {', '.join(dtypes)}, and only BF16, F16 and F32 are quantized; convert them first "
+            "(in transformers: from_pretrained(SRC, dtype=torch.bfloat16).save_pretrained(NEW_FOLDER))"
         )
-    for tensor in checkpoint.tensors.values():
-        if len(tensor.shape) == 2 and tensor.name.endswith(".weight") and tensor.dtype[:2] in {"F8", "I8", "U8"}:
-            raise AlreadyQuantizedError(
-                f"{checkpoint.path}: already quantized ({tensor.name} is {tensor.dtype}); quantize the BF16 original"
-            )
+    what = "sentence-transformers model" if "modules.json" in checkpoint.sidecars else "model"
+    return (
+        f"no tensor of this {rules.architecture} {what} is a decoder linear layer by the rules; "
+        "name them with --include, e.g. --include '*.layers.*_proj'"
+    )
+
+
+def _of_wrong_dtype(decision: Decision) -> bool:
+    """Whether the rules would quantize it, were it not for its dtype."""
+    tensor = decision.tensor
+    return tensor.dtype not in QUANTIZABLE and decision.reason == wrong_dtype(tensor)
 
 
 def _decide(tensor: TensorSpec, rules: Rules) -> Decision:
@@ -275,6 +290,10 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
             f"no rules for architecture {rules.architecture!r}; the generic ones decided. Quantized: "
             f"{', '.join(chosen)}. Left alone: {', '.join(kept) or 'nothing else with two dimensions'}"
         )
+    if wrong := [d for d in decisions if _of_wrong_dtype(d)]:
+        dtypes = ", ".join(sorted({d.tensor.dtype for d in wrong}))
+        patterns = ", ".join(dict.fromkeys(_pattern(d.tensor.name) for d in wrong))
+        yield f"linear layers are left alone because of their dtype, {dtypes}: {patterns}"
     odd = sorted(
         _pattern(d.tensor.name)
         for d in decisions

@@ -64,7 +64,7 @@ class Rules:
         if len(tensor.shape) != 2 or 0 in tensor.shape:
             return Verdict(component, quantize=False, reason=f"not a matrix: {list(tensor.shape)}")
         if tensor.dtype not in QUANTIZABLE:
-            return Verdict(component, quantize=False, reason=f"{tensor.dtype} is not a dtype to quantize from")
+            return Verdict(component, quantize=False, reason=wrong_dtype(tensor))
         return Verdict(component, quantize=True, reason="decoder linear")
 
     def group_of(self, module: str) -> tuple[str, ...]:
@@ -72,6 +72,11 @@ class Rules:
         parent, _, leaf = module.rpartition(".")
         group = next((group for group in self.fused if leaf in group), ())
         return tuple(f"{parent}.{member}" if parent else member for member in group)
+
+
+def wrong_dtype(tensor: TensorSpec) -> str:
+    """The reason that keeps a linear layer whose dtype is none of `QUANTIZABLE`."""
+    return f"{tensor.dtype} is not a dtype to quantize from"
 
 
 def module_name(tensor_name: str) -> str:
