@@ -1,7 +1,9 @@
+import hashlib
 import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,14 +11,18 @@ import pytest
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.execute.runs import at_line_of_staging, names, staging_of
 from w8a8 import quantize
+from w8a8.checkpoint.stream import Identity
 from w8a8.errors import TargetBusyError, TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
-from w8a8.execute.staging import Staging
+from w8a8.execute.staging import Job, Staging
 
 pytestmark = pytest.mark.slow
 
-JOB = {"version": "1", "format": "quark", "sources": {"a": [3, 1], "b": [3, 1]}}
-OTHER = {**JOB, "format": "compressed-tensors"}
+FILE = Identity(inode=1, size=3, mtime_ns=1, ctime_ns=1)
+SOURCES = {"a": FILE, "b": FILE, "c": FILE}
+JOB = Job("1", "quark", "rtn", "plan", SOURCES)
+OTHER = replace(JOB, format="compressed-tensors")
+SOURCE = Path("source")
 
 
 @pytest.fixture
@@ -38,7 +44,7 @@ def old(tmp_path: Path) -> Path:
 def shard(staging: Staging, name: str, data: bytes = b"abc") -> ShardRecord:
     """Write and record a finished shard."""
     (staging.folder / name).write_bytes(data)
-    record = ShardRecord(name, len(data), "0" * 64, "1" * 64)
+    record = ShardRecord(name, len(data), hashlib.sha256(data).hexdigest(), hashlib.sha256(b"src").hexdigest())
     staging.record(record)
     return record
 
@@ -46,7 +52,7 @@ def shard(staging: Staging, name: str, data: bytes = b"abc") -> ShardRecord:
 def interrupted(out: Path) -> None:
     """Leave an unfinished run of `JOB` with one shard, half of another and a sidecar."""
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         shard(staging, "a")
         (staging.folder / "b").write_bytes(b"ha")
         (staging.folder / "templates").mkdir()
@@ -55,7 +61,7 @@ def interrupted(out: Path) -> None:
 
 def test_a_finished_folder_appears_and_the_hidden_one_goes(out: Path) -> None:
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         shard(staging, "a")
         assert not out.exists()
         staging.publish()
@@ -65,7 +71,7 @@ def test_a_finished_folder_appears_and_the_hidden_one_goes(out: Path) -> None:
 
 def test_the_parents_of_out_are_made(tmp_path: Path) -> None:
     with Staging.claim(tmp_path / "new" / "newer" / "out", overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         staging.publish()
     assert (tmp_path / "new" / "newer" / "out").is_dir()
 
@@ -74,7 +80,7 @@ def test_a_second_claim_is_refused_and_harms_nothing_however_early_it_comes(out:
     with Staging.claim(out, overwrite=False) as first:
         with pytest.raises(TargetBusyError):
             Staging.claim(out, overwrite=False)
-        first.begin(JOB)
+        first.begin(JOB, SOURCE)
         with pytest.raises(TargetBusyError):
             Staging.claim(out, overwrite=True)
         shard(first, "a")
@@ -91,7 +97,7 @@ def test_a_claim_is_free_again_after_an_error(out: Path) -> None:
 
 def test_nothing_is_left_where_no_shard_was_finished(out: Path) -> None:
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         (staging.folder / "a").write_bytes(b"ha")
     assert names(out.parent) == []
 
@@ -99,7 +105,7 @@ def test_nothing_is_left_where_no_shard_was_finished(out: Path) -> None:
 def test_the_same_job_goes_on_with_its_finished_shards_alone(out: Path) -> None:
     interrupted(out)
     with Staging.claim(out, overwrite=False) as staging:
-        assert staging.begin(JOB) is None
+        assert staging.begin(JOB, SOURCE) is None
         assert list(staging.finished) == ["a"]
         assert folder_bytes(staging.folder) == {"a": b"abc"}
 
@@ -108,21 +114,23 @@ def test_the_same_job_goes_on_with_its_finished_shards_alone(out: Path) -> None:
     ("job", "says"),
     [
         (OTHER, "another format"),
-        ({**JOB, "sources": {"a": [3, 1], "b": [3, 2]}}, "made from another b;"),
-        ({**JOB, "version": "2"}, "another version"),
+        (replace(JOB, sources={**SOURCES, "b": replace(FILE, mtime_ns=2)}), "made from another b;"),
+        (replace(JOB, sources={**SOURCES, "b": replace(FILE, size=4)}), "made from another b;"),
+        (replace(JOB, sources={**SOURCES, "d": FILE}), "made from another d;"),
+        (replace(JOB, version="2"), "another version"),
     ],
 )
-def test_another_job_says_what_differs_and_starts_over(out: Path, job: dict[str, object], says: str) -> None:
+def test_another_job_says_what_differs_and_starts_over(out: Path, job: Job, says: str) -> None:
     interrupted(out)
     with Staging.claim(out, overwrite=False) as staging:
-        notice = staging.begin(job)
+        notice = staging.begin(job, SOURCE)
         assert notice is not None
         assert says in notice
         assert staging.finished == {}
         assert names(staging.folder) == []
         shard(staging, "b")
     with Staging.claim(out, overwrite=False) as staging:
-        assert staging.begin(job) is None
+        assert staging.begin(job, SOURCE) is None
         assert list(staging.finished) == ["b"]
 
 
@@ -130,7 +138,7 @@ def test_a_finished_shard_of_another_size_is_done_again(out: Path) -> None:
     interrupted(out)
     (staging_of(out) / "out" / "a").write_bytes(b"abcd")
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         assert staging.finished == {}
 
 
@@ -140,7 +148,7 @@ def test_a_journal_entry_cut_short_is_passed_over_and_harms_no_later_one(out: Pa
         journal.write('\n{"name": "b", "si')
     for expected in (["a"], ["a", "c"]):
         with Staging.claim(out, overwrite=False) as staging:
-            staging.begin(JOB)
+            staging.begin(JOB, SOURCE)
             assert list(staging.finished) == expected
             shard(staging, "c")
 
@@ -150,7 +158,7 @@ def test_a_journal_of_zeros_starts_over(out: Path) -> None:
     interrupted(out)
     (staging_of(out) / "journal.jsonl").write_bytes(bytes(100))
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         assert staging.finished == {}
 
 
@@ -167,7 +175,7 @@ def test_a_published_result_can_be_made_again_after_a_killed_clearing(out: Path)
     (staging_of(out) / "out").rename(out)
     (out / "config.json").write_text("{}")
     with Staging.claim(out, overwrite=True) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         assert staging.finished == {}
         shard(staging, "b")
         staging.publish()
@@ -182,7 +190,7 @@ def test_an_existing_out_is_refused_and_an_interrupted_run_beside_it_kept(out: P
         Staging.claim(out, overwrite=False)
     assert folder_bytes(out) == {"config.json": b"{}"}
     with Staging.claim(out, overwrite=True) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         assert list(staging.finished) == ["a"]
 
 
@@ -212,7 +220,7 @@ def test_a_mount_point_is_refused_before_any_work() -> None:
 def test_an_empty_folder_is_as_good_as_none(out: Path) -> None:
     out.mkdir()
     with Staging.claim(out, overwrite=False) as staging:
-        staging.begin(JOB)
+        staging.begin(JOB, SOURCE)
         shard(staging, "a")
         staging.publish()
     assert folder_bytes(out) == {"a": b"abc"}

@@ -5,25 +5,26 @@ file is read once and removed. A part of the head's vocabulary is in memory at a
 of their own, for a run that goes on after an interruption.
 """
 
-import json
-import shutil
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from w8a8.calibrate.activations import Activations, spread
+from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Progress
 from w8a8.calibrate.setup import Setup
+from w8a8.checkpoint.stream import is_whole
 from w8a8.plan import Plan
 from w8a8.recipes.costs import Cost, backwards, direction
 from w8a8.runtime.streamed import StreamedModel, forward
+from w8a8.storage.folders import keep_only
+from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors, write_whole
 
 SEARCHED, JUDGED = 6144, 4096
@@ -33,6 +34,14 @@ VALUES = 2**22
 
 LayerCosts = Mapping[str, Cost]
 """The costs of errors in the outputs of a layer's linear layers, by their paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class CostsRecord:
+    """The file of measured costs, as it was written."""
+
+    size: int
+    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +72,8 @@ def measured_costs(folder: Path, plan: Plan, setup: Setup, progress: Progress) -
     paths = [[path for group in setup.groups(layer) for path in group.consumers] for layer in range(count)]
     layers = _load(path, paths, job)
     if layers is None:
-        setup.notice("measuring what errors cost, in one pass forwards and one backwards")
+        again = "again (the file of an interrupted run is damaged, or another job's), " if path.exists() else ""
+        setup.notice(f"measuring what errors cost, {again}in one pass forwards and one backwards")
         with progress(count * 2) as done:
             layers = _measure(setup, numbers, paths, folder / "costs", done)
         _store(layers, path, job)
@@ -84,8 +94,7 @@ def _measure(
     `done(1)` is called for every layer, forwards and backwards.
     """
     with disk_errors(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        keep_only(folder, ())
     entering = _forwards(setup, numbers, folder, done)
     costs = _backwards(setup, paths, entering, done)
     folder.rmdir()
@@ -139,24 +148,31 @@ def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:
     return [*gradient.split(1)]
 
 
-def _store(costs: Sequence[LayerCosts], path: Path, job: Mapping[str, Any]) -> None:
-    """Write the costs to the file at `path`, whole or not at all."""
+def _store(costs: Sequence[LayerCosts], path: Path, job: Job) -> None:
+    """Write the costs to the file at `path`, whole or not at all, and then note its SHA-256."""
     tensors = {}
     for number, layer in enumerate(costs):
         for name, cost in layer.items():
             tensors[f"{number}.{name}.token"], tensors[f"{number}.{name}.row"] = cost.token.cpu(), cost.row.cpu()
-    write_whole(path, save(tensors, {"job": json.dumps(job)}))
+    data = save(tensors)
+    write_whole(path, data)
+    journal = _journal(path)
+    journal.begin(job)
+    journal.append(CostsRecord(len(data), hashlib.sha256(data).hexdigest()))
 
 
-def _load(path: Path, paths: Sequence[Sequence[str]], job: Mapping[str, Any]) -> list[LayerCosts] | None:
+def _load(path: Path, paths: Sequence[Sequence[str]], job: Job) -> list[LayerCosts] | None:
     """Read the costs that `_store` wrote; None if they are another job's, or not whole."""
-    with suppress(OSError, SafetensorError, ValueError), safe_open(path, "pt") as file:
-        if json.loads((file.metadata() or {}).get("job", "null")) == job:
-            return [
-                {
-                    name: Cost(*(file.get_tensor(f"{number}.{name}.{part}") for part in ("token", "row")))
-                    for name in names
-                }
-                for number, names in enumerate(paths)
-            ]
-    return None
+    noted = _journal(path).read()
+    if noted.job != job or noted.damage or not any(is_whole(path, record.size, record.sha256) for record in noted.done):
+        return None
+    with safe_open(path, "pt") as file:
+        return [
+            {name: Cost(*(file.get_tensor(f"{number}.{name}.{part}") for part in ("token", "row"))) for name in names}
+            for number, names in enumerate(paths)
+        ]
+
+
+def _journal(path: Path) -> Journal[Job, CostsRecord]:
+    """The journal beside the file of costs: the job they were measured for, and what was written."""
+    return Journal(path.with_suffix(".jsonl"), Job, CostsRecord)

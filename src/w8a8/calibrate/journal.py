@@ -2,57 +2,90 @@
 
     layer-00000.safetensors  the tensors that calibration made of a finished layer, by their names in the result
     states-00000.bin         the states that enter the first unfinished layer
-    journal.jsonl            the job; then a layer's gains, once its file and the states that leave it are on the disk
+    journal.jsonl            the job; then a line per finished layer, once its file and the states that leave it are on
+                             the disk, with its gains and the SHA-256 of both; layer 0 stands for the beginning
 
-A journal of another job, or one whose states are missing, starts the pass over.
+A journal of another job, or one whose files are not what was written, starts the pass over.
 """
 
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from w8a8.checkpoint.stream import Identity, file_sha256, is_whole
 from w8a8.recipes.layer import Gain
-from w8a8.storage.folders import sync_folder
-from w8a8.storage.journal import Journal
+from w8a8.storage.folders import keep_only, sync_folder
+from w8a8.storage.journal import Journal, differing
 from w8a8.storage.writer import disk_errors, write_whole
 
 
-class LayerJournal:
-    """The folder of one pass. `gains` has the gains of each finished layer's groups, in order."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that decides a calibration: this version, options, text and plan, and the source files as they are now."""
 
-    def __init__(self, folder: Path, job: Mapping[str, Any], states_bytes: int) -> None:
+    version: str
+    recipe: str
+    samples_and_plan: str
+    sources: dict[str, Identity]
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRecord:
+    """A number of finished layers: the last one's gains and file, and the states that leave it."""
+
+    layers: int
+    gains: tuple[Gain, ...]
+    size: int
+    sha256: str
+    states_sha256: str
+
+
+class LayerJournal:
+    """The folder of one pass. `gains` has the gains of each finished layer's groups, in order.
+
+    `lost` says why an interrupted pass is started over, for people; "" where it is not.
+    """
+
+    def __init__(self, folder: Path, job: Job, states_bytes: int) -> None:
         """Go on with `job` in `folder`, or start over; a file of states has `states_bytes` bytes.
 
         Whatever is not finished is removed. Raises `DiskFullError` or `UnwritableError`.
         """
-        self.folder, self._job, self._journal = folder, job, Journal(folder / "journal.jsonl")
-        noted, entries = self._journal.read()
-        self.gains = _gains(entries) if noted == job else []
-        self.begun = noted == job and _size(self.states(len(self.gains))) == states_bytes
+        self.folder, self._job = folder, job
+        self._journal = Journal(folder / "journal.jsonl", Job, LayerRecord)
+        noted = self._journal.read()
+        records = [*{record.layers: record for record in noted.done}.values()]
+        self.gains: list[tuple[Gain, ...]] = []
+        self.lost = noted.damage
+        if noted.job is not None and not self.lost:
+            self.lost = self._difference(noted.job, records, states_bytes)
+        self.begun = bool(records) and not self.lost
+        if self.begun:
+            self.gains = [record.gains for record in records[1:]]
+        kept = {self._journal.path, *self.layers(), self.states(len(self.gains))} if self.begun else set()
         with disk_errors(folder):
-            if not self.begun:
-                self.gains = []
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-            finished = {self._journal.path, *self.layers(), self.states(len(self.gains))}
-            for file in {*folder.iterdir()} - finished:
-                file.unlink()
+            keep_only(folder, {path.name for path in kept})
 
     def begin(self) -> None:
         """Note that the states before the first layer are on the disk."""
         with disk_errors(self.folder):
             sync_folder(self.folder)
         self._journal.begin(self._job)
+        self._journal.append(LayerRecord(0, (), 0, "", file_sha256(self.states(0))))
         self.begun = True
 
     def record(self, gains: tuple[Gain, ...]) -> None:
         """Note that the next layer's file, and the states that leave it, are on the disk."""
         with disk_errors(self.folder):
             sync_folder(self.folder)
-        self._journal.append([asdict(gain) for gain in gains])
-        self.states(len(self.gains)).unlink()
+        number = len(self.gains)
+        layer, states = self._layer(number), self.states(number + 1)
+        self._journal.append(
+            LayerRecord(number + 1, gains, layer.stat().st_size, file_sha256(layer), file_sha256(states))
+        )
+        with disk_errors(self.folder):
+            self.states(number).unlink()
         self.gains.append(gains)
 
     def layers(self) -> Iterator[Path]:
@@ -70,14 +103,15 @@ class LayerJournal:
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number:05}.safetensors"
 
-
-def _gains(entries: Sequence[Any]) -> list[tuple[Gain, ...]]:
-    """The layers' gains as `record` noted them; none if an entry is anything else, which starts the pass over."""
-    try:
-        return [tuple(Gain(**gain) for gain in entry) for entry in entries]
-    except TypeError:
-        return []
-
-
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
+    def _difference(self, before: Job, records: list[LayerRecord], states_bytes: int) -> str:
+        """Say why the pass of the job `before` cannot be gone on with; "" if it can."""
+        if options := differing(before, self._job):
+            return f"it had another {', '.join(options)}"
+        for number, record in enumerate(records):
+            if record.layers != number:
+                return f"layer {number} is missing in its journal"
+            if number and not is_whole(self._layer(number - 1), record.size, record.sha256):
+                return f"{self._layer(number - 1).name} is not what was written"
+        if records and not is_whole(self.states(len(records) - 1), states_bytes, records[-1].states_sha256):
+            return f"{self.states(len(records) - 1).name} is not what was written"
+        return ""

@@ -35,6 +35,8 @@ def calibrate_layers(
     model, every = setup.model, len(setup.samples)
     # 1) Go on where an interrupted run was, or begin with the embedded samples
     journal = LayerJournal(folder, setup.job(plan), setup.activations(folder, every).nbytes)
+    if journal.lost:
+        setup.notice(f"an interrupted calibration cannot be gone on with ({journal.lost}); starting over")
     if not journal.begun:
         setup.activations(journal.states(0), every).write(model.embed_all(setup.samples, setup.kwargs))
         journal.begin()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from w8a8.calibrate.activations import Activations
+from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Request
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.stream import Identity
@@ -75,17 +76,16 @@ class Setup:
         """The weight of the module `path` inside the `layer`th layer."""
         return self.model.tensor(layer, f"{path}.weight")
 
-    def job(self, plan: Plan) -> dict[str, Any]:
+    def job(self, plan: Plan) -> Job:
         """What decides the result: this version, the source files as they are now, the text, and the options."""
-        files = {shard.name: Identity.of(self.checkpoint.path / shard.name) for shard in self.checkpoint.shards}
         values = [list(map(list, self.samples)), [[d.tensor.name, d.quantize] for d in plan.decisions]]
-        return {
-            "version": __version__,
-            "recipe": self.request.recipe,
-            "samples and plan": hashlib.sha256(json.dumps(values).encode()).hexdigest(),
-            "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
-            "device": self.model.device.type,
-        }
+        return Job(
+            version=__version__,
+            recipe=self.request.recipe,
+            samples_and_plan=hashlib.sha256(json.dumps(values).encode()).hexdigest(),
+            sources={shard.name: Identity.of(self.checkpoint.path / shard.name) for shard in self.checkpoint.shards},
+            device=self.model.device.type,
+        )
 
 
 def _samples(

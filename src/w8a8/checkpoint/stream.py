@@ -10,6 +10,7 @@ import hashlib
 import mmap
 import os
 import queue
+import stat
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Self
 
 from w8a8.checkpoint import Shard, TensorSpec
 from w8a8.checkpoint.reader import inside
-from w8a8.errors import SourceChangedError
+from w8a8.errors import SourceChangedError, UnreadableError
 from w8a8.reading import open_file, reading
 
 if TYPE_CHECKING:
@@ -36,18 +37,22 @@ class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A file as it was at one moment: inode, bytes, and time of last change in nanoseconds."""
+    """A file as it was at one moment: its inode and bytes, and when its content, or anything of it, last changed.
+
+    Times are in nanoseconds. The last one, the ctime, no program can set back.
+    """
 
     inode: int
     size: int
     mtime_ns: int
+    ctime_ns: int
 
     @classmethod
     def of(cls, path: Path) -> Self:
         """Look at the file at `path` now. Raises `UnreadableError`."""
         with reading(path):
             status = path.stat()
-        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,3 +172,12 @@ def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
                 raise Stopped
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def is_whole(path: Path, size: int, sha256: str, stopped: Callable[[], bool] = lambda: False) -> bool:
+    """Whether `path` is a file, and no link, of `size` bytes with this SHA-256. Raises `Stopped`."""
+    try:
+        status = path.lstat()
+        return stat.S_ISREG(status.st_mode) and status.st_size == size and file_sha256(path, stopped) == sha256
+    except (OSError, UnreadableError):
+        return False

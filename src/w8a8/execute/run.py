@@ -15,7 +15,7 @@ from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.checkpoint.stream import Identity
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
-from w8a8.execute.staging import Staging
+from w8a8.execute.staging import Job, Staging
 from w8a8.execute.workers import carry_out, worker_count
 from w8a8.formats import Arithmetic
 from w8a8.formats.provenance import (
@@ -58,7 +58,8 @@ def execute(
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
     check_apart(checkpoint.path, out)
     with Staging.claim(out, overwrite=overwrite) as staging:
-        changed = staging.begin(_job(plan, checkpoint))
+        workers = workers or worker_count()
+        changed = staging.begin(_job(plan, checkpoint), checkpoint.path, workers)
         if changed:
             notice(changed)
         resumed = len(staging.finished)
@@ -69,7 +70,7 @@ def execute(
         jobs = list(_jobs(plan, checkpoint, staging, arithmetic, finished or {}))
         _check_room(plan, jobs, checkpoint, staging.home)
         try:
-            carry_out(jobs, workers or worker_count(), advance=advance, record=staging.record)
+            carry_out(jobs, workers, advance=advance, record=staging.record)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
             _write_small_files(plan, checkpoint, records, staging.folder)
@@ -94,16 +95,9 @@ def _jobs(
             yield ShardJob(source, shards[shard.name], shard, plan.header(shard), target, arithmetic, own)
 
 
-def _job(plan: Plan, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Name all that decides the result's bytes: the plan, this version, and the source files as they are now."""
-    files = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
-    return {
-        "version": __version__,
-        "format": plan.format,
-        "recipe": plan.recipe,
-        "plan": plan.fingerprint(),
-        "sources": {name: [file.size, file.mtime_ns] for name, file in files.items()},
-    }
+def _job(plan: Plan, checkpoint: Checkpoint) -> Job:
+    sources = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
+    return Job(__version__, plan.format, plan.recipe, plan.fingerprint(), sources)
 
 
 def check_apart(source: Path, out: Path) -> None:

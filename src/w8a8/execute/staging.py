@@ -5,23 +5,43 @@ Beside OUT lies a hidden folder `.OUT.w8a8` with three things: `out/`, which wil
 and `old/`, while an OUT is being replaced. An exclusive lock on the hidden folder keeps a second run away, and the
 kernel drops it with the process, however that ends.
 
-A run that finds a journal with its own first line goes on behind the shards it lists. Resuming is by whole shards
-because nothing finer would be quicker: the source's SHA-256 has to pass over every byte again either way.
+A run that finds a journal with its own first line goes on behind the shards it lists, where they still have the
+SHA-256 it noted. Resuming is by whole shards because nothing finer would be quicker: the source's SHA-256 has to pass
+over every byte again either way.
+
+An empty OUT is not replaced but filled, so that it stays the folder it was (its mode, and the shell that stands in it):
+`filling.jsonl` lists its files, of which config.json comes last. Killed before that, the next run takes them back.
 """
 
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
+from w8a8.checkpoint.reader import INDEX
+from w8a8.checkpoint.stream import Identity, file_sha256, is_whole
 from w8a8.errors import TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
-from w8a8.storage.folders import acquire, sync_folder
-from w8a8.storage.journal import Journal
+from w8a8.execute.workers import each
+from w8a8.storage.folders import acquire, keep_only, remove, sync_folder
+from w8a8.storage.journal import Journal, differing
 from w8a8.storage.writer import disk_errors
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that decides the result's bytes: this version, the plan, and the source files as they are now."""
+
+    version: str
+    format: str
+    recipe: str
+    plan: str
+    sources: dict[str, Identity]
 
 
 @dataclass
@@ -57,7 +77,7 @@ class Staging:
         """Finish or undo a publishing, remove what is not worth resuming, and drop the lock."""
         try:
             self._recover()
-            if not self.folder.exists() or not self._journal.read()[1]:
+            if not self.folder.exists() or not self._journal.read().done:
                 shutil.rmtree(self.home, ignore_errors=True)
         finally:
             os.close(self.lock)
@@ -67,32 +87,35 @@ class Staging:
         """The folder that will become OUT."""
         return self.home / "out"
 
-    def begin(self, job: Mapping[str, Any]) -> str | None:
-        """Start `job`, or go on with it where a journal says it was interrupted; `finished` then lists what is done.
+    def begin(self, job: Job, source: Path, workers: int = 1) -> str | None:
+        """Start `job` from the files in `source`, or go on where a journal says that it was interrupted.
 
-        All else in the folder is removed. Returns, where an unfinished run was of another job, a sentence saying what
-        differs.
+        `finished` then lists what is done, and still is what was written; all else in the folder is removed. Returns a
+        sentence for the user where an unfinished run was of another job, or something of it is damaged.
         """
-        before, entries = self._journal.read()
-        resuming = before == job
+        noted = self._journal.read()
+        records = {record.name: record for record in noted.done if record.name in job.sources}
+        reason = ""
+        if noted.damage:
+            reason = f"the journal of an interrupted run is damaged ({noted.damage})"
+        elif noted.job is not None:
+            reason = _difference(noted.job, job, source, records, workers)
+        resuming = noted.job is not None and not reason
         if resuming:
-            records = [ShardRecord(**entry) for entry in entries]
-            self.finished = {record.name: record for record in records if self._is_whole(record)}
+            whole = _those(records, lambda name, stopped: self._is_whole(records[name], stopped), workers)
+            self.finished = {name: records[name] for name in whole}
         with disk_errors(self.home):
-            if not resuming:
-                self._journal.forget()
-                shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(exist_ok=True)
-            for file in [path for path in self.folder.rglob("*") if path.is_file()]:
-                if str(file.relative_to(self.folder)) not in self.finished:
-                    file.unlink()
+            keep_only(self.folder, self.finished)
             if not resuming:
                 self._journal.begin(job)
-        return _difference(before, job) if before is not None and not resuming else None
+        if reason:
+            return f"{reason}; starting over"
+        damaged = ", ".join(sorted(records.keys() - self.finished.keys()))
+        return f"{damaged}: not what an interrupted run wrote any more; made again" if damaged else None
 
     def record(self, shard: ShardRecord) -> None:
         """Note that `shard` is whole and synced."""
-        self._journal.append(asdict(shard))
+        self._journal.append(shard)
         self.finished[shard.name] = shard
 
     def publish(self) -> None:
@@ -100,9 +123,13 @@ class Staging:
         with disk_errors(self.out):
             for folder in [self.folder, *(path for path in self.folder.rglob("*") if path.is_dir())]:
                 sync_folder(folder)
-            if self.out.exists():
-                self.out.rename(self._old)
-            self.folder.rename(self.out)
+            if self.out.exists() and not any(self.out.iterdir()):
+                self._fill()
+            else:
+                if self.out.exists():
+                    _take_rights(self.out, self.folder)
+                    self.out.rename(self._old)
+                self.folder.rename(self.out)
             sync_folder(self.out.parent)
 
     def discard(self) -> None:
@@ -110,25 +137,45 @@ class Staging:
         self._journal.forget()
 
     @property
-    def _journal(self) -> Journal:
-        return Journal(self.home / "journal.jsonl")
+    def _journal(self) -> Journal[Job, ShardRecord]:
+        return Journal(self.home / "journal.jsonl", Job, ShardRecord)
+
+    @property
+    def _filling(self) -> Journal[list[str], str]:
+        """Its job is the names of the files and folders that OUT is filled with, in order."""
+        return Journal(self.home / "filling.jsonl", list[str], str)
 
     @property
     def _old(self) -> Path:
         return self.home / "old"
 
-    def _is_whole(self, record: ShardRecord) -> bool:
-        file = self.folder / record.name
-        return file.is_file() and file.stat().st_size == record.size
+    def _is_whole(self, record: ShardRecord, stopped: Callable[[], bool]) -> bool:
+        return is_whole(self.folder / record.name, record.size, record.sha256, stopped)
+
+    def _fill(self) -> None:
+        """Move what lies in the folder into OUT."""
+        names = sorted(
+            (path.name for path in self.folder.iterdir()), key=lambda name: (name == "config.json", name == INDEX, name)
+        )
+        self._filling.begin(names)
+        for name in names:
+            (self.folder / name).rename(self.out / name)
+        sync_folder(self.out)
+        self.folder.rmdir()
 
     def _recover(self) -> None:
         """Finish or undo what a run was doing when it ended while publishing."""
-        if not self._old.exists():
-            return
-        with disk_errors(self._old):
-            if self.out.exists():
-                shutil.rmtree(self._old)
-            else:
+        with disk_errors(self.out):
+            names = [name for name in self._filling.read().job or () if Path(name).name == name]
+            if names and not (self.out / names[-1]).exists():
+                self.folder.mkdir(exist_ok=True)
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        (self.out / name).rename(self.folder / name)
+            self._filling.forget()
+            if self.out.exists() or self._old.is_symlink():
+                remove(self._old)
+            elif self._old.exists():
                 self._old.rename(self.out)
 
     def _check_target(self, *, overwrite: bool) -> None:
@@ -143,17 +190,61 @@ class Staging:
         except OSError as error:
             raise UnwritableError(f"{self.out}: cannot be read ({error.strerror})") from error
         if not names:
+            if not os.access(self.out, os.W_OK | os.X_OK):
+                raise UnwritableError(f"{self.out}: no permission to write into it")
             return
         if not overwrite:
             raise TargetExistsError(f"{self.out}: exists already; --overwrite replaces it once the new one is whole")
         if "config.json" not in names:
             raise UsageError(f"{self.out}: is not a checkpoint (no config.json), so --overwrite will not remove it")
+        if _here().is_relative_to(self.out):
+            raise UsageError(f"{self.out}: you are in this folder, which --overwrite replaces; go to another one first")
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Say what sets two jobs apart."""
-    changed = [name for name, state in now["sources"].items() if before.get("sources", {}).get(name) != state]
+def _difference(before: Job, now: Job, source: Path, records: Mapping[str, ShardRecord], workers: int) -> str:
+    """Say what sets two jobs apart; "" if nothing does.
+
+    A source file that is another, or was touched, but has the same size and time as before, is the same where its
+    SHA-256 is the one that its shard was made from; where its shard is not made yet, it does not matter.
+    """
+    changed = {name for name, file in now.sources.items() if not _looks_alike(before.sources.get(name), file)}
+    if not changed:
+        doubted = {name for name in records if before.sources[name] != now.sources[name]}
+        same = _those(doubted, lambda name, s: file_sha256(source / name, s) == records[name].source_sha256, workers)
+        changed = doubted - same
     if changed:
-        return f"an interrupted run was made from another {', '.join(sorted(changed))}; starting over"
-    options = [key for key in now if before.get(key) != now[key]]
-    return f"an interrupted run had another {', '.join(options)}; starting over"
+        return f"an interrupted run was made from another {', '.join(sorted(changed))}"
+    options = [name for name in differing(before, now) if name != "sources"]
+    return f"an interrupted run had another {', '.join(options)}" if options else ""
+
+
+def _looks_alike(before: Identity | None, now: Identity) -> bool:
+    return before is not None and (before.size, before.mtime_ns) == (now.size, now.mtime_ns)
+
+
+def _those(names: Iterable[str], hold: Callable[[str, Callable[[], bool]], bool], workers: int) -> set[str]:
+    """Return the names for which `hold(name, stopped)` is true."""
+    found = set()
+
+    def look(name: str, stopped: Callable[[], bool]) -> None:
+        if hold(name, stopped):
+            found.add(name)
+
+    each(names, look, workers)
+    return found
+
+
+def _take_rights(like: Path, folder: Path) -> None:
+    """Give `folder` the owner, as far as this user may, and the mode of the folder `like`."""
+    status = like.stat()
+    with suppress(PermissionError):
+        os.chown(folder, status.st_uid, status.st_gid)
+    folder.chmod(stat.S_IMODE(status.st_mode))
+
+
+def _here() -> Path:
+    """Return the folder this process is in; "/" where that was removed."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        return Path("/")

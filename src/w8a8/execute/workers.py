@@ -2,11 +2,14 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
 
 from w8a8.checkpoint.stream import Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
+
+T = TypeVar("T")
 
 
 def worker_count() -> int:
@@ -25,19 +28,28 @@ def carry_out(
 
     Raises the first error of `quantize_shard`; the other jobs stop.
     """
-    stop, recording = threading.Event(), threading.Lock()
+    recording = threading.Lock()
 
-    def run(job: ShardJob) -> None:
-        if stop.is_set():
-            raise Stopped
-        finished = quantize_shard(job, advance=advance, stopped=stop.is_set)
+    def run(job: ShardJob, stopped: Callable[[], bool]) -> None:
+        finished = quantize_shard(job, advance=advance, stopped=stopped)
         with recording:
             record(finished)
 
-    largest_first = sorted(jobs, key=lambda job: -job.shard.size)
+    each(sorted(jobs, key=lambda job: -job.shard.size), run, workers)
+
+
+def each(items: Iterable[T], work: Callable[[T, Callable[[], bool]], None], workers: int) -> None:
+    """Do `work(item, stopped)` for all `items` on `workers` threads. Raises its first error; the others stop."""
+    stop = threading.Event()
+
+    def run(item: T) -> None:
+        if stop.is_set():
+            raise Stopped
+        work(item, stop.is_set)
+
     with ThreadPoolExecutor(workers, thread_name_prefix="shard") as pool:
         try:
-            for future in as_completed([pool.submit(run, job) for job in largest_first]):
+            for future in as_completed([pool.submit(run, item) for item in items]):
                 future.result()
         finally:
             stop.set()

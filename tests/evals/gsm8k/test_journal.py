@@ -107,14 +107,23 @@ def test_a_file_that_is_no_journal_is_left_alone(content: str, data: Path, out: 
     assert journal.read_text() == content
 
 
-@pytest.mark.parametrize("line", ['{"index": 99}', '{"index": 0, "answer": 5}', "null", "{"])
-def test_a_garbled_line_is_named(line: str, data: Path, out: Path) -> None:
+LINES = ['{"index": 99}', '{"index": 0, "answer": 5}', "null", "{", "[1]", "[" * 99999, '"\\ud800"']
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line[:9])
+def test_a_garbled_line_is_named_and_costs_no_other_answer(line: str, data: Path, out: Path) -> None:
+    notices: list[str] = []
     with running_api() as api:
         run(api.url, data, out)
+        before = outcomes(out)
         journal = out.with_suffix(".jsonl")
-        journal.write_text(f"{journal.read_text()}{line}\n")
-        with pytest.raises(InvalidResultError, match=f"line {QUESTIONS + 2}"):
-            run(api.url, data, out)
+        lines = journal.read_text().splitlines()
+        journal.write_text("\n".join([*lines[:-1], line, ""]))
+        api.requests.clear()
+        run(api.url, data, out, notice=notices.append)
+        assert api.asked() == [json.loads(lines[-1])["index"]]
+    assert f"line {QUESTIONS + 1}" in notices[0]
+    assert outcomes(out) == before
 
 
 def test_two_runs_do_not_write_one_file(data: Path, out: Path) -> None:

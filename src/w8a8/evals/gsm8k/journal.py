@@ -1,13 +1,14 @@
 """The journal of a GSM8K run: one line of JSON per outcome, so that a killed run loses no answer.
 
 The first line says which model is asked what. A run that finds a journal with its own first line continues it: it asks
-failed requests again, and drops a last line that a kill cut off. A lock keeps a second run away.
+failed requests again, and those whose line is damaged or was cut off by a kill. A lock keeps a second run away.
 """
 
 import fcntl
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,17 +16,43 @@ from w8a8.errors import InvalidResultError, TargetBusyError, UsageError
 from w8a8.evals.gsm8k.asking import Reply
 from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors
-from w8a8.texts.files import rows
 
 HEADER_KIND = "w8a8.gsm8k.journal"
 
 
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first line: which model is asked what, since when."""
+
+    kind: str
+    schema: int
+    started: str
+    asking: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """An outcome: the reply to question `index`, after `seconds` in all; a person finds more about it in its line."""
+
+    index: int
+    answer: str
+    finish_reason: str | None
+    prompt_tokens: int
+    completion_tokens: int
+    error: str | None
+    seconds: float
+
+
 @dataclass
 class OutcomeJournal:
-    """An open, locked journal: the replies so far by question, and the seconds that all its runs took together."""
+    """An open, locked journal: the replies so far by question, and the seconds that all its runs took together.
 
-    journal: Journal
+    `damage` says which of its lines is none, for people.
+    """
+
+    journal: Journal[Header, Line]
     started: str
+    damage: str = ""
     replies: dict[int, Reply] = field(default_factory=dict)
     seconds: float = 0
 
@@ -40,18 +67,16 @@ class OutcomeJournal:
         Raises DiskFullError, UnwritableError.
         """
         self.replies[index], self.seconds = reply, seconds
-        self.journal.append(
-            {
-                "index": index,
-                **about,
-                "answer": reply.text,
-                "finish_reason": reply.finish_reason,
-                "prompt_tokens": reply.prompt_tokens,
-                "completion_tokens": reply.completion_tokens,
-                "error": reply.error,
-                "seconds": round(seconds, 3),
-            }
+        line = Line(
+            index=index,
+            answer=reply.text,
+            finish_reason=reply.finish_reason,
+            prompt_tokens=reply.prompt_tokens,
+            completion_tokens=reply.completion_tokens,
+            error=reply.error,
+            seconds=round(seconds, 3),
         )
+        self.journal.append({"index": index, **about, **asdict(line)})
 
 
 @contextmanager
@@ -63,21 +88,22 @@ def open_journal(
     Raises UsageError if it is about something else, InvalidResultError if the file is not a journal, TargetBusyError,
     DiskFullError, UnwritableError.
     """
+    path = Path(os.path.realpath(path))  # what a link leads to is written
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        opened = path.open("a+b")
+        if path.exists() and not path.is_file():
+            raise InvalidResultError(f"{path}: not a file; give another --out")
+        opened = path.open("ab")
     with opened as file:
         _lock(file, path)
-        with disk_errors(path):
-            file.seek(0)
-            content = b"" if restart else file.read()
-        whole = content[: content.rfind(b"\n") + 1]
-        found = _continued(path, whole, asking, questions)
-        with disk_errors(path):
-            file.truncate(len(whole))
+        if restart:
+            with disk_errors(path):
+                file.truncate(0)
+        found = _continued(Journal(path, Header, Line), asking, questions)
         if found is None:
-            found = OutcomeJournal(Journal(path), started)
-            found.journal.append({"kind": HEADER_KIND, "schema": 1, "started": started, "asking": asking})
+            header = Header(HEADER_KIND, 1, started, dict(asking))
+            found = OutcomeJournal(Journal(path, Header, Line), started)
+            found.journal.append(header)
         yield found
 
 
@@ -88,52 +114,32 @@ def _lock(file: IO[bytes], path: Path) -> None:
         raise TargetBusyError(f"{path}: another run is writing it; wait for it, or give another --out") from error
 
 
-def _continued(path: Path, content: bytes, asking: Mapping[str, Any], questions: int) -> OutcomeJournal | None:
-    """The journal that `content` holds, None if it is empty."""
-    lines = _lines(path, content)
-    if not lines:
+def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questions: int) -> OutcomeJournal | None:
+    """What the journal holds, None if it is empty."""
+    noted = journal.read()
+    if noted.job is None and not noted.damage:
         return None
-    match lines[0][1]:
-        case {"kind": str(kind), "started": str(started), **header} if kind == HEADER_KIND:
-            before = header.get("asking")
-        case _:
-            raise InvalidResultError(f"{path}: not a journal of `w8a8 eval gsm8k`; move it away, or give another --out")
-    if before != asking:
+    if noted.job is None or noted.job.kind != HEADER_KIND:
+        problem = f"{journal.path}: not a journal of `w8a8 eval gsm8k`"
+        raise InvalidResultError(f"{problem}; move it away, or give another --out")
+    if noted.job.asking != asking:
         raise UsageError(
-            f"{path}: the run that wrote it was another one: {_difference(before, asking)}; give the same options, or "
-            "another --out, or --restart to ask all questions again"
+            f"{journal.path}: the run that wrote it was another one: {_difference(noted.job.asking, asking)}; give the "
+            "same options, or another --out, or --restart to ask all questions again"
         )
-    found = OutcomeJournal(Journal(path), started)
-    for place, line in lines[1:]:
-        match line:
-            case {
-                "index": int(index),
-                "answer": str(text),
-                "finish_reason": (str() | None) as reason,
-                "prompt_tokens": int(prompt_tokens),
-                "completion_tokens": int(completion_tokens),
-                "error": (str() | None) as error,
-                "seconds": (int() | float()) as seconds,
-            } if 0 <= index < questions:
-                found.seconds = max(found.seconds, seconds)
-                if error is None:
-                    found.replies[index] = Reply(text, reason, prompt_tokens, completion_tokens)
-            case _:
-                raise InvalidResultError(f"{place}: not an outcome; --restart asks all questions again")
+    found = OutcomeJournal(journal, noted.job.started, noted.damage)
+    for line in noted.done:
+        if 0 <= line.index < questions:
+            found.seconds = max(found.seconds, line.seconds)
+            if line.error is None:
+                found.replies[line.index] = Reply(
+                    line.answer, line.finish_reason, line.prompt_tokens, line.completion_tokens
+                )
+        else:
+            found.damage = found.damage or f"there is no question {line.index}"
     return found
 
 
-def _lines(path: Path, content: bytes) -> list[tuple[str, Any]]:
-    try:
-        return list(rows(content.decode(), str(path)))
-    except UnicodeDecodeError as error:
-        problem = f"{path}: not UTF-8 text (byte {error.start})"
-        raise InvalidResultError(f"{problem}; --restart asks all questions again") from error
-    except UsageError as error:
-        raise InvalidResultError(f"{error}; --restart asks all questions again") from error
-
-
-def _difference(before: Any, now: Mapping[str, Any]) -> str:
-    before = before if isinstance(before, dict) else {}
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     differing = [name for name in now if before.get(name) != now[name]]
     return ", ".join(f"{name} was {before.get(name)}, not {now[name]}" for name in differing) or "other options"

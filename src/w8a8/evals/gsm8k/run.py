@@ -189,6 +189,8 @@ def evaluate(
         restart=restart,
     ) as journal:
         # 4) Ask the questions it has no answer to.
+        if journal.damage:
+            notice(f"{journal.path}: damaged ({journal.damage}); what it has no answer to is asked again")
         if journal.replies:
             notice(
                 f"{journal.path}: {len(journal.replies):,} of {len(data.questions):,} are answered already; "
