@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import IO, Any, Generic, TypeVar
 
 import msgspec
 
@@ -73,12 +73,11 @@ class Journal(Generic[J, E]):
         """Add a line, and wait until it is on the disk. Raises `DiskFullError` or `UnwritableError`."""
         line = json.dumps(msgspec.to_builtins(entry), ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         with disk_errors(self.path), self.path.open("a+b") as file:
-            file.seek(max(0, file.tell() - MAX_LINE_BYTES))
-            last = file.read().rpartition(b"\n")[2]
-            if _is_cut_off(last):
-                file.truncate(file.tell() - len(last))
-            elif last:
-                file.write(b"\n")
+            if last := _unended(file):
+                if _is_cut_off(last):
+                    file.truncate(file.tell() - len(last))
+                else:
+                    file.write(b"\n")
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -103,6 +102,17 @@ class Journal(Generic[J, E]):
 def differing(before: object, now: object) -> list[str]:
     """Name the fields in which two jobs of one type differ."""
     return [each.name for each in fields(now) if getattr(before, each.name) != getattr(now, each.name)]  # type: ignore[arg-type]
+
+
+def _unended(file: IO[bytes]) -> bytes:
+    """Return what stands behind the last end of a line, and leave the file at its end."""
+    size = file.seek(0, os.SEEK_END)
+    for length in (1, MAX_LINE_BYTES):  # most often there is nothing, as the last byte tells
+        file.seek(max(0, size - length))
+        last = file.read().rpartition(b"\n")[2]
+        if not last:
+            break
+    return last
 
 
 def _is_cut_off(line: bytes) -> bool:
