@@ -1,20 +1,24 @@
 """A checkpoint is opened whole, or refused with an error of its own."""
 
+import json
 import shutil
 import tracemalloc
 from codecs import BOM_UTF8
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.checkpoint.damages import DAMAGES, FIRST, SECOND, Damage
-from tests.checkpoint.files import hub_cache
+from tests.checkpoint.files import edit_json, hub_cache
 from tests.checkpoints import llama_tensors, read_tensor, tensor_bytes, write_checkpoint, write_shard
 from tests.command import assert_refused
+from w8a8 import quantize, verify
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import (
     InvalidIndexError,
+    MissingTensorError,
     NoConfigError,
     PathEscapeError,
     SourceNotFoundError,
@@ -126,6 +130,68 @@ def test_a_consolidated_duplicate_is_left_out(llama: Path) -> None:
 
     assert [shard.name for shard in checkpoint.shards] == [FIRST, SECOND]
     assert [left.name for left in checkpoint.left_out] == ["consolidated.safetensors"]
+
+
+def test_of_a_single_file_and_an_index_the_file_counts_as_in_transformers(llama: Path) -> None:
+    shards = [shard.name for shard in Checkpoint.open(llama).shards]
+    write_shard(llama / "model.safetensors", llama_tensors())
+
+    checkpoint = Checkpoint.open(llama)
+
+    assert not checkpoint.indexed
+    assert [shard.name for shard in checkpoint.shards] == ["model.safetensors"]
+    assert {left.name: left.reason for left in checkpoint.left_out} == dict.fromkeys(
+        [*shards, INDEX], "a duplicate of the weights, which transformers does not read"
+    )
+
+
+@pytest.fixture
+def headless(tmp_path: Path) -> Path:
+    """A checkpoint whose index still names the head that no shard holds."""
+    tensors = llama_tensors()
+    del tensors["lm_head.weight"]
+    folder = write_checkpoint(tmp_path / "headless", tensors, shards=2)
+    edit_json(folder / INDEX, lambda index: index["weight_map"].update({"lm_head.weight": FIRST}))
+    return folder
+
+
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": True}, {}, {"text_config": {"tie_word_embeddings": True}}])
+def test_a_tied_head_that_only_the_index_names_is_said_and_nothing_else(headless: Path, said: dict[str, Any]) -> None:
+    edit_json(headless / "config.json", lambda config: config.update(said))
+
+    [left] = Checkpoint.open(headless).left_out
+
+    assert left.name == "lm_head.weight"
+    assert "tied to the embeddings" in left.reason
+
+
+@pytest.mark.parametrize("said", [{"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}])
+def test_a_head_of_its_own_that_only_the_index_names_is_missing(headless: Path, said: dict[str, Any]) -> None:
+    edit_json(headless / "config.json", lambda config: config.update(said))
+
+    with pytest.raises(MissingTensorError, match=r"lm_head\.weight"):
+        Checkpoint.open(headless)
+
+
+def test_without_its_tied_head_a_checkpoint_is_quantized_and_verified(headless: Path, tmp_path: Path) -> None:
+    edit_json(headless / "config.json", lambda config: config.update(tie_word_embeddings=True))
+    (headless / "1_Pooling").mkdir()
+    (headless / "1_Pooling" / "config.json").write_text("{}")
+    (headless / "modules.json").write_text('[{"path": "1_Pooling"}]')
+    with (headless / "big.txt").open("wb") as file:
+        file.truncate(200_000_000)
+
+    tracemalloc.start()
+    result = quantize(headless, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert dict(result.plan.left_out).keys() == {"lm_head.weight"}
+    assert peak < 150_000_000
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_text() == "{}"
+    assert "lm_head.weight" not in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
+    assert verify(tmp_path / "out", headless).ok
+    (tmp_path / "out" / "big.txt").unlink()
 
 
 def test_links_within_the_folder_are_followed(llama: Path) -> None:

@@ -1,13 +1,14 @@
 """`Checkpoint.open`: a folder's config, tensors and sidecar files, from headers alone.
 
-Which files are the weights is decided as transformers decides it: `model.safetensors.index.json` if there is one, else
-`model.safetensors`, else the only safetensors file. An index is checked against the shards it names in both
-directions. Paths may not leave the folder; the one exception is a Hugging Face cache snapshot, whose files are links
-into the `blobs` folder of the same repository.
+Which files are the weights is decided as transformers decides it: `model.safetensors`, else what
+`model.safetensors.index.json` names, else the only safetensors file. An index is checked against the shards it names in
+both directions; only a tied `lm_head.weight` may be missing, because the embeddings serve as it. Paths may not leave
+the folder; the one exception is a Hugging Face cache snapshot, whose files are links into the `blobs` folder of the
+same repository.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -30,6 +31,8 @@ from w8a8.errors import (
 from w8a8.reading import UnfitError, open_file, read_json, reading, show
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
 MAX_INDEX_BYTES = 40_000_000
 """The largest published has some 25 MB, for 200,000 tensors."""
 
@@ -66,12 +69,12 @@ class Checkpoint:
         config = _read_config(path, names)
         index, shard_names = weight_files(path, names)
         shards = tuple(_open_shard(path, name) for name in shard_names)
-        _check_names(shards, index, path)
+        tied = tuple(_check_names(shards, index, path, tied=_is_tied(config)))
         with reading(path):
-            sidecars, left_out = sort_files(path, {*shard_names, INDEX})
+            sidecars, left_out = sort_files(path, {*shard_names} if index is None else {*shard_names, INDEX})
         for name in sidecars:
             _check_copyable(inside(path, name))
-        return cls(path, config, shards, sidecars, left_out, index is not None)
+        return cls(path, config, shards, sidecars, (*left_out, *tied), index is not None)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -90,8 +93,8 @@ class Checkpoint:
 
 
 def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None, Sequence[str]]:
-    """Return the index of the folder at `path`, if it has one, and the weight files among its files `names`."""
-    index = read_index(path).weight_map if INDEX in names else None
+    """Return the index of the folder at `path`, if it counts, and the weight files among its files `names`."""
+    index = read_index(path).weight_map if INDEX in names and SINGLE not in names else None
     return index, sorted(set(index.values())) if index is not None else [_single_file(path, names)]
 
 
@@ -162,8 +165,8 @@ def read_index(path: Path) -> Index:
 
 def _single_file(path: Path, names: set[str]) -> str:
     files = sorted(name for name in names if name.endswith(".safetensors"))
-    if "model.safetensors" in files:
-        return "model.safetensors"
+    if SINGLE in files:
+        return SINGLE
     candidates = [name for name in files if not name.startswith(("consolidated", "adapter_"))]
     if len(candidates) == 1:
         return candidates[0]
@@ -202,7 +205,17 @@ def _check_copyable(file: Path) -> None:
         open_file(file).close()
 
 
-def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, path: Path) -> None:
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    """Whether the embeddings serve as `lm_head`; transformers leaves the key out of a config where they do."""
+    text = config.get("text_config")
+    said = [part.get("tie_word_embeddings") for part in (config, text) if isinstance(part, dict)]
+    return False not in said
+
+
+def _check_names(
+    shards: tuple[Shard, ...], index: Mapping[str, str] | None, path: Path, *, tied: bool
+) -> Iterator[LeftOut]:
+    """Check that each tensor is there once, where the index says; yield the `tied` one that may be missing."""
     home: dict[str, str] = {}
     for shard in shards:
         for tensor in shard.tensors:
@@ -212,7 +225,9 @@ def _check_names(shards: tuple[Shard, ...], index: Mapping[str, str] | None, pat
     if index is None:
         return
     for name, shard_name in index.items():
-        if home.get(name) != shard_name:
+        if name == HEAD and name not in home and tied:
+            yield LeftOut(name, f"in {INDEX}, but in no shard; it is tied to the embeddings, which serve as it")
+        elif home.get(name) != shard_name:
             found = f"; it is in {home[name]}" if name in home else ""
             raise MissingTensorError(f"{path}: the index puts {show(name)} into {shard_name}, which lacks it{found}")
     for name, shard_name in home.items():

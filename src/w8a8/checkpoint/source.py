@@ -19,7 +19,8 @@ from w8a8.reading import reading
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
 _NOT_FETCHED = (
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.ot", "*.nemo",
-    "*.gguf", "*.ggml", "*.llamafile", "*.onnx*", "*.tflite", "*.mlmodel", "*.engine", "*/*.safetensors",
+    "*.gguf", "*.ggml", "*.llamafile", "*.onnx*", "*.tflite", "*.mlmodel", "*.engine",
+    "[!0-9]*/*.safetensors", "[0-9][!_]*/*.safetensors",  # but those of modules.json: 2_Dense/model.safetensors
     "consolidated*.safetensors", "*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", "*.mp4",
 )  # fmt: skip
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import Checkpoint, reading
+from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.stream import Identity
+from w8a8.checkpoint.stream import BLOCK_BYTES, Identity
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
@@ -27,7 +27,8 @@ from w8a8.formats.provenance import (
     TensorBytes,
 )
 from w8a8.plan import Plan
-from w8a8.storage.writer import disk_errors, write_json, write_whole
+from w8a8.reading import open_file, reading
+from w8a8.storage.writer import SequentialWriter, disk_errors, write_json
 from w8a8.version import __version__
 
 SLACK_BYTES = 16 << 20
@@ -157,11 +158,12 @@ def _rounding(plan: Plan) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with reading(source):
-        data = source.read_bytes()
     with disk_errors(target):
-        target.parent.mkdir(exist_ok=True)
-    write_whole(target, data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with reading(source), open_file(source) as file, SequentialWriter(target) as writer:
+        while block := file.read(BLOCK_BYTES):
+            writer.append(block)
+        writer.finish()
 
 
 def _self_check(plan: Plan, folder: Path) -> None:
