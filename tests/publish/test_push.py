@@ -14,6 +14,7 @@ import w8a8
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import W8A8, cli
 from tests.publish.hub import TOKEN, Hub, Repository, receiving_hub
+from tests.publish.results import kld
 from w8a8.errors import HubError, PathEscapeError, UsageError, W8A8Error
 from w8a8.publish.push import check, prepare
 
@@ -249,6 +250,28 @@ def garble_how(out: Path) -> str:
     return "w8a8.json"
 
 
+def edit_the_config(out: Path) -> str:
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoConfig": "evil.Config"}}))
+    return "config.json"
+
+
+def edit_the_tokenizer(out: Path) -> str:
+    (out / "tokenizer.json").write_text('{"x": 1}')
+    return "tokenizer.json"
+
+
+def lose_the_tokenizer(out: Path) -> str:
+    (out / "tokenizer.json").unlink()
+    return "tokenizer.json"
+
+
+def reformat_the_index(out: Path) -> str:
+    index = out / "model.safetensors.index.json"
+    index.write_text(json.dumps(json.loads(index.read_text())))
+    return index.name
+
+
 def add_weights(out: Path) -> str:
     (out / "pytorch_model.bin").write_bytes(b"\x80\x02.")
     return "pytorch_model.bin"
@@ -256,7 +279,19 @@ def add_weights(out: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [flip_a_bit, truncate, change_the_index, drop_the_quantization, forget_how, garble_how, add_weights],
+    [
+        flip_a_bit,
+        truncate,
+        change_the_index,
+        drop_the_quantization,
+        forget_how,
+        garble_how,
+        add_weights,
+        edit_the_config,
+        edit_the_tokenizer,
+        lose_the_tokenizer,
+        reformat_the_index,
+    ],
 )
 def test_a_folder_that_fails_is_refused(damage: Callable[[Path], str], out: Path) -> None:
     check(prepare(out, REPO))
@@ -292,6 +327,49 @@ def test_a_dry_run_lists_what_would_go_and_asks_the_hub_nothing(hub: Hub, out: P
     assert said["bytes"] == sum(map(len, folder_bytes(out).values()))
     assert said["url"] is None
     assert not hub.requests
+
+
+def test_what_nothing_vouches_for_stays_and_is_named(hub: Hub, out: Path, push: Push) -> None:
+    made = set(folder_bytes(out))
+    go = {
+        "README.md": "# Card",
+        "LICENSE": "MIT",
+        "report.html": "<p>",
+        "figures/size.png": "png",
+        "kld.json": json.dumps(kld()),
+    }
+    stay = ["id_rsa", ".env", "notes.md", "evil.py", "extra.json", "LICENSE.key", "sub/model.bin", "sub/a.safetensors"]
+    stay += ["figures/x.bin", "wandb/run.json", "[a-z]*"]
+    for name, text in {**go, **dict.fromkeys(stay, "{}")}.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    (out / ".git" / "objects").mkdir(parents=True)
+    (out / ".git" / "config").write_text("x")
+    (out / "link").symlink_to(out / "figures")
+    os.mkfifo(out / "pipe")
+    left = {*stay, ".git/", "link", "pipe"}
+
+    said = json.loads(push(REPO, "--dry-run", "--json").stdout)
+    assert set(said["files"]) == made | set(go)
+    assert {entry["name"] for entry in said["left"]} == left
+    run = push(REPO)
+    assert run.returncode == 0, run.stderr
+    assert set(hub.repositories[REPO].files) == made | set(go)
+    assert {line.split(": ")[1].split(" (")[0] for line in run.stdout.splitlines() if line.startswith("not up")} == left
+
+
+def test_of_an_earlier_version_small_files_go_by_name_and_it_is_said(hub: Hub, out: Path, push: Push) -> None:
+    values = json.loads((out / "w8a8.json").read_text())
+    del values["files"]
+    (out / "w8a8.json").write_text(json.dumps(values))
+    (out / "id_rsa").write_text("x")
+    run = push(REPO)
+    assert run.returncode == 0, run.stderr
+    assert "without checksums of small files; --source" in run.stderr
+    assert set(hub.repositories[REPO].files) == set(folder_bytes(out)) - {"id_rsa"}
+
+    (out / "tokenizer.json").write_text('{"x": 1}')
+    refused(push(REPO, "--source", out.parent / "llama"), W8A8Error, "tokenizer.json: is not the source's")
 
 
 def test_a_link_out_of_the_folder_is_not_followed(out: Path, tmp_path: Path) -> None:

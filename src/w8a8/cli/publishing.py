@@ -145,15 +145,19 @@ def push(
         str | None, typer.Option(help="The source checkpoint (folder or Hub id), for a full `verify` first.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, and list the files to upload; ask the Hub nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check, and list which files would go and which would stay; ask the Hub nothing."
+        ),
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Check a checkpoint and upload it to the Hub; a new repository is private without `--public`.
 
-    Every shard's checksum is compared with the one that `quantize` recorded; with --source, every tensor with its
-    source. After an interruption, the same command sends only the missing files.
+    Every file is compared with the checksum that `quantize` recorded; with --source, every tensor with its source.
+    Card, licenses, reports and results go too; any other file stays and is named. After an interruption, the same
+    command sends only the missing files.
     """
     from w8a8.publish.push import check, planned, prepare, run, show
     from w8a8.terminal.output import Terminal
@@ -163,6 +167,8 @@ def push(
         raise UsageError("no repository: give REPO, or set HF_REPO_ID")
     terminal = Terminal(json=json, quiet=quiet)
     job = prepare(out, repo, public=public, source=source)
+    for notice in job.notices:
+        terminal.notice(notice)
     with interruptible("the same command goes on from here"):
         with live("checking", job.bytes_to_check, quiet=quiet) as advance:
             check(job, advance)

@@ -12,7 +12,7 @@ from typing import Any
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.stream import BLOCK_BYTES, Identity
+from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
@@ -23,6 +23,7 @@ from w8a8.formats.provenance import (
     Provenance,
     SchemeText,
     ShardFile,
+    SmallFile,
     SourceFiles,
     TensorBytes,
 )
@@ -125,7 +126,9 @@ def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardR
     write_json(folder / "config.json", plan.config)
     if plan.indexed:
         write_json(folder / INDEX, _index(plan))
-    write_json(folder / PROVENANCE, _provenance(plan, records).to_dict())
+    names = sorted((*plan.sidecars, "config.json", *([INDEX] if plan.indexed else [])))
+    files = {name: SmallFile((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
+    write_json(folder / PROVENANCE, _provenance(plan, records, files).to_dict())
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> Provenance:
+def _provenance(plan: Plan, records: tuple[ShardRecord, ...], files: Mapping[str, SmallFile]) -> Provenance:
     return Provenance(
         version=__version__,
         source=SourceFiles(plan.source, plan.revision, {record.name: record.source_sha256 for record in records}),
@@ -150,6 +153,7 @@ def _provenance(plan: Plan, records: tuple[ShardRecord, ...]) -> Provenance:
         bytes=TensorBytes(plan.bytes_in, sum(shard.data_bytes for shard in plan.shards)),
         quantized_tensors=sum(decision.quantize for decision in plan.decisions),
         shards={record.name: ShardFile(record.size, record.sha256) for record in records},
+        files=files,
     )
 
 

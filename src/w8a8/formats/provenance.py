@@ -91,8 +91,20 @@ class ShardFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SmallFile:
+    """Size in bytes and SHA-256 of a file beside the shards."""
+
+    size: Annotated[int, Meta(ge=0)]
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
-    """The content of `w8a8.json`."""
+    """The content of `w8a8.json`.
+
+    `files` are the other files that were written or copied, all but `w8a8.json` itself; in a file that an earlier
+    version wrote there are none.
+    """
 
     version: Name
     source: SourceFiles
@@ -103,6 +115,7 @@ class Provenance:
     bytes: TensorBytes
     quantized_tensors: int
     shards: Mapping[str, ShardFile]
+    files: Mapping[str, SmallFile] = field(default_factory=dict)
     tool: str = "w8a8"
     calibration: CalibrationRecord | None = None
 
@@ -126,4 +139,4 @@ class Provenance:
         order = ("tool", "version", "source", "architecture", "format", "recipe", "calibration", "scheme", "bytes")
         if self.calibration is None:
             del values["calibration"]
-        return {key: values[key] for key in (*order, "quantized_tensors", "shards") if key in values}
+        return {key: values[key] for key in (*order, "quantized_tensors", "shards", "files") if key in values}

@@ -1,22 +1,24 @@
 """`w8a8 push`: upload a checked checkpoint to the Hub.
 
 The folder is checked before the Hub is asked anything: headers, index and every shard's checksum against `w8a8.json`,
-or, given the source, all that `verify` checks. Then huggingface_hub uploads it, through Xet where that is installed.
-Files that an interrupted upload had sent are on the Hub and are not sent again. Hidden files (its own state, `.git`,
-unfinished work) are never uploaded.
+or, given the source, all that `verify` checks. Then huggingface_hub uploads the files that `uploaded` knows, through
+Xet where that is installed; all others are named and stay. Files that an interrupted upload had sent are on the Hub and
+are not sent again.
 """
 
+import glob
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from w8a8.checkpoint import reading
-from w8a8.checkpoint.reader import inside
+from w8a8.checkpoint.sidecars import LeftOut
 from w8a8.errors import HubError, UsageError, W8A8Error, first_line
+from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
+from w8a8.publish.uploaded import Files, sort_folder
 from w8a8.terminal.wording import clean, plural, size
 from w8a8.verification import run as verification
 from w8a8.version import __version__
@@ -24,22 +26,26 @@ from w8a8.version import __version__
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-HIDDEN = (".*", "*/.*")
-"""Files that are not uploaded, as globs over relative paths."""
-
 _SHOWN = 3
 """Problems that the error names."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A folder to upload, its `files` with their bytes, and the verification it must pass, None without a source."""
+    """A folder to upload, its `files`, and the verification it must pass, None without a source."""
 
     made: Made
     repo: str
     public: bool
-    files: tuple[tuple[str, int], ...]
+    files: Files
     against: verification.Job | None
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What the user should know of the checks."""
+        if self.made.provenance.files or self.against:
+            return ()
+        return (f"{PROVENANCE} is an earlier version's, without checksums of small files; --source compares them",)
 
     @property
     def bytes_to_check(self) -> int:
@@ -50,11 +56,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """The files that were uploaded, or would be: a dry run has no `url`. `bytes` is their sum."""
+    """The files that were uploaded, or would be: a dry run has no `url`. `bytes` is their sum, `left` the others."""
 
     repo: str
     private: bool
     files: tuple[str, ...]
+    left: tuple[LeftOut, ...]
     bytes: int
     url: str | None = None
     commit: str | None = None
@@ -72,13 +79,12 @@ def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | P
     if "/" not in valid_id(repo, "REPO"):
         raise UsageError(f"{repo}: the owner is missing; give it as `org/name`")
     made = Made.open(out)
-    files = tuple(_files(made.path))
-    return Job(made, repo, public, files, verification.prepare(out, source) if source else None)
+    return Job(made, repo, public, sort_folder(made), verification.prepare(out, source) if source else None)
 
 
 def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
     """Raise `W8A8Error` unless the folder is what `quantize` made. Reads every shard; `advance` gets the bytes done."""
-    problems = list(job.made.problems())
+    problems = [*job.made.problems(), *job.files.problems]
     if not problems and job.against:
         problems = list(verification.run(job.against, advance=advance).problems)
     elif not problems:
@@ -92,7 +98,8 @@ def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
 
 def planned(job: Job) -> Pushed:
     """Return what `run` would upload."""
-    return Pushed(job.repo, not job.public, tuple(name for name, _ in job.files), sum(n for _, n in job.files))
+    names, sizes = [name for name, _ in job.files.upload], [nbytes for _, nbytes in job.files.upload]
+    return Pushed(job.repo, not job.public, tuple(names), job.files.left, sum(sizes))
 
 
 def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
@@ -108,11 +115,11 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
         commit = api.upload_folder(
             repo_id=job.repo,
             folder_path=job.made.path,
-            ignore_patterns=list(HIDDEN),
+            allow_patterns=[glob.escape(name) for name, _ in job.files.upload],
             commit_message=f"INT8 W8A8 by w8a8 {job.made.provenance.version}",
         )
     done = planned(job)
-    return Pushed(job.repo, private, done.files, done.bytes, f"{api.endpoint}/{job.repo}", commit.oid)
+    return replace(done, private=private, url=f"{api.endpoint}/{job.repo}", commit=commit.oid)
 
 
 def _repository(api: "HfApi", job: Job, notice: Callable[[str], None]) -> bool:
@@ -136,22 +143,14 @@ def _repository(api: "HfApi", job: Job, notice: Callable[[str], None]) -> bool:
 def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
     """Print the address of the upload; after a dry run, the files it would send."""
     what = f"{plural(len(pushed.files), 'file')}, {size(pushed.bytes)}, {'private' if pushed.private else 'public'}"
+    for name in () if pushed.url else pushed.files:
+        say(clean(name))
+    for left in pushed.left:
+        say(f"[dim]not uploaded: {clean(left.name)} ({clean(left.reason)})[/dim]")
     if pushed.url:
         say(f"[bold]{clean(pushed.url)}[/bold]: {what}")
         return
-    for name in pushed.files:
-        say(clean(name))
     say(f"all checks passed; would go to [bold]{clean(pushed.repo)}[/bold]: {what}")
-
-
-def _files(folder: Path) -> Iterator[tuple[str, int]]:
-    """Yield every file that is not hidden: relative name and bytes."""
-    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
-
-    with reading(folder):
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        for name in filter_repo_objects(names, ignore_patterns=list(HIDDEN)):
-            yield name, inside(folder, name).stat().st_size
 
 
 @contextmanager

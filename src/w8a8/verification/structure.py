@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, read_index
+from w8a8.checkpoint.stream import file_sha256
 from w8a8.formats import without_empty
 from w8a8.plan import QUANTIZABLE, is_linear, module_name, scale_name
 from w8a8.reading import show
@@ -70,6 +71,8 @@ def bookkeeping_problems(job: Job) -> Iterator[str]:
     for name in job.source.sidecars:
         if name != "config.json" and name not in job.out.sidecars:
             yield f"{name}: beside the source, missing beside the result"
+        elif name != "config.json" and file_sha256(job.source.path / name) != file_sha256(job.out.path / name):
+            yield f"{name}: is not the source's"
 
 
 def exclude_warnings(job: Job) -> Iterator[str]:
