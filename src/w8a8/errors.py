@@ -189,6 +189,18 @@ class SelfCheckError(W8A8Error):
     exit_code = 44
 
 
+class OutputError(W8A8Error):
+    """Standard output cannot be written: its disk is full, or it is closed."""
+
+    exit_code = 45
+
+
+class OutputClosedError(OutputError):
+    """What read standard output went away; the exit code is the shell's for SIGPIPE."""
+
+    exit_code = 141
+
+
 # --- running and serving: 50-59 -----------------------------------------------------------------------------------
 
 

@@ -7,12 +7,14 @@ standard error and an exit code of its own (see `w8a8.errors`); with `--json` it
 import json
 import os
 import sys
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from w8a8.cli.common import app
-from w8a8.errors import W8A8Error
+from w8a8.errors import OutputError, UsageError, W8A8Error
 from w8a8.version import __version__
 
 # Importing these adds their commands, in the order of `--help`.
@@ -25,20 +27,34 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
+    from w8a8.terminal.output import guard_streams
+    from w8a8.terminal.wording import printable
+
+    guard_streams()
     if {"--json", "--quiet", "-q"} & set(sys.argv):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
-        app()
+        try:
+            _check_here()
+            app()
+        except SystemExit:
+            sys.stdout.flush()
+            raise
     except W8A8Error as error:
-        from w8a8.terminal.wording import printable
-
         if "--json" in sys.argv:
-            print(json.dumps({"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}))
-        print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
+            with suppress(OutputError):
+                about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+                print(json.dumps(about), flush=True)
+        if str(error):
+            print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+
+
+def _check_here() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError as error:
+        raise UsageError("the folder you are in was removed; go to one that is there") from error
 
 
 def _version(value: bool) -> None:

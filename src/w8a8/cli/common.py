@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from w8a8.errors import OutputError
+
 app = typer.Typer(
     name="w8a8",
     help="Turn a Hugging Face checkpoint into a verified INT8 W8A8 checkpoint that vLLM loads.",
@@ -62,3 +64,13 @@ def interruptible(consequence: str) -> Iterator[None]:
         sys.exit(codes[-1])
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def showing(done: str) -> Iterator[None]:
+    """Show a result of work that is `done`, whether or not it can be shown: an error of standard output says so."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OutputError as error:
+        raise type(error)(f"{str(error) or 'standard output was closed'}; {done}") from error

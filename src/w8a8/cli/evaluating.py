@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, Quiet, app, engines, eval_app, interruptible
+from w8a8.cli.common import Json, Quiet, app, engines, eval_app, interruptible, showing
 from w8a8.errors import UsageError
 
 
@@ -98,7 +98,8 @@ def eval_gsm8k(
             progress=progress,
             notice=terminal.notice,
         )
-    terminal.table(result, show_gsm8k)
+    with showing(f"{result.path} is written"):
+        terminal.table(result, show_gsm8k)
 
 
 @eval_app.command(
@@ -166,7 +167,8 @@ def eval_kld(
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
             write_json(out, result.to_dict(), indent=1)
-    terminal.table(result, show)
+    with showing(f"{out} is written" if out else "give --out for a file"):
+        terminal.table(result, show)
 
 
 @app.command(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from w8a8.calibrate.request import SAMPLES, TOKENS
-from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
+from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, showing
 from w8a8.errors import UsageError
 from w8a8.recipes import RECIPES
 
@@ -145,7 +145,8 @@ def quantize(
         live("quantizing", sum(s.size for s in job.checkpoint.shards), quiet=quiet) as advance,
     ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
-    show_quantized(terminal, result)
+    with showing(f"{out} is whole"):
+        show_quantized(terminal, result)
 
 
 @app.command(

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, Quiet, Workers, app, interruptible
+from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, showing
 from w8a8.errors import UsageError
 
 Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original model.")]
@@ -66,7 +66,8 @@ def card(
     for notice in made.notices:
         terminal.notice(notice)
     write(made, overwrite=overwrite)
-    terminal.table(made, show)
+    with showing(f"{made.path} is written"):
+        terminal.table(made, show)
 
 
 @app.command(
@@ -116,7 +117,9 @@ def report(
     page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
     with interruptible("nothing was written"), live("reading", job.nbytes, quiet=quiet) as advance:
         found = run(job, workers=workers, advance=advance)
-    terminal.table(write(found, page, png or page.parent), show)
+    written = write(found, page, png or page.parent)
+    with showing(f"{page} is written"):
+        terminal.table(written, show)
 
 
 @app.command(
@@ -173,4 +176,5 @@ def push(
         with live("checking", job.bytes_to_check, quiet=quiet) as advance:
             check(job, advance)
         result = planned(job) if dry_run else run(job, notice=terminal.notice)
-    terminal.table(result, show)
+    with showing("nothing was uploaded, as asked" if dry_run else f"{repo} is uploaded"):
+        terminal.table(result, show)

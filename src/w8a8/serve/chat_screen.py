@@ -1,6 +1,5 @@
 """The terminal's side of `w8a8 chat`: read messages and commands, and show answers as they come."""
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from w8a8.errors import ServerError, UsageError, W8A8Error
 from w8a8.serve.chat import Answer, Chat, data_url
+from w8a8.terminal.output import json_text
 
 HELP = """\
 /image PATH   send an image with the next message (more than one: again)
@@ -27,7 +27,7 @@ def once(chat: Chat, prompt: str, images: Sequence[str], *, as_json: bool) -> No
     if as_json:
         for _ in pieces:
             pass
-        print(json.dumps(asdict(_answered(chat)), ensure_ascii=False))
+        print(json_text(asdict(_answered(chat))))
     else:
         _print(pieces)
 
