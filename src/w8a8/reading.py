@@ -11,13 +11,15 @@ import os
 import re
 import reprlib
 import stat
+import sys
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from w8a8.errors import UnreadableError
 
@@ -41,6 +43,10 @@ _shown.maxstring = _shown.maxother = 200
 _shown.maxlist = 12
 show = _shown.repr
 """`repr`, but short and shallow: a file may hold megabytes where a name or a number should be."""
+
+Count = Annotated[int, Meta(ge=0, lt=2**53)]
+Number = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
+"""A finite number; NaN and the infinities are none."""
 
 T = TypeVar("T")
 

@@ -4,17 +4,18 @@ They are a user's files, perhaps from elsewhere: every number is checked before 
 answers, names) stays text, and is only ever shown escaped.
 """
 
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from msgspec import Struct
 
 from w8a8.errors import InvalidResultError
 from w8a8.evals.gsm8k import results
 from w8a8.evals.gsm8k.compare import Comparison, compare
-from w8a8.reading import read_json
+from w8a8.evals.gsm8k.results import Asked, Share
+from w8a8.reading import Count, Number, UnfitError, convert, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +29,15 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Gsm8k:
-    """One model's GSM8K scores; `raw` is the whole result, with its answers, for `w8a8.evals.gsm8k.compare`."""
+    """One model's GSM8K scores, `right` of them by the strict one.
+
+    `raw` is the whole result, with its answers, for `w8a8.evals.gsm8k.compare`.
+    """
 
     model: str
     questions: int
-    shots: int
+    asked: Asked
+    right: int
     strict: Interval
     flexible: Interval
     cut_off: int
@@ -105,108 +110,104 @@ class Measured:
 def read_gsm8k(path: Path) -> Gsm8k:
     """Read a result of `w8a8 eval gsm8k`. Raises `InvalidResultError` where the file is something else."""
     raw = results.read(path)
-    with _named(path, "gsm8k"):
-        result = _Fields(raw)
-        return Gsm8k(
-            model=result.text("model"),
-            questions=result.whole("questions"),
-            shots=result.section("protocol").whole("shots"),
-            strict=result.section("strict").share("accuracy"),
-            flexible=result.section("flexible").share("accuracy"),
-            cut_off=result.whole("cut_off"),
-            empty=result.whole("empty"),
-            errors=result.whole("errors"),
-            raw=raw,
-        )
+    found = convert(raw, results.Gsm8kFile)
+    return Gsm8k(
+        model=found.model,
+        questions=found.questions,
+        asked=found.protocol,
+        right=found.strict.correct,
+        strict=Interval(found.strict.accuracy, *found.strict.interval),
+        flexible=Interval(found.flexible.accuracy, *found.flexible.interval),
+        cut_off=found.cut_off,
+        empty=found.empty,
+        errors=found.errors,
+        raw=raw,
+    )
 
 
 def read_kld(path: Path) -> Kld:
     """Read a result of `w8a8 eval kld`. Raises `InvalidResultError` where the file is something else."""
-    with _named(path, "kld"):
-        result = read_json(path, dict[str, Any])
-        if result.get("kind") != "w8a8.kld" or result.get("schema") != 1:
-            raise ValueError(f"kind is {result.get('kind')!r} and schema {result.get('schema')!r}")
-        return _kld(_Fields(result), float32=result.get("dtypes") == ["float32", "float32"])
-
-
-@contextmanager
-def _named(path: Path, kind: str) -> Iterator[None]:
     try:
-        yield
-    except ValueError as error:
+        found = read_json(path, _KldFile)
+    except UnfitError as error:
         raise InvalidResultError(
-            f"{path}: not a result of `w8a8 eval {kind}` that this version reads ({error}); run it again with --out"
+            f"{path}: not a result of `w8a8 eval kld` that this version reads ({error}); run it again with --out"
         ) from error
-
-
-def _kld(result: "_Fields", *, float32: bool) -> Kld:
-    kl, perplexity = result.section("kl"), result.section("perplexity")
     return Kld(
-        reference=result.text("reference"),
-        candidate=result.text("candidate"),
-        text=result.section("text").text("name"),
-        tokens=result.whole("tokens"),
-        float32=float32,
-        mean=kl.interval("mean"),
-        median=kl.number("median"),
-        p99=kl.number("p99"),
-        max=kl.number("max"),
-        top1=result.section("top1").share("agreement"),
-        perplexity_reference=perplexity.number("reference"),
-        perplexity_candidate=perplexity.number("candidate"),
-        histogram=tuple(Bar(b.number("from"), b.number("to"), b.whole("count")) for b in result.rows("histogram")),
-        positions=tuple(Bar(b.whole("first"), b.whole("last"), b.number("mean_kl")) for b in result.rows("positions")),
+        reference=found.reference,
+        candidate=found.candidate,
+        text=found.text.name,
+        tokens=found.tokens,
+        float32=found.dtypes == ("float32", "float32"),
+        mean=Interval(found.kl.mean, *found.kl.interval),
+        median=found.kl.median,
+        p99=found.kl.p99,
+        max=found.kl.max,
+        top1=Interval(found.top1.agreement, *found.top1.interval),
+        perplexity_reference=found.perplexity.reference,
+        perplexity_candidate=found.perplexity.candidate,
+        histogram=tuple(Bar(bin_.start, bin_.end, bin_.count) for bin_ in found.histogram),
+        positions=tuple(Bar(band.first, band.last, band.mean_kl) for band in found.positions),
     )
 
 
-class _Fields:
-    """A JSON object whose values are read by name and type; `ValueError` says which one is wrong, and how."""
+# --- the file of `w8a8 eval kld` ----------------------------------------------------------------------------------
 
-    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
-        self._values, self._where = values, where
 
-    def section(self, name: str) -> "_Fields":
-        return _Fields(self._get(name, dict), f"{self._where}{name}.")
+@dataclass(frozen=True, slots=True)
+class _Text:
+    name: str
 
-    def rows(self, name: str) -> list["_Fields"]:
-        rows = self._get(name, list)
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError(f"{self._where}{name} holds something other than objects")
-        return [_Fields(row, f"{self._where}{name}[{i}].") for i, row in enumerate(rows)]
 
-    def text(self, name: str) -> str:
-        return str(self._get(name, str))
+@dataclass(frozen=True, slots=True)
+class _Divergence:
+    mean: Number
+    median: Number
+    p99: Number
+    max: Number
+    interval: tuple[Number, Number]
 
-    def whole(self, name: str) -> int:
-        value = int(self._get(name, int))
-        if not 0 <= value < 2**53:
-            raise ValueError(f"{self._where}{name} is {value}")
-        return value
 
-    def number(self, name: str) -> float:
-        return self._finite(self._get(name, (int, float)), name)
+@dataclass(frozen=True, slots=True)
+class _Agreement:
+    agreement: Share
+    interval: tuple[Share, Share]
 
-    def interval(self, name: str) -> Interval:
-        ends = self._get("interval", list)
-        if len(ends) != 2 or not all(isinstance(end, (int, float)) for end in ends):
-            raise ValueError(f"{self._where}interval is not two numbers")
-        low, high = (self._finite(end, "interval") for end in ends)
-        return Interval(self.number(name), low, high)
+    def __post_init__(self) -> None:
+        if self.interval[0] > self.interval[1]:
+            raise ValueError("top1.interval ends before it begins")
 
-    def share(self, name: str) -> Interval:
-        found = self.interval(name)
-        if not 0 <= found.low <= found.high <= 1 or not 0 <= found.value <= 1:
-            raise ValueError(f"{self._where}{name} and its interval are not shares of one")
-        return found
 
-    def _finite(self, value: float, name: str) -> float:
-        if not abs(value) <= sys.float_info.max:  # NaN is not, either
-            raise ValueError(f"{self._where}{name} is not a finite number")
-        return float(value)
+@dataclass(frozen=True, slots=True)
+class _Perplexity:
+    reference: Number
+    candidate: Number
 
-    def _get(self, name: str, kind: type | tuple[type, ...]) -> Any:
-        value = self._values.get(name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            found = "missing" if value is None else repr(value)[:60]
-            raise ValueError(f"{self._where}{name} is {found}")  # noqa: TRY004 - callers catch one error
-        return value
+
+class _Bin(Struct, frozen=True, rename={"start": "from", "end": "to"}):
+    start: Number
+    end: Number
+    count: Count
+
+
+@dataclass(frozen=True, slots=True)
+class _Band:
+    first: Count
+    last: Count
+    mean_kl: Number
+
+
+@dataclass(frozen=True, slots=True)
+class _KldFile:
+    kind: Literal["w8a8.kld"]
+    schema: Literal[1]
+    reference: str
+    candidate: str
+    text: _Text
+    tokens: Count
+    kl: _Divergence
+    top1: _Agreement
+    perplexity: _Perplexity
+    positions: tuple[_Band, ...]
+    histogram: tuple[_Bin, ...]
+    dtypes: tuple[str, ...] = ()

@@ -1,7 +1,6 @@
 """The accuracy section of a card: what was measured, as rows and sentences."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from w8a8.publish.results import Gsm8k, Kld, Measured
 from w8a8.terminal.wording import plural
@@ -27,19 +26,16 @@ def accuracy(measured: Measured) -> Accuracy:
 def _row(result: Gsm8k | None) -> tuple[str, str, str]:
     if result is None:
         return "not measured", "", ""
-    strict, right = result.strict, result.raw["strict"]["correct"]
-    return f"{strict.value:.2%}", f"{strict.low:.2%} to {strict.high:.2%}", f"{right:,} / {result.questions:,}"
+    strict = result.strict
+    return f"{strict.value:.2%}", f"{strict.low:.2%} to {strict.high:.2%}", f"{result.right:,} / {result.questions:,}"
 
 
 def _protocol(result: Gsm8k | None) -> str:
     """How the questions were asked, as the result file says it."""
     if result is None:
         return ""
-    asked = result.raw["protocol"]
-    said = [plural(result.questions, "question"), f"{result.shots}-shot", f"{asked.get('endpoint')} API"]
-    said += [f"{key} {asked[key]:g}" for key in ("temperature", "max_tokens") if _is_number(asked.get(key))]
+    asked = result.asked
+    said = [plural(result.questions, "question"), f"{asked.shots}-shot", f"{asked.endpoint} API"]
+    numbers = {"temperature": asked.temperature, "max_tokens": asked.max_tokens}
+    said += [f"{name} {value:g}" for name, value in numbers.items() if value is not None]
     return ", ".join(said)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

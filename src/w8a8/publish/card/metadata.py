@@ -43,6 +43,6 @@ def _score(result: Gsm8k) -> "EvalResult":
         dataset_config="main",
         dataset_split="test",
         metric_type="exact_match",
-        metric_name=f"{result.shots}-shot accuracy, strict, {plural(result.questions, 'question')}",
+        metric_name=f"{result.asked.shots}-shot accuracy, strict, {plural(result.questions, 'question')}",
         metric_value=round(result.strict.value * 100, 2),
     )
