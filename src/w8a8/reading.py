@@ -31,8 +31,8 @@ MAX_JSON_DEPTH = 100
 MAX_JSON_MEMORY = 100_000_000
 """Bytes that a text may take once decoded: one for each byte, or four if it holds a character beyond ASCII."""
 
-MAX_TEXT_BYTES = 64_000_000
-"""Some sixteen million tokens: many times what a calibration or an evaluation reads."""
+MAX_TEXT_BYTES = 32_000_000
+"""Some eight million tokens: many times what a calibration or an evaluation reads."""
 
 _POINTER = re.compile(rb"version https://(git-lfs|hawser)\.github\.com/spec/")
 _POINTER_BYTES = 1024
@@ -75,11 +75,11 @@ def open_file(path: Path) -> io.FileIO:
 def read_bytes(path: Path, limit: int) -> bytes:
     """Read a file of at most `limit` bytes. Raises `UnreadableError`, and `UnfitError` for anything else."""
     try:
-        with open_file(path) as file:
+        with io.BufferedReader(open_file(path)) as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
                 raise UnfitError(f"larger than {limit:,} bytes")
-            data = io.BufferedReader(file).read(size + 1)
+            data = file.read(size + 1)
     except OSError as error:
         raise _unreadable(path, error) from error
     if len(data) > size:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from codecs import BOM_UTF8
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from tests.calibrate.checkpoints import make
-from w8a8.errors import SourceNotFoundError, UsageError
+from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
 from w8a8.texts.samples import BUILT_IN, CalibrationText, cut, load
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
@@ -94,3 +96,33 @@ def spoken(text: CalibrationText, tokenizer: Any) -> str:
     """The beginning of the first sample, as text."""
     decoded: str = tokenizer.decode(cut(text, tokenizer, samples=2, tokens=16)[0])
     return decoded
+
+
+@pytest.mark.parametrize("name", ["text.txt", "text.jsonl"])
+def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match="not a regular file"):
+        load(str(path))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="not a regular file"):
+        load(str(path))
+    path.unlink()
+    path.symlink_to(name)
+    with pytest.raises(UnreadableError, match="symbolic links"):
+        load(str(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(BOM_UTF8 + b'{"text": "one"}\n')
+    (tmp_path / "a.txt").write_bytes(BOM_UTF8 + b"one")
+
+    assert load(str(tmp_path / "a.jsonl")).records == load(str(tmp_path / "a.txt")).records == ("one",)
+
+
+def test_a_name_too_long_for_a_file_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises((UnreadableError, SourceNotFoundError)):
+        load("x" * 5000)
+    with pytest.raises((UnreadableError, SourceNotFoundError)):
+        load(str(tmp_path / ("x" * 5000 + ".txt")))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from w8a8.checkpoint import reading
+from w8a8.reading import open_file, reading
 from w8a8.recipes.layer import Batch
 from w8a8.storage.writer import SequentialWriter
 
@@ -61,7 +61,7 @@ class Activations:
 
     def states(self, device: torch.device) -> Iterator[Tensor]:
         """Read the states [1, tokens, hidden] of every sample onto `device`."""
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
+        with reading(self.path), open_file(self.path) as file:
             for _ in range(self.samples):
                 values = torch.from_numpy(np.fromfile(file, np.float32, self.tokens * self.hidden))
                 yield values.reshape(1, self.tokens, -1).to(device)

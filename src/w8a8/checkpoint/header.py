@@ -81,11 +81,10 @@ def read_header(path: Path, shard: str | None = None) -> Header:
     `TruncatedShardError` or `UnreadableError`.
     """
     shard = shard or path.name
-    with reading(path), _open(path) as file:
+    with reading(path), io.BufferedReader(_open(path)) as file:
         size = os.fstat(file.fileno()).st_size
-        buffered = io.BufferedReader(file)
-        length = _header_length(buffered.read(8), size, path)
-        raw = buffered.read(length)
+        length = _header_length(file.read(8), size, path)
+        raw = file.read(length)
     entries = _parse(raw, path)
     del raw
     metadata = _metadata(entries.pop("__metadata__", None), path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Shard, TensorSpec, read_header, reading
+from w8a8.checkpoint import Shard, TensorSpec, read_header
 from w8a8.checkpoint.stream import Block, Identity, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
@@ -26,6 +26,7 @@ from w8a8.formats.arithmetic import encode
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.kernels.cpu.rows import row_amax, row_codes
 from w8a8.plan import ShardPlan, Write
+from w8a8.reading import open_file, reading
 from w8a8.sources.rows import rows
 from w8a8.storage.writer import SequentialWriter
 
@@ -51,7 +52,7 @@ class Finished:
 
     def read(self, begin: int, into: memoryview) -> None:
         """Fill `into` with the tensor's bytes from `begin` on. Raises `UnreadableError` or `SourceChangedError`."""
-        with reading(self.path), self.path.open("rb", buffering=0) as file:
+        with reading(self.path), open_file(self.path) as file:
             read_exactly(file.fileno(), into, self.spec.offset + begin, self.path)
 
 

@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import MissingExtraError, ServerError, UsageError
+from w8a8.errors import MissingExtraError, ServerError, UnreadableError, UsageError, first_line
+from w8a8.reading import UnfitError, read_bytes
 from w8a8.serve.client import explained
 from w8a8.serve.client import message as said
 
@@ -22,6 +24,7 @@ COMPLETION_TOKENS = 256
 """Limit of a completed text: a base model does not know when to end."""
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_IMAGE_BYTES = 50_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +191,13 @@ def data_url(path: Path) -> str:
     except ModuleNotFoundError as missing:
         raise MissingExtraError("images need Pillow: pip install 'w8a8[serve]'") from missing
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
+        data = read_bytes(path, MAX_IMAGE_BYTES)
+        with Image.open(BytesIO(data), formats=IMAGE_FORMATS) as image:
             image.load()
             kind = Image.MIME[str(image.format)]
-        return f"data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+    except (UnreadableError, UnfitError) as error:
+        raise UsageError(f"{path}: {first_line(error)}") from error
     except (UnidentifiedImageError, SyntaxError, Image.DecompressionBombError) as error:
         raise UsageError(f"{path}: not an image in {', '.join(IMAGE_FORMATS)}") from error
     except OSError as error:

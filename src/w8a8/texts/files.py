@@ -1,13 +1,16 @@
 """Text that models read: plain files, and JSONL with one record per line."""
 
 import hashlib
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
+from w8a8.reading import MAX_TEXT_BYTES, UnfitError, parse_json, read_bytes
+
+_LINE = re.compile("(.*)\n?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,23 +29,25 @@ class Text:
 def read(path: Path) -> str:
     """Read a file of UTF-8 text. Raises SourceNotFoundError, UnreadableError, UsageError."""
     try:
-        return path.read_bytes().decode()
-    except FileNotFoundError as error:
-        raise SourceNotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UnreadableError(f"{path}: cannot be read: {error.strerror}") from error
+        return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig")
+    except UnreadableError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise SourceNotFoundError(f"{path}: no such file") from error
+        raise
+    except UnfitError as error:
+        raise UsageError(f"{path}: {error}; give a file of text, of at most {MAX_TEXT_BYTES:,} bytes") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text (byte {error.start})") from error
 
 
 def rows(text: str, source: str) -> Iterator[tuple[str, Any]]:
     """Yield the values of JSONL, each with its place (`SOURCE, line 3`); empty lines hold none. Raises UsageError."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+    for number, match in enumerate(_LINE.finditer(text), start=1):
+        if line := match[1].strip():
             place = f"{source}, line {number}"
             try:
-                yield place, json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield place, parse_json(line.encode("utf-8", "surrogatepass"))
+            except UnfitError as error:
                 raise UsageError(f"{place}: not JSON: {error}") from error
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.errors import SourceNotFoundError, UsageError
+from w8a8.reading import reading
 from w8a8.texts import datasets
 from w8a8.texts.files import first_token, read, rows, strings
 
@@ -53,7 +54,7 @@ def load(given: str | None) -> CalibrationText:
     if path.suffix in {".jsonl", ".json"}:
         return _from_jsonl(path.name, read(path), str(path))
     match = _DATA_SET.fullmatch(given)
-    if match is None or path.exists() or path.suffix == ".txt":
+    if match is None or path.suffix == ".txt" or _is_there(path):
         text = read(path)
         return _text(path.name, [text], text)
     if match["org"] is None:
@@ -63,6 +64,11 @@ def load(given: str | None) -> CalibrationText:
     )
     found = [_record(row, f"{given}, record {number}") for number, row in enumerate(loaded, 1)]
     return _text(given, found, json.dumps(found, ensure_ascii=False))
+
+
+def _is_there(path: Path) -> bool:
+    with reading(path):
+        return path.exists()
 
 
 def cut(text: CalibrationText, tokenizer: Any, *, samples: int, tokens: int) -> list[tuple[int, ...]]:

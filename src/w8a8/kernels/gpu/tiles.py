@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from w8a8.errors import first_line
+from w8a8.errors import UnreadableError, first_line
+from w8a8.reading import read_json
 
 _WAVES = 4
 """Waves per scheduler that split-K aims at: enough loads in flight to keep the memory busy."""
@@ -278,13 +279,11 @@ def store(arch: str, tuned: Sequence[Tuned]) -> Path:
 def stored(arch: str) -> tuple[Tuned, ...]:
     """Return the tuning stored for `arch`. Warns of a file that is no valid tuning, and ignores it."""
     path = store_path(arch)
-    try:
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ValueError(f"larger than {_LARGEST_FILE} bytes")
-        return tuple(_tuned(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["tuned"])
-    except FileNotFoundError:
+    if not path.exists():
         return ()
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    try:
+        return tuple(_tuned(entry) for entry in read_json(path, dict[str, Any], limit=_LARGEST_FILE)["tuned"])
+    except (UnreadableError, ValueError, TypeError, KeyError) as error:
         warnings.warn(
             f"{path} is no stored tuning ({first_line(error)}), so the shipped tiles are used. "
             "Delete it; `w8a8 bench gemm --tune` writes a new one.",

@@ -9,8 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import reading
 from w8a8.errors import MissingExtraError, UsageError, first_line
+from w8a8.reading import MAX_TEXT_BYTES, read_bytes, reading
 from w8a8.terminal.wording import count, plural, printable, size
 
 README = "README.md"
@@ -67,7 +67,7 @@ def read_text(path: Path) -> str:
     """Read a README; empty where there is none. Raises `UsageError` where it is not text."""
     try:
         with reading(path):
-            return path.read_text(encoding="utf-8") if path.exists() else ""
+            return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 text ({first_line(error)}); move the file away") from error
 
