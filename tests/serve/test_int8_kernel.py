@@ -1,6 +1,7 @@
 """What `serve` says of the INT8 kernel that will run."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from tests.command import cli
 from tests.serve import fake_vllm
 from tests.serve.launching import CONFIG, NO_KEYS
 from w8a8 import machine, quantize
+from w8a8.serve import int8_kernel
 from w8a8.serve.installed import Installed
 from w8a8.serve.int8_kernel import notice
 
@@ -100,3 +102,12 @@ def test_serve_says_it_for_int8_checkpoints(quantized: bool, tmp_path: Path) -> 
     done = cli("serve", model, "--dry-run", "--json", env=env)
     sentences = [sentence for sentence in json.loads(done.stdout)["notices"] if "INT8" in sentence]
     assert sentences == (["INT8 kernel: vLLM's kernel for the CPU"] if quantized else [])
+
+
+def test_only_a_missing_torch_means_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "w8a8.kernels.gpu.tiles", raising=False)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert not int8_kernel._measured_faster("sm_120")
+    monkeypatch.setitem(sys.modules, "w8a8.kernels.gpu.tiles", None)
+    with pytest.raises(ModuleNotFoundError, match=r"w8a8\.kernels\.gpu\.tiles"):
+        int8_kernel._measured_faster("sm_120")

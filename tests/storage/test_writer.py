@@ -1,6 +1,8 @@
 import errno
 import hashlib
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from w8a8.errors import DiskFullError, UnwritableError
 from w8a8.storage import writer as module
-from w8a8.storage.writer import PAGE, SequentialWriter, disk_errors, write_whole
+from w8a8.storage.writer import PAGE, SequentialWriter, disk_errors, write_json, write_whole
 
 LARGEST = 3 * PAGE + 5
 
@@ -91,6 +93,40 @@ def test_a_small_file_is_replaced_whole_or_stays(tmp_path: Path, monkeypatch: py
     write_whole(target, b"new")
     assert target.read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_a_small_file_of_a_long_job_says_that_its_work_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(DiskFullError, match="What is finished is kept; free"):
+        write_json(tmp_path / "config.json", {}, resumable=True)
+
+
+def test_half_a_character_is_written_as_json_spells_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "result.json", {"größe": "\ud800"})
+    assert json.loads((tmp_path / "result.json").read_text(encoding="utf-8")) == {"größe": "\ud800"}
+
+
+def test_what_a_kill_left_is_used_up_and_modes_and_links_stay(tmp_path: Path) -> None:
+    target, left = tmp_path / "result.json", tmp_path / ".result.json.tmp"
+    write_whole(target, b"old")
+    target.chmod(0o640)
+    left.write_bytes(b"half of something longer")
+    write_whole(target, b"new")
+    assert (target.read_bytes(), target.stat().st_mode & 0o777) == (b"new", 0o640)
+    assert [path.name for path in tmp_path.iterdir()] == ["result.json"]
+    (tmp_path / "mine").write_text("mine")
+    left.symlink_to(tmp_path / "mine")
+    with pytest.raises(UnwritableError):
+        write_whole(target, b"newer")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_two_writers_of_one_file_take_turns(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 100_000 for number in range(40)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda data: write_whole(tmp_path / "result", data), contents))
+    assert (tmp_path / "result").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from w8a8.errors import NoDeviceError, SelfCheckError
 from w8a8.kernels.gpu import tiles
 from w8a8.kernels.gpu.quantize import quantize_per_token
 from w8a8.runtime.linear import quantize_tokens
+from w8a8.storage.writer import disk_errors
 
 COLUMNS = ((Q + 2 * KV, HIDDEN), (2 * Q + 2 * 2048, HIDDEN), (2 * INTERMEDIATE, HIDDEN))
 """[out, in] of layers that several GPUs cut along `out`: q, k, v of sliding and of full attention; gate, up."""
@@ -147,7 +148,8 @@ def bench(
     """Time every layer [out, in] and number of tokens; with `tune`, find and store the best tiles before.
 
     `vllm` is a folder or a Python that has vLLM; it defaults to this environment's vLLM, if any. `copied` is the number
-    of bytes whose copy is timed. Raises NoDeviceError without a GPU, SelfCheckError where a kernel's result is wrong.
+    of bytes whose copy is timed. Raises NoDeviceError without a GPU, SelfCheckError where a kernel's result is wrong,
+    DiskFullError or UnwritableError where tiles cannot be stored.
     """
     # 1) The GPU, and the peers that are here.
     device = device or find_device()
@@ -160,7 +162,8 @@ def bench(
         # 2) Find and store the best tiles, if asked for.
         if tune:
             found = [find_tile(arch, problem, peer, clock, notice) for problem in problems(layers, tokens, device)]
-            path = tiles.store(arch, found)
+            with disk_errors(tiles.store_path(arch), resumable=False):
+                path = tiles.store(arch, found)
         # 3) Time every product, then quantizing, then a copy.
         rows = tuple(_row(arch, problem, peer, clock, runs, notice) for problem in problems(layers, tokens, device))
         rest = tuple(_quantize_row(*size, device, clock, runs) for size in quantized)

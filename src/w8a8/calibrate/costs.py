@@ -155,7 +155,7 @@ def _store(costs: Sequence[LayerCosts], path: Path, job: Job) -> None:
         for name, cost in layer.items():
             tensors[f"{number}.{name}.token"], tensors[f"{number}.{name}.row"] = cost.token.cpu(), cost.row.cpu()
     data = save(tensors)
-    write_whole(path, data)
+    write_whole(path, data, resumable=True)
     journal = _journal(path)
     journal.begin(job)
     journal.append(CostsRecord(len(data), hashlib.sha256(data).hexdigest()))

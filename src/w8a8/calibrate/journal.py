@@ -98,7 +98,7 @@ class LayerJournal:
 
     def store(self, data: bytes) -> None:
         """Write the file of the next layer, and sync it. Raises `DiskFullError` or `UnwritableError`."""
-        write_whole(self._layer(len(self.gains)), data)
+        write_whole(self._layer(len(self.gains)), data, resumable=True)
 
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number:05}.safetensors"

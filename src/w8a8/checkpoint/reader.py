@@ -27,6 +27,7 @@ from w8a8.errors import (
     PathEscapeError,
     PickleOnlyError,
     SourceNotFoundError,
+    UnreadableError,
 )
 from w8a8.reading import UnfitError, open_file, read_json, reading, show
 
@@ -99,10 +100,16 @@ def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None,
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return `folder / name` if it stays within `folder`, links followed; else raise `PathEscapeError`."""
+    """Return `folder / name` if it stays within `folder`, links followed; else raise `PathEscapeError`.
+
+    Raises `UnreadableError` for a name that this locale's file names cannot hold.
+    """
     _check_name(folder, name)
     path = folder / name
-    target = Path(os.path.realpath(path))  # where links go round in circles, Path.resolve raises in Python 3.11
+    try:
+        target = Path(os.path.realpath(path))  # where links go round in circles, Path.resolve raises in Python 3.11
+    except UnicodeEncodeError as error:
+        raise UnreadableError(f"{folder}: {show(name)} cannot be spelled here; set LC_ALL=C.UTF-8") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
         raise PathEscapeError(f"{path}: a link that leads out of the folder, to {target}; copy the file itself here")
     return path

@@ -123,12 +123,12 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], checkpoint: Checkpoint, fo
 def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardRecord, ...], folder: Path) -> None:
     for name in plan.sidecars:
         _copy(inside(checkpoint.path, name), folder / name)
-    write_json(folder / "config.json", plan.config)
+    write_json(folder / "config.json", plan.config, resumable=True)
     if plan.indexed:
-        write_json(folder / INDEX, _index(plan))
+        write_json(folder / INDEX, _index(plan), resumable=True)
     names = sorted((*plan.sidecars, "config.json", *([INDEX] if plan.indexed else [])))
     files = {name: SmallFile((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
-    write_json(folder / PROVENANCE, _provenance(plan, records, files).to_dict())
+    write_json(folder / PROVENANCE, _provenance(plan, records, files).to_dict(), resumable=True)
 
 
 def _index(plan: Plan) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def _with_warning(kernel: str, arch: str) -> str:
 def _measured_faster(arch: str) -> bool:
     try:
         from w8a8.kernels.gpu.tiles import faster
-    except ImportError:  # no torch in this environment, so nothing was measured with it
-        return False
+    except ModuleNotFoundError as missing:
+        if missing.name != "torch":
+            raise
+        return False  # no torch in this environment, so nothing was measured with it
     return faster(arch)

@@ -11,11 +11,12 @@ import hashlib
 import json
 import mmap
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from w8a8.checkpoint.stream import BLOCK_BYTES
 from w8a8.errors import DiskFullError, UnwritableError
@@ -41,29 +42,49 @@ def disk_errors(path: Path, *, resumable: bool = True) -> Iterator[None]:
         raise UnwritableError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-def write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes, *, resumable: bool = False) -> None:
     """Write a small file whole or not at all: what stood there stays until the new content is on the disk.
 
-    Raises `DiskFullError` or `UnwritableError`, and leaves no temporary file behind.
+    A file keeps its mode. `resumable` is that of `disk_errors`. Raises `DiskFullError` or `UnwritableError`, and leaves
+    no temporary file behind; one that a kill has left is used by the next write.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with disk_errors(path, resumable=False):
-        if path.exists() and not path.is_file():  # a pipe or a device: nothing to replace it by
+    unfinished = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path, resumable=resumable):
+        there = path.exists()
+        if there and not path.is_file():  # a pipe or a device: nothing to replace it by
             path.write_bytes(data)
             return
-        try:
-            with unfinished.open("wb") as file:
+        with _claimed(unfinished) as file:
+            try:
+                file.truncate(0)
                 file.write(data)
                 file.flush()
+                if there:
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+                unfinished.replace(path)
+            except BaseException:
+                unfinished.unlink(missing_ok=True)
+                raise
 
 
-def write_json(path: Path, value: Any, *, indent: int = 2) -> None:
+def _claimed(path: Path) -> IO[bytes]:
+    """Open the file at `path` for this writer alone: another one of the same file waits."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o666), "ab")
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.lstat()):
+                return file
+        file.close()  # the other writer has finished it, and it is no temporary file any more
+
+
+def write_json(path: Path, value: Any, *, indent: int = 2, resumable: bool = False) -> None:
     """Write `value` as JSON in UTF-8, with a newline at its end; see `write_whole`."""
-    write_whole(path, (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode())
+    # Half a character, which UTF-8 cannot hold, is spelled as JSON spells it, which is as Python does.
+    text = (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
+    write_whole(path, text, resumable=resumable)
 
 
 class SequentialWriter:

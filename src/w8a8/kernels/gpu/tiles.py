@@ -267,7 +267,7 @@ def store(arch: str, tuned: Sequence[Tuned]) -> Path:
     path = store_path(arch)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = {(t.m, t.n, t.k): t for t in (*stored(arch), *tuned)}
-    temporary = path.with_suffix(".part")
+    temporary = path.with_suffix(f".{os.getpid()}.part")
     temporary.write_text(json.dumps({"tuned": [asdict(t) for t in kept.values()]}, indent=1), encoding="utf-8")
     temporary.replace(path)
     stored.cache_clear()
