@@ -1,4 +1,5 @@
 import json
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -6,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.named import selection
+from w8a8.errors import NoConfigError
 from w8a8.formats import FORMATS, detect, get_format
 
 METHODS = {
@@ -160,3 +162,50 @@ def test_patterns_match_from_the_start_names_exactly_and_broken_patterns_nothing
     assert scheme.leaves_alone("x.y")
     for module in ("a.b.c", "b", "y.x", "(", "a.glob.b"):
         assert not scheme.leaves_alone(module)
+
+
+NAME = "model.layers.0.self_attn.q_proj.weight_of_some_length!x"
+
+
+@pytest.mark.parametrize("pattern", ["re:(([a-z_0-9.]+)+[!?])+$", "re:(?R)"])
+def test_a_pattern_that_does_not_come_to_an_end_is_an_error(pattern: str) -> None:
+    config = made("compressed-tensors")
+    config["quantization_config"]["ignore"] = ["lm_head", pattern]
+    scheme = detect(config)
+    assert scheme.leaves_alone("lm_head")
+    started = time.perf_counter()
+    with pytest.raises(NoConfigError, match=r"re:.* does not come to an end"):
+        [scheme.leaves_alone(f"{NAME}{i}") for i in range(100_000)]
+    assert time.perf_counter() - started < 30
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(", "a{4294967296}", "(?:(?:a?){1000}){1000}b", "((a{1,99}){1,99}){1,99}", "x" * 100_000, "(?P<a>x)(?P<"),
+        *("(" * 5000 + ")" * 5000, "[" + "a-z" * 100_000 + "]", "(?<=a+"),
+    ],
+)
+def test_a_pattern_beyond_all_measure_matches_nothing_and_is_named(pattern: str) -> None:
+    config = made("quark")
+    config["quantization_config"]["exclude"] = [f"re:{pattern}", "re:a.*"]
+    scheme = detect(config)
+    assert scheme.leaves_alone("abc")
+    assert not scheme.leaves_alone("x" * 100_000)
+    assert scheme.unusable == (f"re:{pattern}",)
+
+
+def test_a_pattern_on_which_pythons_own_engine_never_ends_is_decided() -> None:
+    config = made("quark")
+    config["quantization_config"]["exclude"] = ["re:([a-z_0-9.]+)+!"]
+    assert not detect(config).leaves_alone("model.layers.0.self_attn.q_proj.weight_of_some_length")
+
+
+def test_what_people_write_in_patterns_is_understood() -> None:
+    config = made("quark")
+    config["quantization_config"]["exclude"] = [r"re:^(?!.*q_proj).*self_attn", r"re:model\.layers\.\d{1,2}\.mlp$"]
+    scheme = detect(config)
+    assert scheme.leaves_alone("model.layers.3.self_attn.k_proj")
+    assert not scheme.leaves_alone("model.layers.3.self_attn.q_proj")
+    assert scheme.leaves_alone("model.layers.31.mlp")
+    assert scheme.unusable == ()

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from w8a8.formats.base import Selection
-from w8a8.formats.detect import matches
+from w8a8.formats.excludes import Excludes
 
 VERSION = "0.19.0"
 
@@ -33,13 +33,13 @@ def compat_config(selection: Selection) -> dict[str, Any]:
     The list is the usual recipe's four patterns, and the exact names of whatever else is left alone.
     """
     patterns = _harmless(_RECIPE, selection)
-    others = [name for name in selection.left_alone if not any(matches(pattern, name) for pattern in patterns)]
-    return _config([*patterns, *others])
+    excluded = Excludes(patterns)
+    return _config([*patterns, *(name for name in selection.left_alone if not excluded.mean(name))])
 
 
 def _harmless(patterns: Sequence[str], selection: Selection) -> list[str]:
     """Keep the patterns that match no quantized layer: a component may have been included in part."""
-    return [pattern for pattern in patterns if not any(matches(pattern, name) for name in selection.quantized)]
+    return [pattern for pattern in patterns if not any(map(Excludes([pattern]).mean, selection.quantized))]
 
 
 def _config(ignore: Sequence[str]) -> dict[str, Any]:

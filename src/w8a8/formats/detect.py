@@ -1,12 +1,14 @@
 """Reads the scheme that a config.json declares, whoever wrote it."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from w8a8.formats.excludes import Excludes
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class Scheme:
     """A declared quantization: its method, a sentence, whether it is INT8 W8A8 PTPC, and the layers it leaves alone."""
 
@@ -16,18 +18,17 @@ class Scheme:
     excludes: tuple[str, ...]
 
     def leaves_alone(self, module: str) -> bool:
-        """Whether an engine would leave `module` unquantized: named exactly, or matched from the start by `re:`."""
-        return any(matches(entry, module) for entry in self.excludes)
+        """Whether an engine would leave `module` unquantized. Raises `NoConfigError`, see `Excludes`."""
+        return self._excluded.mean(module)
 
+    @property
+    def unusable(self) -> tuple[str, ...]:
+        """The patterns among `excludes` that no engine can use."""
+        return self._excluded.unusable
 
-def matches(entry: str, module: str) -> bool:
-    """Whether an entry of `exclude` or `ignore` means `module`, as vLLM and transformers read it."""
-    if not entry.startswith("re:"):
-        return entry == module
-    try:
-        return re.match(entry[3:], module) is not None
-    except re.error:  # no engine can use it either
-        return False
+    @cached_property
+    def _excluded(self) -> Excludes:
+        return Excludes(self.excludes)
 
 
 DECLARATIONS = ("quantization_config", "compression_config")

@@ -42,6 +42,8 @@ def structure_problems(job: Job) -> Iterator[str]:
                 yield f"{tensor.name}: INT8, but config.json excludes it, so engines would take it for {tensor.dtype}"
         elif made.dtype != tensor.dtype:
             yield f"{tensor.name}: {tensor.dtype} in the source, {made.dtype} in the result"
+    for pattern in job.scheme.unusable:
+        yield f"config.json: {show(pattern)}, which it excludes, is no pattern that engines can use"
     for name in job.out.tensors.keys() - job.source.tensors.keys() - scales:
         yield f"{name}: in the result, but neither in the source nor the scale of a quantized tensor"
 
