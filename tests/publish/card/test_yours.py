@@ -49,6 +49,82 @@ def test_metadata_a_person_added_stay(out: Path, files: Results) -> None:
     assert "model-index" not in data  # what is no longer measured is no longer claimed
 
 
+ADDED = """\
+# what YAML 1.1 takes for booleans, dates and numbers
+language:
+- no
+- en   # and a comment
+extra: [on, off, 2024-01-01, 1e5, 0x10, 1_000, 12:30:45, .inf, ~, y]
+date: 2024-01-01
+thumbnail: "yes"
+name: 'Ünïcode – ☃'
+widget:
+  - text: |
+      two
+      lines: yes
+
+    "quoted key": &anchor {a: 0o7}
+again: *anchor
+"key with: colon": null
+empty:
+"""
+
+
+@pytest.mark.parametrize("added", [ADDED, ADDED.replace("\n", "\r\n")], ids=["lf", "crlf"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["", "bom"])
+def test_metadata_a_person_added_stay_byte_for_byte(out: Path, added: str, mark: bytes) -> None:
+    write(make(out))
+    readme = out / "README.md"
+    before = readme.read_bytes()
+    readme.write_bytes(mark + before.replace(b"---\n", b"---\n" + added.encode(), 1))
+    write(make(out))
+    assert readme.read_bytes() == before.replace(b"---\n", b"---\n" + added.encode(), 1)
+    write(make(out))
+    assert readme.read_bytes() == before.replace(b"---\n", b"---\n" + added.encode(), 1)
+
+
+def test_metadata_in_braces_stay_too(out: Path) -> None:
+    write(make(out))
+    readme = out / "README.md"
+    text = readme.read_text()
+    body = text.partition("\n---\n")[2]
+    readme.write_text(f"---\n{{language: [no, 'en'], tags: [x], license: 0bsd}}\n---\n{body}")
+    write(make(out))
+    assert readme.read_text().startswith("---\nlanguage: [no, 'en']\nlicense: 0bsd\n")
+    assert metadata(readme.read_text())["tags"] == metadata(text)["tags"]
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        "- a list",
+        "just text",
+        "a: [",
+        "tags: &mine [x]\nother: *mine",
+        "a: " + "[" * 2000,
+        "a: " + "x" * 3_000_000,
+    ],
+    ids=["list", "text", "open", "alias", "deep", "long"],
+)
+def test_metadata_that_cannot_be_kept_are_an_error_and_lose_nothing(out: Path, block: str) -> None:
+    write(make(out))
+    readme = out / "README.md"
+    broken = f"---\n{block}\n---\n{readme.read_text().partition(chr(10) + '---' + chr(10))[2]}"
+    readme.write_text(broken)
+    with pytest.raises(UsageError, match="metadata"):
+        make(out)
+    assert readme.read_text() == broken
+
+
+def test_metadata_whose_aliases_grow_without_end_are_kept(out: Path) -> None:
+    write(make(out))
+    readme = out / "README.md"
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    readme.write_text(readme.read_text().replace("---\n", f"---\n{bomb}self: &self [*self]\n", 1))
+    write(make(out))
+    assert bomb in readme.read_text()
+
+
 def drop_an_end(text: str) -> str:
     return text.replace("<!-- yours: end accuracy -->\n", "")
 

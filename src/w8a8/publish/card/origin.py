@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.publish.card.text import README, metadata_of, read_text
+from w8a8.publish.card.frontmatter import metadata_of
+from w8a8.publish.card.text import README, read_text
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
 from w8a8.terminal.wording import printable

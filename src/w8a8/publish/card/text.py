@@ -64,7 +64,7 @@ def render(context: Mapping[str, Any]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """Read a README; empty where there is none. Raises `UsageError` where it is not text."""
+    """Read a README as it stands, with its line ends; empty where there is none. Raises `UsageError` if it is none."""
     try:
         with reading(path):
             return read_bytes(path, MAX_TEXT_BYTES).decode("utf-8-sig") if path.exists() else ""
@@ -112,27 +112,3 @@ class Places:
     def unused(self) -> list[str]:
         """Places with text that the template does not have."""
         return [place for place, text in self._kept.items() if text.strip()]
-
-
-# --- metadata -----------------------------------------------------------------------------------------------------
-
-
-def metadata_of(text: str) -> Mapping[str, Any]:
-    """Return the metadata of a README. Raises `UsageError` where the block is no YAML."""
-    from huggingface_hub.repocard import REGEX_YAML_BLOCK
-    from yaml import YAMLError, safe_load  # type: ignore[import-untyped]
-
-    block = REGEX_YAML_BLOCK.search(text)
-    try:
-        values = safe_load(block.group(2)) if block else {}
-    except YAMLError as error:
-        said = " ".join(str(error).split())[:200]  # its second line says where
-        raise UsageError(f"{README}: the metadata between the --- lines are not YAML ({said}); fix them") from error
-    return values if isinstance(values, dict) else {}
-
-
-def with_metadata(text: str, metadata: Mapping[str, Any]) -> str:
-    """Return the whole README, with `metadata` before `text`, read back as the Hub reads it."""
-    from huggingface_hub import CardData, ModelCard
-
-    return str(ModelCard(f"---\n{CardData(**metadata).to_yaml()}\n---\n{text}"))

@@ -19,6 +19,7 @@ from w8a8.formats.provenance import PROVENANCE
 from w8a8.inspection import Inspection, inspect
 from w8a8.plan import module_name
 from w8a8.publish.card.accuracy import accuracy
+from w8a8.publish.card.frontmatter import entries_but, metadata_of, with_metadata
 from w8a8.publish.card.metadata import OURS, describe_model
 from w8a8.publish.card.origin import find_origin
 from w8a8.publish.card.reproduce import citation, commands
@@ -29,10 +30,8 @@ from w8a8.publish.card.text import (
     Verbatim,
     is_ours,
     kept,
-    metadata_of,
     read_text,
     render,
-    with_metadata,
 )
 from w8a8.publish.card.usage import example, hardware, python_example
 from w8a8.publish.hub import valid_id
@@ -100,10 +99,11 @@ def make(
     inspection = inspect(made.path)
 
     # 3) metadata: what a person added stays
-    added = {key: value for key, value in metadata_of(ours).items() if key not in OURS}
-    metadata = added | describe_model(made, origin, measured.quant, name)
+    metadata = describe_model(made, origin, measured.quant, name)
+    added = entries_but(ours, OURS | metadata.keys())
+    license_ = metadata.get("license") or metadata_of(ours).get("license")
     notices = list(origin.notices)
-    if "license" not in metadata:
+    if not license_:
         notices.append("no license in the card: the source names none, or could not be read; add it to the metadata")
 
     # 4) fill in the template, with what a person wrote at its places
@@ -129,7 +129,7 @@ def make(
         "commands": commands(made, origin, name),
         "citation": citation(made, origin, name),
         "figures": _figures(made.path),
-        "license": metadata.get("license"),
+        "license": license_,
         "license_files": list(map(printable, origin.license_files)),
         "yours": yours,
         **_files(made),
@@ -137,7 +137,7 @@ def make(
     text = render(context)
     if lost := yours.unused:
         raise UsageError(f"{made.path / README}: the card has no place called {lost[0]!r}; move that text to another")
-    return Card(made.path / README, with_metadata(text, metadata), tuple(notices), bool(before) and not ours)
+    return Card(made.path / README, with_metadata(text, metadata, added), tuple(notices), bool(before) and not ours)
 
 
 def write(card: Card, *, overwrite: bool = False) -> None:
