@@ -1,32 +1,46 @@
 """Load a checkpoint with transformers: its config, its class, its tokenizer, the whole model.
 
-Code that comes with a checkpoint is never run: the class is one of transformers' own.
+Every loading by transformers is here, and code that comes with a checkpoint is never run: the class is one of
+transformers' own, or there is an error that says who may run it.
 """
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from w8a8.errors import EngineError, W8A8Error, first_line
+from w8a8.errors import EngineError, UnreadableError, W8A8Error, first_line
+from w8a8.reading import UnfitError, read_json
+
+CONFIGS = (
+    "config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""The files of a checkpoint in which `auto_map` may name code."""
 
 
-def load_config(folder: Path) -> Any:
-    """Read the config of the checkpoint in `folder`. Raises whatever transformers does."""
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    for part in (config, config.get_text_config(decoder=True)):
-        if not getattr(part, "quantization_config", True):  # transformers takes `{}` for a scheme without a name
-            del part.quantization_config
-    return config
+def load_config(name: str, folder: Path) -> Any:
+    """Read the config of the checkpoint in `folder`. Raises EngineError."""
+    with _loading(name, folder, "its config cannot be read"):
+        return _config(folder)
 
 
 def load_tokenizer(name: str, folder: Path) -> Any:
     """Load the tokenizer of the checkpoint in `folder`. Raises EngineError."""
-    with engine_errors(f"{name}: its tokenizer cannot be loaded"):
+    with _loading(name, folder, "its tokenizer cannot be loaded"):
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_processor(name: str, folder: Path) -> Any:
+    """Load the processor of the checkpoint in `folder`, or the tokenizer where it has no other. Raises EngineError."""
+    with _loading(name, folder, "its processor cannot be loaded"):
+        return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_model(name: str, folder: Path, dtype: str = "auto") -> Any:
@@ -35,10 +49,12 @@ def load_model(name: str, folder: Path, dtype: str = "auto") -> Any:
     Raises EngineError, or the checkpoint's own error.
     """
     quiet()
-    with engine_errors(f"{name}: transformers cannot load it"):
-        config = load_config(folder)
+    with _loading(name, folder, "transformers cannot load it"):
+        config = _config(folder)
         kind = model_class(name, config)
-        return kind.from_pretrained(folder, config=config, dtype=dtype, device_map="auto").eval()
+        return kind.from_pretrained(
+            folder, config=config, dtype=dtype, device_map="auto", trust_remote_code=False
+        ).eval()
 
 
 def model_class(name: str, config: Any) -> Any:
@@ -55,6 +71,39 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+
+
+def _config(folder: Path) -> Any:
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for part in (config, config.get_text_config(decoder=True)):
+        if not getattr(part, "quantization_config", True):  # transformers takes `{}` for a scheme without a name
+            del part.quantization_config
+    return config
+
+
+@contextmanager
+def _loading(name: str, folder: Path, problem: str) -> Iterator[None]:
+    """Turn whatever transformers raises into an EngineError that says so if the checkpoint brings code of its own."""
+    try:
+        with engine_errors(f"{name}: {problem}"):
+            yield
+    except EngineError as error:
+        if not (names := _with_code(folder)):
+            raise
+        raise EngineError(
+            f"{error}. {', '.join(names)} name code that comes with the checkpoint, which this tool never runs; where "
+            "you trust it, vLLM does: w8a8 serve --engine vllm --trust-remote-code"
+        ) from error.__cause__
+
+
+def _with_code(folder: Path) -> list[str]:
+    """Find the files that map classes to code of the checkpoint's own."""
+    found = []
+    for name in CONFIGS:
+        with suppress(UnreadableError, UnfitError):
+            if read_json(folder / name, dict[str, Any]).get("auto_map"):
+                found.append(name)
+    return found
 
 
 @contextmanager

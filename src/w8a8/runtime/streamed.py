@@ -214,7 +214,7 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
     """Build the model without weights: parameters on the meta device, buffers as computed."""
     quiet()
     with engine_errors(f"{name}: transformers cannot build it"):
-        config = load_config(checkpoint.path)
+        config = load_config(name, checkpoint.path)
         kind = model_class(name, config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)

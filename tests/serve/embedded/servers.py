@@ -16,7 +16,7 @@ from tests.servers import OFFLINE, Server, free_port, started
 KEY = "sesame"
 VOCABULARY = 320
 TEMPLATE = (
-    "{% for m in messages %}{% if m.role == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
+    "{% for m in messages %}{% if m.content == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
     "{{ m.content }} w9{% endfor %}"
 )
 SERVE = """

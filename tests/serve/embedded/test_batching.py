@@ -102,6 +102,15 @@ def settings(tokens: int, **more: Any) -> GenerationConfig:
     return made
 
 
+async def answer(
+    batcher: Batcher, tokenizer: Any, inputs: dict[str, torch.Tensor], config: GenerationConfig
+) -> list[int]:
+    """The token ids of a request, once it has ended."""
+    stream = batcher.submit(inputs, config, tokenizer._tokenizer)
+    assert "".join([item async for item in stream.items()])
+    return stream.tokens
+
+
 def run(
     model: Any, tokenizer: Any, requests: Sequence[tuple[dict[str, torch.Tensor], GenerationConfig]], apart: float = 0
 ) -> list[list[int]]:
@@ -109,7 +118,7 @@ def run(
 
     async def one(batcher: Batcher, i: int) -> list[int]:
         await asyncio.sleep(i * apart)
-        return (await batcher.generate_non_streaming(model, tokenizer, *requests[i], str(i)))[2]
+        return await answer(batcher, tokenizer, *requests[i])
 
     async def every() -> list[list[int]]:
         batcher = Batcher(model, context=256)
@@ -207,18 +216,17 @@ def test_one_failing_request_takes_no_other_with_it(model: Any, tokenizer: Any) 
 
     async def both() -> tuple[Any, Any]:
         batcher = Batcher(model, context=256)
-        good = batcher.generate_non_streaming(
-            model, tokenizer, {"input_ids": torch.tensor([prompt])}, settings(5, eos_token_id=None), "good"
-        )
+        sound = {"input_ids": torch.tensor([prompt])}
+        good = answer(batcher, tokenizer, sound, settings(5, eos_token_id=None))
         beyond = {"input_ids": torch.tensor([[VOCABULARY + 5]])}
-        bad = batcher.generate_non_streaming(model, tokenizer, beyond, settings(5), "bad")
+        bad = answer(batcher, tokenizer, beyond, settings(5))
         try:
             return tuple(await asyncio.gather(good, bad, return_exceptions=True))  # type: ignore[return-value]
         finally:
             batcher.stop()
 
     good, bad = asyncio.run(both())
-    assert good[2] == alone(model, prompt, 5)
+    assert good == alone(model, prompt, 5)
     assert isinstance(bad, HTTPException)
     assert bad.status_code == 503
 
@@ -230,16 +238,16 @@ def test_a_cancelled_request_ends_and_the_next_is_answered(model: Any, tokenizer
     async def hang_up() -> tuple[int, list[int]]:
         batcher = Batcher(model, context=256)
         endless = settings(250, eos_token_id=None)
-        queue, stream = batcher.generate_streaming(model, tokenizer, inputs, endless, "one")
-        await queue.get()
+        stream = batcher.submit(inputs, endless, tokenizer._tokenizer)
+        await anext(stream.items())
         stream.cancel()
-        answer = await batcher.generate_non_streaming(model, tokenizer, inputs, settings(5, eos_token_id=None), "two")
+        answered = await answer(batcher, tokenizer, inputs, settings(5, eos_token_id=None))
         batcher.stop()
-        return len(stream.tokens), answer[2]
+        return len(stream.tokens), answered
 
-    length, answer = asyncio.run(hang_up())
+    length, answered = asyncio.run(hang_up())
     assert length < 250
-    assert answer == alone(model, prompt, 5)
+    assert answered == alone(model, prompt, 5)
 
 
 def test_stopping_ends_every_request_with_an_error(model: Any, tokenizer: Any) -> None:
@@ -247,20 +255,18 @@ def test_stopping_ends_every_request_with_an_error(model: Any, tokenizer: Any) -
 
     async def stop() -> list[Any]:
         batcher = Batcher(model, context=256)
-        streams = [
-            batcher.generate_streaming(model, tokenizer, inputs, settings(250, eos_token_id=None), str(i))
-            for i in range(3)
-        ]
-        await streams[0][0].get()
+        streams = [batcher.submit(inputs, settings(250, eos_token_id=None), tokenizer._tokenizer) for _ in range(3)]
+        first = streams[0].items()
+        await anext(first)
         batcher.stop()
         batcher.join(10)
         last = []
-        for queue, _ in streams:
-            while not hasattr(item := await queue.get(), "msg"):
-                assert item is not None
-            last.append(item.msg)
+        for items in (first, streams[1].items(), streams[2].items()):
+            with pytest.raises(HTTPException) as failed:
+                [item async for item in items]
+            last.append(failed.value.detail)
         with pytest.raises(HTTPException, match="shutting down"):
-            batcher.generate_streaming(model, tokenizer, inputs, settings(5), "late")
+            batcher.submit(inputs, settings(5), tokenizer._tokenizer)
         return last
 
     assert asyncio.run(stop()) == ["the server is shutting down"] * 3

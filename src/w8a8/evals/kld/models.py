@@ -147,7 +147,7 @@ class Limits:
 def limits(name: str, folder: Path) -> Limits:
     """Read the limits of a checkpoint's model from its config. Raises EngineError."""
     with engine_errors(f"{name}: its config cannot be read"):
-        config = load_config(folder).get_text_config(decoder=True)
+        config = load_config(name, folder).get_text_config(decoder=True)
         context = getattr(config, "max_position_embeddings", None)
         return Limits(int(config.vocab_size), context, int(config.num_hidden_layers))
 

@@ -1,9 +1,7 @@
 """Many requests in one model, for the embedded engine: continuous batching over transformers' own caches.
 
-transformers' server runs one `model.generate` after another, or, with `--continuous-batching`, its paged attention. The
-latter (5.23) refuses models whose layers differ in their heads, as Gemma 4's do, applies the sampling settings of the
-first request to all, and knows no stop strings. So its handlers get this manager instead, through their own interface
-for one (`BaseGenerateManager`).
+transformers' own continuous batching, paged attention (5.23), refuses models whose layers differ in their heads, as
+Gemma 4's do, applies the sampling settings of the first request to all, and knows no stop strings.
 
 One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own,
 and then decodes one token for every running sequence at once. A sequence joins the running ones by being aligned to
@@ -12,7 +10,6 @@ at once, and the padding shrinks with it. A model whose cache cannot be joined t
 other than one per token) is run by `model.generate`, one request after another.
 """
 
-import asyncio
 import logging
 import threading
 from queue import Empty, SimpleQueue
@@ -24,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.cli.serving.utils import BaseGenerateManager, _StreamError, get_response_template
 
 from w8a8.serve.embedded.stream import Stream, one_line
 
@@ -42,8 +38,8 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 _log = logging.getLogger(__name__)
 
 
-class Batcher(BaseGenerateManager):  # type: ignore[misc]
-    """Run the requests of all handlers in one model, on a thread of its own."""
+class Batcher:
+    """Run all requests in one model, on a thread of its own."""
 
     def __init__(self, model: Any, context: int) -> None:
         """Start the thread; `context` limits a sequence's tokens, prompt and answer together."""
@@ -58,61 +54,21 @@ class Batcher(BaseGenerateManager):  # type: ignore[misc]
         self._thread = threading.Thread(target=self._run, name="w8a8-batcher", daemon=True)
         self._thread.start()
 
-    # --- called by the handlers, on the event loop ----------------------------------------------------------------
+    # --- on the event loop ----------------------------------------------------------------------------------------
 
-    def generate_streaming(
-        self,
-        model: Any,
-        processor: Any,
-        inputs: Any,
-        gen_config: GenerationConfig,
-        request_id: str,  # noqa: ARG002
-        response_parser: Any = None,
-    ) -> tuple[asyncio.Queue[Any], Stream]:
-        """Queue a request; its text comes out of the queue returned, `None` last.
+    def submit(self, inputs: dict[str, Tensor], config: GenerationConfig, tokenizer: Any, parser: Any = None) -> Stream:
+        """Queue a request, whose answer comes out of the stream returned; the arguments are a `Stream`'s.
 
         Raises HTTPException 400 for a request longer than the context, 503 when the engine is stopping.
         """
-        self._fit(inputs["input_ids"].shape[-1], gen_config)
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        tokenizer = getattr(processor, "tokenizer", processor)._tokenizer
-        processors = model._get_logits_processor(
-            gen_config, input_ids_seq_length=inputs["input_ids"].shape[-1], device=model.device
-        )
-        stream = Stream(
-            dict(inputs),
-            gen_config,
-            processors or None,
-            tokenizer,
-            asyncio.get_running_loop(),
-            queue,
-            response_parser=response_parser,
-        )
+        prompt = inputs["input_ids"].shape[-1]
+        self._fit(prompt, config)
+        processors = self._model._get_logits_processor(config, input_ids_seq_length=prompt, device=self._model.device)
+        stream = Stream(inputs, config, tokenizer, processors or None, parser)
         if self.stopping:
             raise HTTPException(503, SHUTTING_DOWN)
         self._waiting.put(stream)
-        return queue, stream
-
-    async def generate_non_streaming(
-        self, model: Any, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
-    ) -> tuple[str, int, list[int]]:
-        """Wait for the whole answer: `(text, prompt tokens, token ids)`."""
-        queue, stream = self.generate_streaming(model, processor, inputs, gen_config, request_id)
-        pieces = []
-        try:
-            while (item := await queue.get()) is not None:
-                if isinstance(item, _StreamError):
-                    raise HTTPException(503, item.msg)
-                pieces.append(item)
-        except asyncio.CancelledError:
-            stream.cancel()
-            raise
-        tokens = stream.tokens
-        if stream.stopped and get_response_template(processor, model) is not None:
-            # The handler makes the answer from the ids, with the help of special tokens: cut those instead.
-            tokenizer = getattr(processor, "tokenizer", processor)
-            tokens = tokenizer(stream.cut(tokenizer.decode(tokens)), add_special_tokens=False)["input_ids"]
-        return "".join(pieces), len(stream.prompt), tokens
+        return stream
 
     def stop(self) -> None:
         """End every request with an error, and the thread after its current step, without waiting for it."""

@@ -1,61 +1,73 @@
-"""The API's requests and errors: a request to the embedded engine is checked before transformers' handlers see it.
+"""The API's requests and errors: a request to the embedded engine is checked before anything is done with it.
 
-They take the fields they know out of the JSON unchecked: a string where a number belongs is their 500, an option they
-do not have is ignored, and an image may be any URL or any file of this machine. Here every field has a type and a
-range, a request that cannot be answered is refused, and an image comes inside the request.
+Every field that the engine knows has a type and a range. One that it does not know is ignored, as OpenAI and vLLM do,
+unless it would change the answer: `UNSUPPORTED` lists those, and a request that asks for one is refused.
 """
 
-import base64
 import json
-import warnings
 from collections.abc import Mapping
-from io import BytesIO
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from fastapi import HTTPException
 from fastapi.responses import JSONResponse
-from PIL import Image
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
-MAX_IMAGE_PIXELS = 50_000_000
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
-
+from w8a8.serve.embedded.images import open_image
 
 NAMES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLargeError"}
+
+MAX_INTEGER = 2**31 - 1
+MAX_PLAIN_CHARACTERS = 16_384
+"""The longest text that a chat template may be given by name."""
+
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "prompt_embeds": (), "prompt_logprobs": (),
+    "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logits_processors": ([],),
+    "min_tokens": (0,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (), "length_penalty": (1,),
+    "use_beam_search": (False,), "num_beams": (1,), "no_repeat_ngram_size": (0,), "typical_p": (1,),
+    "repeat_penalty": (1,), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,), "truncate_prompt_tokens": (), "structured_outputs": (),
+    "guided_json": (), "guided_regex": (), "guided_choice": (), "guided_grammar": (), "grammar": ("",),
+    "json_schema": (), "generation_config": (), "response_format": ({"type": "text"},),
+}  # fmt: skip
+"""Fields that would change the answer and that this engine lacks -> the values, beside null, that ask for nothing."""
+
+UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
+    "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none",), "audio": (),
+    "modalities": (["text"],), "web_search_options": (), "chat_template": (), "add_generation_prompt": (True,),
+    "continue_final_message": (False,), "add_special_tokens": (False,), "documents": ([],), "images": ([],),
+    "processor_kwargs": ({},), "mm_processor_kwargs": ({},), "tokenizer_kwargs": ({},),
+}  # fmt: skip
 
 
 def failure(status: int, message: str) -> JSONResponse:
     """Spell an error as the OpenAI API does."""
     kind = NAMES.get(status, "InvalidRequestError" if status < 500 else "InternalServerError")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": status}}, status)
+    sayable = message.encode(errors="replace").decode()
+    return JSONResponse({"error": {"message": sayable, "type": kind, "param": None, "code": status}}, status)
 
 
-def _only(allowed: Any = None) -> Any:
-    """A field that this engine does not support: it accepts null, and the one value that asks for nothing."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value != allowed:
-            raise ValueError("is not supported by this engine (vLLM may do it)")
-        return value
-
-    return Annotated[Any, AfterValidator(check)]
-
-
-def open_image(url: str) -> Image.Image:
-    """Decode the image in a `data:` URL. Raises ValueError if Pillow cannot read it, or if it is too large."""
-    head, _, data = url.partition(",")
-    if not head.startswith("data:image/") or not head.endswith(";base64"):
-        raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
+def read(body: bytes) -> dict[str, Any]:
+    """Parse a request. Raises HTTPException 400 if it is no JSON object, or has a value that no text can hold."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=IMAGE_FORMATS)
-            if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"has {image.width} x {image.height} pixels, more than {MAX_IMAGE_PIXELS:,}")
-            image.load()
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"is not a readable image ({', '.join(IMAGE_FORMATS)})") from error
-    return image
+        found = json.loads(body)
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError as error:
+        raise HTTPException(400, "a string holds half of a surrogate pair, which is no character") from error
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"the body is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise HTTPException(400, "the body is not a JSON object")
+    return found
 
 
 def _image(url: str) -> str:
@@ -64,38 +76,75 @@ def _image(url: str) -> str:
 
 
 def _arguments(text: str) -> str:
-    json.loads(text)
+    try:
+        json.loads(text or "{}")
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
     return text
 
 
+def _nothing_more_than_zero(temperature: float) -> float:
+    if 0 < temperature < 1e-6:
+        raise ValueError("is too small to divide by: 0 takes the likeliest token, else 0.000001 is the least")
+    return temperature
+
+
+def _unlist(prompt: Any) -> Any:
+    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+
+
+def _not_supported(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("is not supported by this engine")
+    return value
+
+
 class _Fields(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
 
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+Plain = (
+    Annotated[str, StringConstraints(max_length=MAX_PLAIN_CHARACTERS)]
+    | Annotated[int, Field(ge=-(2**63), lt=2**63)]
+    | float
+    | bool
+    | None
+)
+"""A value that a chat template may be given by name."""
+
+Nothing = Annotated[Any, AfterValidator(_not_supported)]
 
 
-class _Request(_Fields):
+class _StreamOptions(_Fields):
+    include_usage: bool | None = None
+
+
+class Request(_Fields):
     """The fields of both endpoints; `top_k` to `ignore_eos` as in vLLM."""
 
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = UNSUPPORTED
+
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, le=100)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    temperature: Annotated[float, Field(ge=0, le=100), AfterValidator(_nothing_more_than_zero)] | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: StopString | Annotated[list[StopString], Field(max_length=16)] | None = None
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    user: str | None = None
+    stream_options: _StreamOptions | None = None
 
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_INTEGER)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     ignore_eos: bool | None = None
 
     @classmethod
     def parse(cls, body: Mapping[str, Any]) -> Self:
         """Check `body`. Raises HTTPException 400 that names a field at fault."""
+        for name, harmless in cls.unsupported.items():
+            if body.get(name) is not None and body[name] not in harmless:
+                raise HTTPException(400, f"{name}: is not supported by this engine (vLLM may do it)")
         try:
             return cls.model_validate(body)
         except ValidationError as error:
@@ -103,22 +152,29 @@ class _Request(_Fields):
             deepest = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
             where = ".".join(map(str, deepest["loc"]))
             message = deepest["msg"].removeprefix("Value error, ")
-            raise HTTPException(400, f"{where}: {message}") from None
+            raise HTTPException(400, f"{where}: {message}" if where else message) from None
 
-    n: _only(allowed=1) = None  # type: ignore[valid-type]
-    presence_penalty: _only(allowed=0) = None  # type: ignore[valid-type]
-    frequency_penalty: _only(allowed=0) = None  # type: ignore[valid-type]
-    logit_bias: _only(allowed={}) = None  # type: ignore[valid-type]
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer."""
+        return self.max_tokens
+
+    @property
+    def with_usage(self) -> bool:
+        """Whether a stream should end with its usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class CompletionRequest(_Request):
+class CompletionRequest(Request):
     """`POST /v1/completions`."""
 
-    prompt: str
-    best_of: _only(allowed=1) = None  # type: ignore[valid-type]
-    echo: _only(allowed=False) = None  # type: ignore[valid-type]
-    logprobs: _only() = None  # type: ignore[valid-type]
-    suffix: _only() = None  # type: ignore[valid-type]
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        **UNSUPPORTED,
+        "logprobs": (),
+        "add_special_tokens": (True,),
+    }
+
+    prompt: Annotated[str, BeforeValidator(_unlist)]
 
 
 class _Text(_Fields):
@@ -128,7 +184,6 @@ class _Text(_Fields):
 
 class _ImageUrl(_Fields):
     url: Annotated[str, AfterValidator(_image)]
-    detail: str | None = None
 
 
 class _ImagePart(_Fields):
@@ -146,31 +201,97 @@ class _ToolCall(_Fields):
     type: Literal["function"] = "function"
     function: _Function
 
+    def for_template(self) -> dict[str, Any]:
+        """Spell it as chat templates read it: with its arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        return {**({"id": self.id} if self.id else {}), "type": self.type, "function": function}
 
-class _Message(_Fields):
-    role: str
+
+class Message(_Fields):
+    """A message; what answers carry besides, such as `refusal` and `annotations`, is ignored."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[Annotated[_Text | _ImagePart, Field(discriminator="type")]] | None = None
     name: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    audio: Nothing = None
+    function_call: Nothing = None
 
-
-class ChatRequest(_Request):
-    """`POST /v1/chat/completions`."""
-
-    messages: Annotated[list[_Message], Field(min_length=1)]
-    max_completion_tokens: int | None = Field(None, ge=1)
-    tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-    tool_choice: _only(allowed="auto") = None  # type: ignore[valid-type]
-    parallel_tool_calls: _only(allowed=True) = None  # type: ignore[valid-type]
-    response_format: _only(allowed={"type": "text"}) = None  # type: ignore[valid-type]
-    logprobs: _only(allowed=False) = None  # type: ignore[valid-type]
-    top_logprobs: _only(allowed=0) = None  # type: ignore[valid-type]
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"content: a message of the {self.role} must have some")
+        return self
 
     @property
-    def has_images(self) -> bool:
-        """Whether any message holds an image."""
-        return any(isinstance(p, _ImagePart) for m in self.messages if isinstance(m.content, list) for p in m.content)
+    def images(self) -> list[str]:
+        """The `data:` URLs of its images."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [part.image_url.url for part in parts if isinstance(part, _ImagePart)]
+
+    def for_template(self, *, sees: bool) -> dict[str, Any]:
+        """Spell it as chat templates read it: a list of parts for a model that `sees` images, else a text."""
+        content = [_Text(type="text", text=self.content)] if isinstance(self.content, str) else self.content or []
+        parts = [
+            {"type": "text", "text": part.text} if isinstance(part, _Text) else {"type": "image"} for part in content
+        ]
+        told = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": parts if sees else " ".join(part["text"] for part in parts),
+            "name": self.name,
+            "tool_calls": [call.for_template() for call in self.tool_calls or ()] or None,
+            "tool_call_id": self.tool_call_id,
+            "reasoning_content": self.reasoning_content,
+        }
+        return {name: value for name, value in told.items() if value is not None}
+
+
+def _tools(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for tool in tools:
+        function = tool.get("function")
+        if (
+            tool.get("type") != "function"
+            or not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+        ):
+            raise ValueError("every tool must be of the type function, and name its function")
+    return tools
+
+
+class ChatRequest(Request):
+    """`POST /v1/chat/completions`."""
+
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {**UNSUPPORTED, **UNSUPPORTED_IN_CHAT}
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    tools: Annotated[list[dict[str, Any]], AfterValidator(_tools)] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Plain = None
+    chat_template_kwargs: Annotated[dict[str, Plain], Field(max_length=64)] | None = None
+
+    @model_validator(mode="after")
+    def _tools_as_wanted(self) -> Self:
+        if self.tool_choice not in (None, "auto", "none"):
+            raise ValueError("tool_choice: this engine supports auto and none (vLLM may do more)")
+        if self.tools and self.parallel_tool_calls is False:
+            raise ValueError("parallel_tool_calls: false is not supported by this engine (vLLM may do it)")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        """The most tokens of an answer."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def offered(self) -> list[dict[str, Any]] | None:
+        """The tools that the model is told of."""
+        return (self.tools or None) if self.tool_choice != "none" else None
+
+    @property
+    def images(self) -> list[str]:
+        """The `data:` URLs of all images."""
+        return [url for message in self.messages for url in message.images]

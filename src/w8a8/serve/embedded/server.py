@@ -1,10 +1,9 @@
-"""The embedded engine: transformers' own OpenAI-compatible server, running one checkpoint with the W8A8 layer.
+"""The embedded engine: an OpenAI-compatible server for one checkpoint, run by transformers with the W8A8 layer.
 
-transformers' app, handlers and wire format (`transformers.cli.serving`) do the work. This room adds the rest: the model
-is loaded before the first request, is the only one, and is listed by `/v1/models` (`handlers`); a request is checked
-before it is run (`protocol`); requests are decoded together (`batching`, `stream`); a key, a limit of a request's size
-and an end to answers nobody waits for (`guard`); and every error is the API's JSON. transformers' routes that load,
-unload or fetch are removed.
+The model is loaded before the first request (`model`). A request passes limits of connections (`connections`), of key,
+size and time (`guard`), is checked (`protocol`), becomes the model's inputs beside the event loop (`prompts`,
+`rendering`, `images`), is decoded together with others (`batching`, `stream`), and is answered, errors included, as the
+API spells it (`handlers`, `answers`).
 """
 
 import json
@@ -21,23 +20,24 @@ from w8a8.serve.address import bound
 
 try:
     import uvicorn
-    from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
-    from fastapi.responses import JSONResponse
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from transformers.cli.serving.server import build_server
+    from starlette.requests import Request
+    from starlette.responses import Response
 
-    from w8a8.runtime.loading import engine_errors, quiet
+    from w8a8.runtime.loading import quiet
     from w8a8.serve.embedded.batching import Batcher
+    from w8a8.serve.embedded.connections import Connection
     from w8a8.serve.embedded.guard import Guard
-    from w8a8.serve.embedded.handlers import Chat, Completions, OneBatcher, OneModel
+    from w8a8.serve.embedded.handlers import Api
+    from w8a8.serve.embedded.model import OneModel
+    from w8a8.serve.embedded.prompts import Prompts
     from w8a8.serve.embedded.protocol import failure
 except ImportError as missing:
     raise MissingExtraError(
         f"the transformers engine cannot be imported ({missing}); install it: pip install 'w8a8[serve]'"
     ) from missing
 
-ROUTES = {"/v1/chat/completions", "/v1/completions", "/v1/models", "/health"}
 SHUTDOWN_SECONDS = 5
 
 
@@ -84,17 +84,19 @@ def running(checkpoint: str, folder: Path, *, api_key: str, max_model_len: int |
 class _Server(uvicorn.Server):
     """uvicorn that says when it listens, and ends running generations before it waits for their requests."""
 
-    def __init__(self, app: Any, batcher: Batcher, ready: Callable[[], None]) -> None:
+    def __init__(self, app: Any, batcher: Batcher, prompts: Prompts, ready: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
+                http=Connection,
+                ws="none",
                 log_config=_log_config(),
                 timeout_graceful_shutdown=SHUTDOWN_SECONDS,
                 server_header=False,
                 proxy_headers=False,
             )
         )
-        self._batcher, self._ready = batcher, ready
+        self._batcher, self._prompts, self._ready = batcher, prompts, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -103,6 +105,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._batcher.stop()
+        self._prompts.close()
         await super().shutdown(sockets)
         self._batcher.join(SHUTDOWN_SECONDS)
 
@@ -111,32 +114,20 @@ def _load(
     name: str, folder: Path, api_key: str | None, ready: Callable[[], None], max_model_len: int | None
 ) -> _Server:
     quiet()
-    with engine_errors(f"{name}: transformers cannot load it"):
-        manager = OneModel(name, folder, max_model_len)
-    batcher = Batcher(manager.model, manager.context)
-    return _Server(Guard(_app(manager, batcher), api_key), batcher, ready)
+    model = OneModel(name, folder, max_model_len)
+    prompts = Prompts(name, model.model, model.processor, context=model.context, sees=model.sees)
+    batcher = Batcher(model.model, model.context)
+    app = Starlette(
+        routes=Api(model, batcher, prompts).routes, exception_handlers={HTTPException: _refused, Exception: _broken}
+    )
+    return _Server(Guard(app, api_key), batcher, prompts, ready)
 
 
-def _app(manager: OneModel, batcher: Batcher) -> FastAPI:
-    state = OneBatcher(batcher)
-    chat, completions = Chat(manager, state), Completions(manager, state)
-    app: FastAPI = build_server(manager, chat, completions, None, None, None, state)
-    app.router.routes = [route for route in app.router.routes if getattr(route, "path", None) in ROUTES]
-    app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _malformed)
-    app.add_exception_handler(Exception, _broken)
-    return app
-
-
-async def _refused(_: Request, error: Any) -> JSONResponse:
+async def _refused(_: Request, error: Any) -> Response:
     return failure(error.status_code, str(error.detail))
 
 
-async def _malformed(_: Request, error: Any) -> JSONResponse:
-    return failure(400, f"the body is not a JSON object, sent as application/json: {error.errors()[0]['msg']}")
-
-
-async def _broken(_: Request, error: Exception) -> JSONResponse:
+async def _broken(_: Request, error: Exception) -> Response:
     return failure(500, f"{type(error).__name__} in the server; its log has more")
 
 

@@ -1,49 +1,85 @@
-"""One request on its way through the embedded engine: its tokens, its text, and the strings that end it."""
+"""One request on its way through the embedded engine: its tokens, its text, and the strings that end it.
 
-from collections.abc import Callable, Sequence
+A whole answer is what a streamed one adds up to: both are made of the same items, in the same order.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
+from fastapi import HTTPException
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cli.serving.utils import DirectStreamer, _StreamError, response_events_to_chunks
+from transformers.cli.serving.utils import response_events_to_chunks
 
 from w8a8.errors import first_line
 
+Item: TypeAlias = Any
+"""A piece of an answer: a `str` of text, a `ReasoningText` (a str, too), or a `ToolCall` that the model asks for."""
 
-class Stream(DirectStreamer):  # type: ignore[misc]
-    """One request: its settings, its tokens so far, and its text on the way to the handler's queue.
+_log = logging.getLogger(__name__)
 
-    transformers' streamer decodes the tokens; this class cuts off the stop strings.
-    """
+
+class Stream:
+    """One request: its settings, its tokens so far, and the items of its answer on their way to the event loop."""
 
     def __init__(
         self,
         inputs: dict[str, Tensor],
         config: GenerationConfig,
-        processors: Callable[[Tensor, Tensor], Tensor] | None,
-        *args: Any,
-        **kwargs: Any,
+        tokenizer: Any,
+        processors: Callable[[Tensor, Tensor], Tensor] | None = None,
+        parser: Any = None,
     ) -> None:
         """Take the `inputs` as the processor returned them for one sequence: `input_ids` [1, prompt], perhaps images.
 
-        `processors` turn `input_ids` [1, n] and `scores` [1, vocabulary] into scores, as in `model.generate`.
+        `tokenizer` is that of the `tokenizers` library. `processors` turn `input_ids` [1, n] and `scores`
+        [1, vocabulary] into scores, as in `model.generate`. `parser`, transformers' `ResponseParser`, finds reasoning
+        and calls in the text. Made on the event loop that `items` is read on.
         """
-        super().__init__(*args, **kwargs)
         self.inputs = inputs
         self.prompt: list[int] = inputs["input_ids"][0].tolist()
         self.tokens: list[int] = []
         self.done = False
         self.config = config
-        self._processors = processors
+        self.finish_reason: Literal["stop", "length"] = "stop"
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Item | _Failure | None] = asyncio.Queue()
+        self._cancelled = threading.Event()
+        self._tokenizer, self._parser, self._processors = tokenizer, parser, processors
+        self._decoder = DecodeStream([], skip_special_tokens=parser is None)
+        self._unread = ""
         self._generator = None
         if (seed := getattr(config, "seed", None)) is not None:
             self._generator = torch.Generator(inputs["input_ids"].device).manual_seed(seed)
         eos = config.eos_token_id
         self._eos = set(eos) if isinstance(eos, list) else {eos}
         self._stop = StopStrings(config.stop_strings or ())
-        self._first = False
+        if parser is not None:
+            self._send(response_events_to_chunks(parser.initial_events))
+
+    # --- on the event loop ----------------------------------------------------------------------------------------
+
+    async def items(self) -> AsyncIterator[Item]:
+        """Yield the answer piece by piece. Raises HTTPException 503 if the engine fails; cancels what nobody reads."""
+        try:
+            while (item := await self._queue.get()) is not None:
+                if isinstance(item, _Failure):
+                    raise HTTPException(503, item.message)
+                yield item
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Say that nobody waits for the rest."""
+        self._cancelled.set()
+
+    # --- on the engine's thread -----------------------------------------------------------------------------------
 
     @property
     def length(self) -> int:
@@ -53,59 +89,78 @@ class Stream(DirectStreamer):  # type: ignore[misc]
     @property
     def cancelled(self) -> bool:
         """Whether the client is gone."""
-        return bool(self._cancelled.is_set())
+        return self._cancelled.is_set()
 
     def choose(self, logits: Tensor) -> None:
-        """Choose the next token by logits [vocabulary] of any float dtype, and take it."""
-        scores = logits.float()[None]
-        if self._processors is not None:
-            scores = self._processors(torch.tensor([self.prompt + self.tokens], device=scores.device), scores)
-        if self.config.do_sample:
-            token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-        else:
-            token = scores.argmax(-1)
-        self.take(int(token))
+        """Choose the next token by logits [vocabulary] of any float dtype, and take it; an error ends this stream."""
+        try:
+            scores = logits.float()[None]
+            if self._processors is not None:
+                scores = self._processors(torch.tensor([self.prompt + self.tokens], device=scores.device), scores)
+            if self.config.do_sample:
+                token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
+            else:
+                token = scores.argmax(-1)
+            self.take(int(token))
+        except Exception as error:  # noqa: BLE001 - one request's, not the batch's
+            _log.exception("a request failed")
+            self.fail(one_line(error))
 
     def take(self, token: int) -> None:
         """Add a token, pass its text on, and end the sequence if it is the last."""
         self.tokens.append(token)
-        self.total_tokens += 1
-        self._emit(self._stop.feed(self._decode_stream.step(self._tokenizer, token) or ""))
+        self._say(self._stop.feed(self._decoder.step(self._tokenizer, token) or ""))
         if token in self._eos or self._stop.found:
-            self.config.max_new_tokens = None  # tells the handler that length was not the reason to stop
-            self.end()
-        elif self.total_tokens >= self.config.max_new_tokens:
-            self.end()
-
-    def end(self) -> None:
-        """Pass the rest of the text on, and close the stream."""
-        self.done = True
-        self._emit(self._stop.rest())
-        super().end()
+            self._end()
+        elif len(self.tokens) >= self.config.max_new_tokens:
+            self.finish_reason = "length"
+            self._end()
 
     def fail(self, message: str) -> None:
         """Close the stream with an error."""
         self.done = True
-        self._enqueue(_StreamError(message))
+        self._send([_Failure(message)])
 
-    def cut(self, text: str) -> str:
-        """Return `text` up to the stop string that ended the sequence, if one did."""
-        return StopStrings(self._stop.strings).feed(text) if self._stop.found else text
+    def _end(self) -> None:
+        """Pass the rest of the text on, and close the stream."""
+        self.done = True
+        self._say(self._stop.rest())
+        if self._parser is not None:
+            with suppress(ValueError, RuntimeError, LookupError, TypeError):  # cut off in the middle of a call
+                self._send(response_events_to_chunks(self._parser.finalize()[1]))
+        self._send([None])
 
-    @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the sequence."""
-        return self._stop.found
+    def _say(self, text: str) -> None:
+        if not text:
+            return
+        if self._parser is None:
+            self._send([text])
+            return
+        self._unread += text
+        try:
+            items = response_events_to_chunks(self._parser.feed(text))
+        except (
+            ValueError,
+            RuntimeError,
+            LookupError,
+            TypeError,
+        ):  # no call after all: it is text, like all that follows
+            self._parser, items = None, [self._unread]
+        if items:
+            self._unread = ""
+        self._send(items)
 
-    def _enqueue(self, item: Any) -> None:
+    def _send(self, items: Sequence["Item | _Failure | None"]) -> None:
         with suppress(RuntimeError):  # the event loop has ended, and nobody listens
-            super()._enqueue(item)
-
-    def _emit(self, text: str) -> None:
-        if text:
-            items = [text] if self._parser is None else response_events_to_chunks(self._parser.feed(text))
             for item in items:
-                self._enqueue(item)
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+
+
+class _Failure:
+    """The end of a stream that failed."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
 
 
 class StopStrings:
@@ -139,5 +194,5 @@ class StopStrings:
 
 
 def one_line(error: Exception) -> str:
-    """Put an error into one line that needs no escaping in a JSON string: transformers' handlers do none."""
-    return f"{type(error).__name__}: {first_line(error)}".replace("\\", "/").replace('"', "'")
+    """Put an error into one line."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,129 @@
+"""Answers of the embedded engine as OpenAI's API spells them, whole and streamed."""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fastapi import HTTPException
+from transformers.cli.serving.utils import ReasoningText, ToolCall
+
+from w8a8.serve.embedded.protocol import failure
+from w8a8.serve.embedded.stream import Item, Stream
+
+
+@dataclass(frozen=True)
+class Spelling(ABC):
+    """How one answer is spelled: its id, and the model that gives it."""
+
+    id: str
+    model: str
+    kind: ClassVar[str]
+    kind_of_chunk: ClassVar[str]
+
+    def whole(self, items: Sequence[Item], stream: Stream) -> dict[str, Any]:
+        """Spell the whole answer."""
+        choice = self._choice(items)
+        return {**self._head(self.kind), "choices": [self._ended(choice, items, stream)], "usage": _usage(stream)}
+
+    async def events(self, stream: Stream, with_usage: bool) -> AsyncIterator[str]:
+        """Spell the answer as it comes; an error in the middle is the API's."""
+        usage = {"usage": None} if with_usage else {}
+        called: list[ToolCall] = []
+        try:
+            for choice in self._opening():
+                yield self._event([choice], usage)
+            async for item in stream.items():
+                yield self._event([self._piece(item, len(called))], usage)
+                if isinstance(item, ToolCall):
+                    called.append(item)
+            yield self._event([self._ended(self._piece(None, 0), called, stream)], usage)
+            if with_usage:
+                yield self._event([], {"usage": _usage(stream)})
+        except HTTPException as error:
+            yield f"data: {bytes(failure(error.status_code, error.detail).body).decode()}\n\n"
+        finally:
+            stream.cancel()
+        yield "data: [DONE]\n\n"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
+
+    def _event(self, choices: list[Any], usage: Mapping[str, Any]) -> str:
+        return f"data: {json.dumps({**self._head(self.kind_of_chunk), 'choices': choices, **usage})}\n\n"
+
+    @staticmethod
+    def _ended(choice: dict[str, Any], items: Sequence[Item], stream: Stream) -> dict[str, Any]:
+        called = any(isinstance(item, ToolCall) for item in items)
+        return {**choice, "finish_reason": "tool_calls" if called else stream.finish_reason}
+
+    def _opening(self) -> list[dict[str, Any]]:
+        return []
+
+    @abstractmethod
+    def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
+        """Spell all items as one choice."""
+
+    @abstractmethod
+    def _piece(self, item: Item | None, number: int) -> dict[str, Any]:
+        """Spell an item of a stream; a call is the `number`th. None: no item, for the end."""
+
+
+class Completion(Spelling):
+    """An answer of `/v1/completions`: a text."""
+
+    kind = kind_of_chunk = "text_completion"
+
+    def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
+        return self._piece("".join(map(str, items)), 0)
+
+    def _piece(self, item: Item | None, number: int) -> dict[str, Any]:  # noqa: ARG002
+        return {"index": 0, "text": item or "", "logprobs": None, "finish_reason": None}
+
+
+class Chat(Spelling):
+    """An answer of `/v1/chat/completions`: a message with text, reasoning and calls."""
+
+    kind = "chat.completion"
+    kind_of_chunk = "chat.completion.chunk"
+
+    def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
+        calls = [item for item in items if isinstance(item, ToolCall)]
+        reasoning = "".join(item for item in items if isinstance(item, ReasoningText))
+        text = "".join(item for item in items if isinstance(item, str) and not isinstance(item, ReasoningText))
+        message = {
+            "role": "assistant",
+            "content": text,
+            "refusal": None,
+            **({"reasoning_content": reasoning} if reasoning else {}),
+            **({"tool_calls": [self._call(call, i) for i, call in enumerate(calls)]} if calls else {}),
+        }
+        return {"index": 0, "message": message, "logprobs": None}
+
+    def _opening(self) -> list[dict[str, Any]]:
+        return [self._delta({"role": "assistant", "content": ""})]
+
+    def _piece(self, item: Item | None, number: int) -> dict[str, Any]:
+        match item:
+            case None:
+                return self._delta({})
+            case ToolCall():
+                return self._delta({"tool_calls": [{"index": number, **self._call(item, number)}]})
+            case ReasoningText():
+                return self._delta({"reasoning_content": item})
+        return self._delta({"content": item})
+
+    @staticmethod
+    def _delta(delta: dict[str, Any]) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def _call(self, call: ToolCall, number: int) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.arguments}
+        return {"id": f"call-{self.id}-{number}", "type": "function", "function": function}
+
+
+def _usage(stream: Stream) -> dict[str, int]:
+    prompt, answer = len(stream.prompt), len(stream.tokens)
+    return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

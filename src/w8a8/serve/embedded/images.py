@@ -1,0 +1,52 @@
+"""Images in a request: `data:` URLs, whose size is known from their header before a pixel is decoded."""
+
+import base64
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
+
+from PIL import Image
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+MAX_PIXELS = 2**24
+"""Pixels of one image: a processor needs some 50 bytes for each."""
+MAX_TOTAL_PIXELS = 2**25
+"""The same of all images of a request."""
+MAX_SIDE = 2**14
+
+
+def open_image(url: str) -> Image.Image:
+    """Read the header of the image in a `data:` URL. Raises ValueError if there is none, or if it is too large."""
+    head, _, data = url.partition(",")
+    if not head.startswith("data:image/") or not head.endswith(";base64"):
+        raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
+    with _readable():
+        image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS)
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        raise ValueError(
+            f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are taken, and {MAX_SIDE:,} on a side"
+        )
+    return image
+
+
+def decode(urls: Sequence[str]) -> list[Image.Image]:
+    """Decode the images in `data:` URLs. Raises ValueError, before decoding if together they are too large."""
+    images = [open_image(url) for url in urls]
+    if (pixels := sum(image.width * image.height for image in images)) > MAX_TOTAL_PIXELS:
+        raise ValueError(f"the images have {pixels:,} pixels together; at most {MAX_TOTAL_PIXELS:,} are taken")
+    with _readable():
+        for image in images:
+            image.load()
+    return images
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn whatever Pillow raises for a damaged file into a ValueError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        raise ValueError(f"is not a readable image ({', '.join(FORMATS)})") from error

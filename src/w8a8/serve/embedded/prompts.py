@@ -1,0 +1,128 @@
+"""A request's messages or text as the inputs of the model, made beside the event loop and within bounds.
+
+One thread does this work, a request at a time, so that the memory of images is that of one request. What comes from the
+checkpoint as a program, its chat template, runs in a process of its own (`rendering`); the rest takes a time that the
+size of the request bounds.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import HTTPException
+from torch import Tensor
+from transformers.cli.serving.utils import get_response_template
+from transformers.utils.chat_parsing import ResponseParser
+
+from w8a8.errors import first_line
+from w8a8.serve.embedded.images import decode
+from w8a8.serve.embedded.protocol import ChatRequest, CompletionRequest
+from w8a8.serve.embedded.rendering import Renderer, TemplateRefusedError
+
+CHARACTERS_PER_TOKEN = 64
+"""The longest prompt, for each token of the context; in text a token has 4 characters, and a run of spaces 31."""
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The model's inputs, `input_ids` [1, tokens] among them, and a parser for the answer (None: it is text alone)."""
+
+    inputs: dict[str, Tensor]
+    parser: ResponseParser | None = None
+
+
+class Prompts:
+    """Makes the prompts of one model."""
+
+    def __init__(self, name: str, model: Any, processor: Any, *, context: int, sees: bool) -> None:
+        """Serve `model` with its `processor`, which is a tokenizer where the model is not one that `sees` images."""
+        self._name, self._model, self._processor, self._sees = name, model, processor, sees
+        self._tokenizer = getattr(processor, "tokenizer", processor)
+        self._limit = CHARACTERS_PER_TOKEN * context
+        self._renderer = Renderer()
+        self._thread = ThreadPoolExecutor(1, "w8a8-prompts")
+
+    def close(self) -> None:
+        """End what is being made, and make no more."""
+        self._renderer.close()
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def of_chat(self, request: ChatRequest) -> Prompt:
+        """Make the prompt of a chat. Raises HTTPException 400 if the template, or the model, refuses it."""
+        return await self.beside(self._chat, request)
+
+    async def of_completion(self, request: CompletionRequest) -> Prompt:
+        """Make the prompt of a text. Raises HTTPException 400 if it is too long."""
+        return await self.beside(self._complete, request)
+
+    async def beside(self, function: Callable[[_T], _R], argument: _T) -> _R:
+        """Call `function` on the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function, argument)
+
+    def _chat(self, request: ChatRequest) -> Prompt:
+        template = self._template(request)
+        if request.images and not self._sees:
+            raise HTTPException(400, f"{self._name} takes text only, no images")
+        try:
+            text = self._renderer.render(
+                template,
+                [message.for_template(sees=self._sees) for message in request.messages],
+                tools=request.offered,
+                special=self._tokenizer.special_tokens_map,
+                given=request.chat_template_kwargs,
+                offered={"reasoning_effort": request.reasoning_effort} if request.reasoning_effort is not None else {},
+                limit=self._limit,
+            )
+        except TemplateRefusedError as error:
+            raise HTTPException(400, f"the chat template refuses these messages: {error}") from error
+        inputs = self._see(text, request.images) if self._sees else self._tokens(text, special=False)
+        return Prompt(inputs, self._parser(inputs, request))
+
+    def _complete(self, request: CompletionRequest) -> Prompt:
+        return Prompt(self._tokens(request.prompt, special=True))
+
+    def _template(self, request: ChatRequest) -> str:
+        """Find the template, that for tools if there is one and the request has some."""
+        found = getattr(self._processor, "chat_template", None) or getattr(self._tokenizer, "chat_template", None)
+        if isinstance(found, dict):
+            found = (found.get("tool_use") if request.offered else None) or found.get("default")
+        if not isinstance(found, str) or not found:
+            raise HTTPException(400, f"{self._name} has no chat template: use /v1/completions instead")
+        return found
+
+    def _tokens(self, text: str, *, special: bool) -> dict[str, Tensor]:
+        if len(text) > self._limit:
+            raise HTTPException(
+                400, f"the prompt has {len(text):,} characters, and at most {self._limit:,} can fit the context"
+            )
+        return self._ready(lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt"))
+
+    def _see(self, text: str, urls: list[str]) -> dict[str, Tensor]:
+        """Let the processor read the text and the images, as its `apply_chat_template` does."""
+        try:
+            images = decode(urls)
+        except ValueError as error:
+            raise HTTPException(400, f"messages: {error}") from error
+        begun = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
+        special = {"add_special_tokens": False} if begun else {}
+        return self._ready(
+            lambda: self._processor(text=text, images=[images] if images else None, return_tensors="pt", **special)
+        )
+
+    def _ready(self, read: Callable[[], Any]) -> dict[str, Tensor]:
+        try:
+            inputs = read()
+        except Exception as error:  # the text, or the images, of the request
+            raise HTTPException(400, f"the model's processor refuses the prompt: {first_line(error)}") from error
+        return dict(inputs.to(self._model.device))
+
+    def _parser(self, inputs: Mapping[str, Tensor], request: ChatRequest) -> ResponseParser | None:
+        template = get_response_template(self._processor, self._model)
+        if template is None:
+            return None
+        return ResponseParser(template, prefix=self._tokenizer.decode(inputs["input_ids"][0]), tools=request.offered)
