@@ -17,7 +17,7 @@ from typing import Any
 
 from w8a8.errors import MissingExtraError, ServerError, UnreadableError, UsageError, first_line
 from w8a8.reading import UnfitError, read_bytes
-from w8a8.serve.client import explained
+from w8a8.serve.client import address, connect, explained
 from w8a8.serve.client import message as said
 
 COMPLETION_TOKENS = 256
@@ -150,26 +150,27 @@ def connected(
     system: str | None = None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Chat]:
-    """Connect to the first model of the server at `target`, or to the checkpoint (folder or Hub id) `target`.
+    """Connect to the first model of the server at `target` (its scheme may be missing), or to that checkpoint.
 
     Raises `ServerError` where a server cannot be reached or refuses; for a checkpoint, the errors of `serve`.
     """
     try:
-        import openai
+        import openai  # noqa: F401
     except ModuleNotFoundError as missing:
         raise MissingExtraError("chat needs the openai client: pip install 'w8a8[serve]'") from missing
 
     @contextmanager
     def reach(base_url: str, key: str) -> Iterator[Chat]:
-        with openai.OpenAI(base_url=base_url, api_key=key, max_retries=0) as client:
+        with connect(base_url, key, max_retries=0) as client:
             with _explained(base_url):
                 models = client.models.list().data
             if not models:
                 raise ServerError(f"{base_url}: the server lists no model")
             yield Chat(client, models[0].id, notice, settings or Settings(), system)
 
-    if target.startswith(("http://", "https://")):
-        base_url = target.rstrip("/").removesuffix("/v1") + "/v1"
+    url = None if Path(target).exists() else address(target)
+    if url is not None:
+        base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
         with reach(base_url, api_key or "none") as chat:
             yield chat
         return

@@ -1,11 +1,51 @@
-"""The openai client's errors as ours: a server that cannot be asked, or that does not answer as the API does."""
+"""The openai client, and its errors as ours: a server that cannot be asked, or that does not answer as the API does."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
+from urllib.parse import urlsplit
 
 from w8a8.errors import ServerError
+
+_ADDRESS = re.compile(r"(https?://.*)|((?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}(?:/.*)?)", re.IGNORECASE | re.DOTALL)
+
+
+def address(text: str) -> str | None:
+    """Return the URL that `text` spells, or means as `localhost:8000/v1` does; None if it names no server."""
+    match = _ADDRESS.fullmatch(text)
+    return None if match is None else match[1] or f"http://{text}"
+
+
+def connect(base_url: str, api_key: str, **options: Any) -> Any:
+    """Return an openai client of the server at `base_url`; to this machine it takes no proxy of the environment."""
+    import openai
+
+    direct: dict[str, Any] = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if _is_here(base_url) else {}
+    return openai.OpenAI(base_url=base_url, api_key=api_key, **direct, **options)
+
+
+def connect_async(base_url: str, api_key: str, **options: Any) -> Any:
+    """Return an asynchronous client, else as `connect`."""
+    import openai
+
+    direct: dict[str, Any] = (
+        {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_here(base_url) else {}
+    )
+    return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, **direct, **options)
+
+
+def _is_here(base_url: str) -> bool:
+    """Say whether a URL's host is this machine: a name or an address that no proxy could reach it by."""
+    try:
+        host = (urlsplit(base_url).hostname or "").rstrip(".")
+        if host == "localhost" or host.endswith(".localhost"):
+            return True
+        return ip_address(host).is_loopback or ip_address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from w8a8.errors import MissingExtraError, ServerError
-from w8a8.serve.client import explained, not_the_api
+from w8a8.serve.client import connect, connect_async, explained, not_the_api
 
 RETRIES = 7
 """Retries of one request, after 0.5 s, then 1, 2, 4, 8, 8, 8 (less a random quarter), or when the server says."""
@@ -53,10 +53,9 @@ class Reply:
 
 def find_model(server: Server, name: str | None) -> Model:
     """Find the model `name`, or the only one that the server lists. Raises ServerError, also if there is none."""
-    openai = _openai()
     with (
         _explained(server.base_url),
-        openai.OpenAI(base_url=server.base_url, api_key=server.api_key, max_retries=0, timeout=30) as client,
+        connect(server.base_url, server.api_key, max_retries=0, timeout=30) as client,
     ):
         listed = {str(model.id): str(getattr(model, "owned_by", "")) for model in client.models.list().data}
     known = ", ".join(list(listed)[:5]) or "none"
@@ -99,9 +98,7 @@ async def _ask_all(
             answered(key, reply, time.monotonic() - start)
             failures.count(reply)
 
-    client = _openai().AsyncOpenAI(
-        base_url=server.base_url, api_key=server.api_key, max_retries=RETRIES, timeout=server.timeout
-    )
+    client = connect_async(server.base_url, server.api_key, max_retries=RETRIES, timeout=server.timeout)
     try:
         async with client, asyncio.TaskGroup() as group:
             for _ in range(min(concurrency, len(requests))):
