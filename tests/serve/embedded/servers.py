@@ -1,7 +1,8 @@
 """The embedded engine in a process of its own, serving a small random W8A8 checkpoint."""
 
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,33 @@ import w8a8
 from tests.servers import OFFLINE, Server, free_port, started
 
 KEY = "sesame"
+NAME = "some/model@main:8"
+IMPATIENT = {"connections.HEAD_SECONDS": 3, "guard.BODY_SECONDS": 3, "connections.MAX_CONNECTIONS": 30}
+"""Limits of slow clients that a test can wait for."""
 VOCABULARY = 320
-TEMPLATE = (
-    "{% for m in messages %}{% if m.content == 'clown' %}{{ raise_exception('no clowns') }}{% endif %}"
-    "{{ m.content }} w9{% endfor %}"
-)
+TEMPLATE = """\
+{%- for m in messages -%}
+  {%- if m.content == 'clown' %}{{ raise_exception('no clowns') }}{% endif -%}
+  {%- if m.content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
+  {%- if m.content == 'power' %}{{ 10 ** (10 ** (m.content|length + 3)) }}{% endif -%}
+  {%- if m.content == 'memory' %}{{ 'x' * 10 ** 10 }}{% endif -%}
+  {%- if m.role == 'system' %} w1 w2{% endif -%}
+  {%- for call in m.tool_calls or [] %} w3{{ call.function.arguments.place }}{% endfor -%}
+  {{ m.content }} w9
+{%- endfor -%}
+{%- for tool in tools or [] %} w4{% endfor -%}
+{%- if enable_thinking %} w5 w5 w5{% endif %}{{ suffix }}"""
+"""Four contents make it a program that refuses or does not end."""
 SERVE = """
+import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from w8a8.serve.embedded.server import run
-name, folder, port, key, context = sys.argv[1:]
+name, folder, port, key, context, limits = sys.argv[1:]
+for place, value in json.loads(limits).items():
+    module, _, limit = place.partition(".")
+    setattr(import_module(f"w8a8.serve.embedded.{module}"), limit, value)
 run(name, Path(folder), host="127.0.0.1", port=int(port), api_key=key or None,
     max_model_len=int(context) or None, ready=lambda name: print("ready", name, flush=True))
 """
@@ -64,10 +82,12 @@ def make_checkpoint(folder: Path, *, template: bool) -> Path:
 
 
 @contextmanager
-def serving(folder: Path, name: str, *, key: str = "", context: int = 0) -> Iterator[Server]:
-    """A server that is ready; it is killed at the end, if it has not ended before."""
+def serving(
+    folder: Path, name: str, *, key: str = "", context: int = 0, limits: Mapping[str, float] | None = None
+) -> Iterator[Server]:
+    """A server that is ready, with some of its limits changed; it is killed at the end, if it has not ended before."""
     port, log = free_port(), folder.with_name(f"{folder.name}-{name.replace('/', '-')}.log")
-    command = [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context)]
+    command = [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context), json.dumps(limits or {})]
     with started(command, log, OFFLINE | {"OMP_NUM_THREADS": "1"}) as running:
         server = Server(running.process, log, port, name, key or "none")
         server.wait_for(f"ready {name}")

@@ -7,9 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ import pytest
 from fastapi import HTTPException
 from PIL import Image
 
-from tests.serve.embedded.servers import KEY, make_checkpoint, message, prompt, serving
+from tests.serve.embedded.servers import KEY, NAME, message, prompt, serving
 from tests.servers import Server
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
@@ -28,44 +26,8 @@ from w8a8.serve.embedded.protocol import ChatRequest
 
 pytestmark = pytest.mark.engine
 
-NAME = "some/model@main:8"
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("embedded") / "model", template=True)
-
-
-@pytest.fixture(scope="module")
-def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("embedded-plain") / "model", template=False)
-
-
-@pytest.fixture(scope="module")
-def servers(checkpoint: Path, plain_checkpoint: Path) -> Iterator[tuple[Server, Server]]:
-    """One with a chat template; one without, but with a key and a context of 64. Started side by side."""
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stack.enter_context, serving(checkpoint, NAME))
-        second = pool.submit(stack.enter_context, serving(plain_checkpoint, "plain", key=KEY, context=64))
-        yield first.result(), second.result()
-
-
-@pytest.fixture(scope="module")
-def server(servers: tuple[Server, Server]) -> Server:
-    return servers[0]
-
-
-@pytest.fixture(scope="module")
-def locked(servers: tuple[Server, Server]) -> Server:
-    return servers[1]
-
-
-@pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
-    with server.client as made:
-        yield made
 
 
 def image_url(kind: str = "PNG") -> str:

@@ -1,6 +1,6 @@
-"""The embedded engine: transformers' OpenAI-compatible server running this project's INT8 layer.
+"""The embedded engine: an OpenAI-compatible server for models of transformers with this project's INT8 layer.
 
-It builds on classes of that server which transformers does not promise to keep, so importing it checks their version.
+It builds on parts that transformers does not promise to keep, so importing it checks their version.
 """
 
 from importlib.metadata import PackageNotFoundError, version
@@ -8,10 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from w8a8.errors import MissingExtraError
 
 TRANSFORMERS = "5.23"
-"""The version whose server this engine builds on; the extra `serve` in pyproject.toml asks for the same.
+"""The version that this engine builds on; the extra `serve` in pyproject.toml asks for the same.
 
-5.24 renamed the method behind `/v1/models`: move on by reading the differences in `transformers.cli.serving`,
-`transformers.cache_utils` and `transformers.core_model_loading`, and by running tests/serve/embedded.
+Move on by reading the differences in `transformers.cli.serving`, `transformers.cache_utils`,
+`transformers.utils.chat_template_utils`, `transformers.utils.chat_parsing` and `transformers.core_model_loading`, and
+by running tests/serve/embedded.
 """
 
 

@@ -7,6 +7,7 @@ a limit of memory. It needs jinja2 and transformers' rules for templates, not to
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ SECONDS = 5
 MEMORY_BYTES = 512 * 2**20
 """The memory that a template may take, beside that of its interpreter."""
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _WORKER = "from w8a8.serve.embedded.rendering import work; work()"
 
 
@@ -59,6 +61,8 @@ class Renderer:
         answer: dict[str, str] = json.loads(self._exchange(line))
         if "refused" in answer:
             raise TemplateRefusedError(answer["refused"])
+        if _SURROGATE.search(answer["text"]):
+            raise TemplateRefusedError("the prompt holds half of a surrogate pair, which is no character")
         return answer["text"]
 
     def close(self) -> None:
