@@ -23,7 +23,15 @@ from w8a8.errors import ServerError, UsageError
 
 pytestmark = pytest.mark.engine
 
-ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb", "COLUMNS": "120"}
+ENVIRONMENT = {
+    **os.environ,
+    **dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9"),
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TERM": "dumb",
+    "COLUMNS": "120",
+}
+"""With a proxy that nobody answers at: the servers of these tests are on this machine."""
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +126,12 @@ def test_one_shot_prints_the_answer_alone(server: Server) -> None:
         model="model", messages=[{"role": "user", "content": " w8 w7"}], max_tokens=12, temperature=0
     )
     assert done.stdout == f"{expected.choices[0].message.content}\n"
+
+
+def test_an_address_needs_no_scheme(server: Server) -> None:
+    for address in (f"localhost:{server.port}/v1", f"127.0.0.1:{server.port}"):
+        done = chat(address, "--prompt", " w8 w7", "--max-tokens", "2", "--json")
+        assert json.loads(done.stdout)["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize("end", ["", "/", "/v1", "/v1/"])
