@@ -145,13 +145,15 @@ def write(card: Card, *, overwrite: bool = False) -> None:
 
     Raises `TargetExistsError` where such a README.md is in the way, `UnwritableError` or `DiskFullError`.
     """
-    aside = card.path.with_name(ASIDE)
-    if card.stranger and (not overwrite or aside.exists()):
-        way_out = f"{ASIDE} is there too: move one of them" if overwrite else f"--overwrite moves it to {ASIDE}"
-        raise TargetExistsError(f"{card.path}: exists, and `w8a8 card` did not write it; {way_out}")
     if card.stranger:
+        aside = card.path.with_name(ASIDE)
         with reading(card.path):
-            write_whole(aside, card.path.read_bytes())
+            before = card.path.read_bytes()
+            taken = aside.exists() and aside.read_bytes() != before  # equal: a killed run has got as far as this
+        if taken or not overwrite:
+            way_out = f"{ASIDE} is there too: move one of them" if overwrite else f"--overwrite moves it to {ASIDE}"
+            raise TargetExistsError(f"{card.path}: exists, and `w8a8 card` did not write it; {way_out}")
+        write_whole(aside, before)
     write_whole(card.path, card.text.encode())
 
 
