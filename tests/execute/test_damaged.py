@@ -169,6 +169,13 @@ def test_a_staging_folder_that_is_a_file_is_refused(source: Path, out: Path) -> 
     assert staging_of(out).read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["x" * 250, "x" * 300, "file/x"])
+def test_a_name_that_no_folder_can_have_is_unwritable(source: Path, out: Path, name: str) -> None:
+    out.with_name("file").touch()
+    with pytest.raises(UnwritableError):
+        quantize(source, out.with_name(name) if "/" not in name else out.parent / name)
+
+
 @pytest.mark.parametrize("name", ["out", "old", "filling.jsonl"])
 def test_links_inside_the_staging_folder_are_not_followed(source: Path, out: Path, whole: Files, name: str) -> None:
     interrupted(source, out)

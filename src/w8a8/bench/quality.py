@@ -108,9 +108,9 @@ def bench(
     # 1) The texts to measure and to calibrate on.
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    source, out = resolve(model).path, folder / "out"
+    source, out = resolve(model).path, folder / "w8a8-bench-out"
     texts = _texts(gsm8k, prose)
-    calibration = folder / "calibration.jsonl"
+    calibration = folder / "w8a8-bench-calibration.jsonl"
     calibration.write_text("".join(f"{json.dumps({'text': text})}\n" for text in _calibration(gsm8k)), encoding="utf-8")
     # 2) The source itself, in BF16.
     notice(ARITHMETIC)

@@ -97,7 +97,7 @@ def bench(
     """Make the checkpoint (once), run every contender `runs` times by turns, and collect the table."""
     # 1) The checkpoint, which a later bench finds again.
     folder = folder.absolute()
-    source, out = folder / f"gemma-4-31b-layers-{gib:g}GiB", folder / "out"
+    source, out = folder / f"gemma-4-31b-layers-{gib:g}GiB", folder / "w8a8-bench-out"
     make_checkpoint(source, gib, notice)
     size = sum(file.stat().st_size for file in _shards(source))
     with tempfile.TemporaryDirectory(dir=folder) as caches:

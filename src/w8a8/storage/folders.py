@@ -16,12 +16,10 @@ def acquire(home: Path, out: Path) -> int:
 
     Raises `TargetBusyError`, `DiskFullError` or `UnwritableError`: for a link too, since what it leads to is not ours.
     """
-    if home.is_symlink() or (home.exists() and not home.is_dir()):
-        kind = "a link" if home.is_symlink() else "not a folder"
-        raise UnwritableError(
-            f"{home}: is {kind}, where unfinished work on {out} would lie; remove it, and start again"
-        )
     with disk_errors(home):
+        if home.is_symlink() or (home.exists() and not home.is_dir()):
+            kind = "a link" if home.is_symlink() else "not a folder"
+            raise UnwritableError(f"{home}: is {kind}, where unfinished work on {out} lies; remove it, and start again")
         home.mkdir(parents=True, exist_ok=True)
         # It is gone, or another by now, where a run has just ended and removed it.
         with suppress(BlockingIOError, FileNotFoundError):
