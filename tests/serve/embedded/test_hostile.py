@@ -118,6 +118,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "messages of spaces": (*chat(messages=message(" " * 30_000_000)), "characters"),
     "a large picture": (*image(png(7000, 7000)), "7000 x 7000 pixels"),
     "a long picture": (*image(png(1, 40_000_000)), "1 x 40000000 pixels"),
+    "a narrow picture": (*image(png(1, 16_000)), "1 x 16000 pixels"),
     "a picture without pixels": (*image("data:image/png;base64,"), "not a readable image"),
     "a template that needs all memory": (*chat(messages=message("memory")), "chat template refuses"),
 }  # fmt: skip

@@ -22,6 +22,7 @@ from tests.serve.embedded.servers import KEY, NAME, message, prompt, serving
 from tests.servers import Server
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
+from w8a8.serve.embedded.images import decode
 from w8a8.serve.embedded.protocol import ChatRequest
 
 pytestmark = pytest.mark.engine
@@ -259,6 +260,18 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded() -> None:
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     with pytest.raises(HTTPException, match="10000 x 10000 pixels"):
         ChatRequest.parse({"messages": image_message(url)})
+
+
+@pytest.mark.parametrize(
+    ("pictures", "reason"),
+    [([(8, 8)] * 33, "33 images are too many"), ([(4096, 4096)] * 3, "50,331,648 pixels together")],
+)
+def test_images_that_are_too_large_together_are_not_decoded(pictures: list[tuple[int, int]], reason: str) -> None:
+    file = BytesIO()
+    Image.new("1", pictures[0]).save(file, "PNG")
+    url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    with pytest.raises(ValueError, match=reason):
+        decode([url] * len(pictures))
 
 
 def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Path) -> None:

@@ -1,5 +1,6 @@
 """The endpoints of the embedded engine."""
 
+import asyncio
 import copy
 import uuid
 from typing import Any, TypeVar
@@ -66,7 +67,8 @@ class Api:
         return await self._answer(asked, prompt, asked.limit, Chat(f"chatcmpl-{uuid.uuid4().hex}", self._model.name))
 
     async def _asked(self, call: Call, kind: type[_R]) -> _R:
-        asked: _R = await self._prompts.beside(lambda body: kind.parse(read(body)), await call.body())
+        body = await call.body()
+        asked: _R = await asyncio.to_thread(lambda: kind.parse(read(body)))
         if asked.model is not None:
             self._check_name(asked.model)
         return asked

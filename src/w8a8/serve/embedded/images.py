@@ -13,7 +13,11 @@ MAX_PIXELS = 2**24
 """Pixels of one image: a processor needs some 50 bytes for each."""
 MAX_TOTAL_PIXELS = 2**25
 """The same of all images of a request."""
+MAX_IMAGES = 32
+"""Images of a request: processors enlarge small ones."""
 MAX_SIDE = 2**14
+MAX_RATIO = 200
+"""The longer side by the shorter: models have no positions for more."""
 
 
 def open_image(url: str) -> Image.Image:
@@ -23,15 +27,19 @@ def open_image(url: str) -> Image.Image:
         raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
     with _readable():
         image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS)
-    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+    short, long = sorted(image.size)
+    if long > MAX_SIDE or short * long > MAX_PIXELS or long > MAX_RATIO * short:
         raise ValueError(
-            f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are taken, and {MAX_SIDE:,} on a side"
+            f"has {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are taken, {MAX_SIDE:,} on a side, and "
+            f"sides of 1 to {MAX_RATIO}"
         )
     return image
 
 
 def decode(urls: Sequence[str]) -> list[Image.Image]:
     """Decode the images in `data:` URLs. Raises ValueError, before decoding if together they are too large."""
+    if len(urls) > MAX_IMAGES:
+        raise ValueError(f"{len(urls)} images are too many; at most {MAX_IMAGES} are taken")
     images = [open_image(url) for url in urls]
     if (pixels := sum(image.width * image.height for image in images)) > MAX_TOTAL_PIXELS:
         raise ValueError(f"the images have {pixels:,} pixels together; at most {MAX_TOTAL_PIXELS:,} are taken")

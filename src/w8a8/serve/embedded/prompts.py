@@ -1,8 +1,8 @@
 """A request's messages or text as the inputs of the model, made beside the event loop and within bounds.
 
-One thread does this work, a request at a time, so that the memory of images is that of one request. What comes from the
-checkpoint as a program, its chat template, runs in a process of its own (`rendering`); the rest takes a time that the
-size of the request bounds.
+What comes from the checkpoint as a program, its chat template, runs in a process of its own (`rendering`), for which
+one thread waits. Another does the rest, a request at a time, so that the memory of images is that of one request; it
+takes a time that the size of the request bounds.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from w8a8.errors import first_line
+from w8a8.serve.embedded.batching import SHUTTING_DOWN
 from w8a8.serve.embedded.images import decode
 from w8a8.serve.embedded.protocol import ChatRequest, CompletionRequest
 from w8a8.serve.embedded.rendering import Renderer, TemplateRefusedError
@@ -24,7 +25,6 @@ from w8a8.serve.embedded.rendering import Renderer, TemplateRefusedError
 CHARACTERS_PER_TOKEN = 64
 """The longest prompt, for each token of the context; in text a token has 4 characters, and a run of spaces 31."""
 
-_T = TypeVar("_T")
 _R = TypeVar("_R")
 
 
@@ -45,31 +45,29 @@ class Prompts:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._limit = CHARACTERS_PER_TOKEN * context
         self._renderer = Renderer()
-        self._thread = ThreadPoolExecutor(1, "w8a8-prompts")
+        self._rendering, self._reading = ThreadPoolExecutor(1, "w8a8-templates"), ThreadPoolExecutor(1, "w8a8-prompts")
 
     def close(self) -> None:
         """End what is being made, and make no more."""
         self._renderer.close()
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._rendering, self._reading):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """Make the prompt of a chat. Raises HTTPException 400 if the template, or the model, refuses it."""
-        return await self.beside(self._chat, request)
+        text = await _on(self._rendering, lambda: self._render(request))
+        return await _on(self._reading, lambda: self._chat(request, text))
 
     async def of_completion(self, request: CompletionRequest) -> Prompt:
         """Make the prompt of a text. Raises HTTPException 400 if it is too long."""
-        return await self.beside(self._complete, request)
+        return await _on(self._reading, lambda: Prompt(self._tokens(request.prompt, special=True)))
 
-    async def beside(self, function: Callable[[_T], _R], argument: _T) -> _R:
-        """Call `function` on the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, function, argument)
-
-    def _chat(self, request: ChatRequest) -> Prompt:
+    def _render(self, request: ChatRequest) -> str:
         template = self._template(request)
         if request.images and not self._sees:
             raise HTTPException(400, f"{self._name} takes text only, no images")
         try:
-            text = self._renderer.render(
+            return self._renderer.render(
                 template,
                 [message.for_template(sees=self._sees) for message in request.messages],
                 tools=request.offered,
@@ -80,11 +78,10 @@ class Prompts:
             )
         except TemplateRefusedError as error:
             raise HTTPException(400, f"the chat template refuses these messages: {error}") from error
+
+    def _chat(self, request: ChatRequest, text: str) -> Prompt:
         inputs = self._see(text, request.images) if self._sees else self._tokens(text, special=False)
         return Prompt(inputs, self._parser(inputs, request))
-
-    def _complete(self, request: CompletionRequest) -> Prompt:
-        return Prompt(self._tokens(request.prompt, special=True))
 
     def _template(self, request: ChatRequest) -> str:
         """Find the template, that for tools if there is one and the request has some."""
@@ -126,3 +123,12 @@ class Prompts:
         if template is None:
             return None
         return ResponseParser(template, prefix=self._tokenizer.decode(inputs["input_ids"][0]), tools=request.offered)
+
+
+async def _on(thread: ThreadPoolExecutor, function: Callable[[], _R]) -> _R:
+    """Call `function` on a thread. Raises HTTPException 503 when that is closed."""
+    try:
+        call = asyncio.get_running_loop().run_in_executor(thread, function)
+    except RuntimeError as error:
+        raise HTTPException(503, SHUTTING_DOWN) from error
+    return await call

@@ -150,7 +150,7 @@ class Request(_Fields):
         except ValidationError as error:
             # Every branch of a union complains; the one that got furthest is the one that was meant.
             deepest = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
-            where = ".".join(map(str, deepest["loc"]))
+            where = ".".join(str(part) for part in deepest["loc"] if "[" not in str(part))
             message = deepest["msg"].removeprefix("Value error, ")
             raise HTTPException(400, f"{where}: {message}" if where else message) from None
 
