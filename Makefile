@@ -2,13 +2,14 @@
 #   make demo    a real Gemma 3 270M: quantized, verified, served
 #   make test    formatter, linter, type checker, the whole test suite
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
+#   make fuzz    300,000 damaged files, read as the commands read them: half an hour
 #   make docs    the documentation site, in site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 LONG := engine or model or slow
 
-.PHONY: demo test check lint docs vllm bench clean
+.PHONY: demo test check fuzz lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
@@ -19,6 +20,9 @@ test: check vllm
 # Two processes, a file of tests at a time: fixtures that last for a file are made once.
 check: lint
 	$(BIN)/pytest -q -m "not ($(LONG))" --numprocesses 2 --dist loadfile
+
+fuzz: .venv/.dev
+	W8A8_FUZZ=300000 $(BIN)/pytest -q tests/fuzzing --timeout 7200
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict

@@ -112,6 +112,8 @@ def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkp
                 raise HubError(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
             (folder / name).write_bytes(content)
         _, shards = weight_files(folder, {name for name in names if "/" not in name})
+        if missing := sorted({*shards} - names):
+            raise HubError(f"{folder}: the index names {missing[0]}, which the repository does not hold")
         _lay_out(files, shards, folder)
         return Checkpoint.open(folder)
     except W8A8Error as error:

@@ -15,9 +15,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from w8a8.errors import NoConfigError
 from w8a8.formats.detect import section
 from w8a8.machine import Gpu
-from w8a8.memory.model import Model
+from w8a8.memory.model import LARGEST, Model
+from w8a8.reading import UnfitError, convert
 
 CONTEXT_BYTES = 600 * 2**20
 """Estimate: the CUDA or HIP context, loaded kernels, BLAS workspaces."""
@@ -66,15 +68,22 @@ def engine_bytes(gpus: int) -> int:
 
 
 def rotary_bytes(model: Model) -> int:
-    """Bytes of the cosine and sine tables, one for each kind of layer, `[positions, rotary dimensions]` in 2 bytes."""
+    """Bytes of the cosine and sine tables, one for each kind of layer, `[positions, rotary dimensions]` in 2 bytes.
+
+    Raises `NoConfigError` for rotary parameters of types that they cannot have.
+    """
     if not model.table.rotary_tables:
         return 0
-    tables = {}
-    for layer in model.layers:
-        if layer.kind != "linear":
-            rope = _rope(model.text, sliding=layer.kind == "sliding")
-            tables[layer.head_dim, str(rope)] = _table_bytes(rope, layer.head_dim, model.max_context)
-    return sum(tables.values())
+    ropes = {sliding: _rope(model.text, sliding=sliding) for sliding in (False, True)}
+    kinds = {(layer.head_dim, layer.kind == "sliding") for layer in model.layers if layer.kind != "linear"}
+    if ropes[False] == ropes[True]:
+        kinds = {(head_dim, False) for head_dim, _ in kinds}
+    try:
+        return sum(_table_bytes(convert(ropes[kind], _Rope), width, model.max_context) for width, kind in kinds)
+    except UnfitError as error:
+        raise NoConfigError(
+            f"{model.checkpoint.path}: config.json has rotary parameters of a wrong type ({error})"
+        ) from error
 
 
 def _rope(text: Mapping[str, Any], *, sliding: bool) -> Mapping[str, Any]:
@@ -88,15 +97,26 @@ def _rope(text: Mapping[str, Any], *, sliding: bool) -> Mapping[str, Any]:
     return {"partial_rotary_factor": text.get("partial_rotary_factor"), **rope}
 
 
-def _table_bytes(rope: Mapping[str, Any], head_dim: int, positions: int) -> int:
-    kind = rope.get("rope_type") or rope.get("type")
-    part, factor = rope.get("partial_rotary_factor"), rope.get("factor")
-    if isinstance(part, float) and 0 < part < 1 and kind != "proportional":
-        head_dim = int(head_dim * part)
-    if kind == "yarn":
-        positions = _size(rope, "original_max_position_embeddings", positions)
-    if kind in {"linear", "yarn"} and isinstance(factor, int | float) and 1 <= factor <= 1024:
-        positions = int(positions * factor)
+@dataclass(frozen=True, slots=True)
+class _Rope:
+    """What of them decides a table's size; `type` is `rope_type` in the spelling of older versions."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    factor: float | None = None
+    partial_rotary_factor: float | None = None
+    original_max_position_embeddings: float | None = None
+
+
+def _table_bytes(rope: _Rope, head_dim: int, positions: int) -> int:
+    kind = rope.rope_type or rope.type
+    if rope.partial_rotary_factor and 0 < rope.partial_rotary_factor < 1 and kind != "proportional":
+        head_dim = int(head_dim * rope.partial_rotary_factor)
+    original = rope.original_max_position_embeddings or 0
+    if kind == "yarn" and 0 < original < LARGEST:
+        positions = int(original)
+    if kind in {"linear", "yarn"} and rope.factor and 1 <= rope.factor <= 1024:
+        positions = int(positions * rope.factor)
     return positions * head_dim * 2
 
 
