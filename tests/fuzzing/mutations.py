@@ -99,7 +99,7 @@ def bomb(rng: random.Random) -> bytes:
     index = b'{"weight_map": {' + b",".join(b'"%d":"%d"' % (i, i) for i in range(count // 20)) + b"}}"
     wide = b'{"\xf0\x9f\x98\x80": "' + b"x" * count + b'"}'
     values = b'{"a":[' + b"[]," * count + b"0]}"
-    text = rng.choice([b"[" * count, b'{"a":' * count, b"9" * count, b"\n" * count, values, wide, index])
+    text = rng.choice([b"[" * count, b'{"a":' * count, b"9" * count, b"---\n" + b"\n" * count, values, wide, index])
     return text if rng.random() < 0.5 else struct.pack("<Q", len(text)) + text
 
 

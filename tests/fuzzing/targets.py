@@ -30,7 +30,8 @@ from w8a8.inspection import inspect
 from w8a8.machine import describe
 from w8a8.memory import fit, ram_needed
 from w8a8.publish.card.accuracy import accuracy
-from w8a8.publish.card.text import kept, metadata_of, read_text
+from w8a8.publish.card.frontmatter import entries_but, metadata_of
+from w8a8.publish.card.text import kept, read_text
 from w8a8.publish.card.write import make
 from w8a8.publish.made import Made
 from w8a8.publish.results import Measured, Results, read_gsm8k, read_kld
@@ -169,6 +170,7 @@ def _results(folder: Path) -> None:
 def _readme(path: Path) -> None:
     text = read_text(path)
     metadata_of(text)
+    entries_but(text, ("license", "tags"))
     kept(text)
 
 
