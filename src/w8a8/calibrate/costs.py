@@ -6,12 +6,15 @@ of their own, for a run that goes on after an interruption.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from msgspec import to_builtins
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,12 +22,10 @@ from w8a8.calibrate.activations import Activations, spread
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Progress
 from w8a8.calibrate.setup import Setup
-from w8a8.checkpoint.stream import is_whole
 from w8a8.plan import Plan
 from w8a8.recipes.costs import Cost, backwards, direction
 from w8a8.runtime.streamed import StreamedModel, forward
 from w8a8.storage.folders import keep_only
-from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors, write_whole
 
 SEARCHED, JUDGED = 6144, 4096
@@ -34,14 +35,6 @@ VALUES = 2**22
 
 LayerCosts = Mapping[str, Cost]
 """The costs of errors in the outputs of a layer's linear layers, by their paths."""
-
-
-@dataclass(frozen=True, slots=True)
-class CostsRecord:
-    """The file of measured costs, as it was written."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,30 +142,29 @@ def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:
 
 
 def _store(costs: Sequence[LayerCosts], path: Path, job: Job) -> None:
-    """Write the costs to the file at `path`, whole or not at all, and then note its SHA-256."""
+    """Write the costs to the file at `path`, whole or not at all."""
     tensors = {}
     for number, layer in enumerate(costs):
         for name, cost in layer.items():
             tensors[f"{number}.{name}.token"], tensors[f"{number}.{name}.row"] = cost.token.cpu(), cost.row.cpu()
-    data = save(tensors)
-    write_whole(path, data, resumable=True)
-    journal = _journal(path)
-    journal.begin(job)
-    journal.append(CostsRecord(len(data), hashlib.sha256(data).hexdigest()))
+    write_whole(path, save(tensors, _about(tensors, job)), resumable=True)
 
 
 def _load(path: Path, paths: Sequence[Sequence[str]], job: Job) -> list[LayerCosts] | None:
-    """Read the costs that `_store` wrote; None if they are another job's, or not whole."""
-    noted = _journal(path).read()
-    if noted.job != job or noted.damage or not any(is_whole(path, record.size, record.sha256) for record in noted.done):
+    """Read the costs that `_store` wrote; None if they are another job's, or not what was written."""
+    if not path.is_file():
         return None
-    with safe_open(path, "pt") as file:
-        return [
-            {name: Cost(*(file.get_tensor(f"{number}.{name}.{part}") for part in ("token", "row"))) for name in names}
-            for number, names in enumerate(paths)
-        ]
+    with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+        names = file.keys()
+        tensors = {name: file.get_tensor(name) for name in names}
+        if file.metadata() == _about(tensors, job):
+            return [
+                {each: Cost(*(tensors[f"{number}.{each}.{part}"] for part in ("token", "row"))) for each in layer}
+                for number, layer in enumerate(paths)
+            ]
+    return None
 
 
-def _journal(path: Path) -> Journal[Job, CostsRecord]:
-    """The journal beside the file of costs: the job they were measured for, and what was written."""
-    return Journal(path.with_suffix(".jsonl"), Job, CostsRecord)
+def _about(tensors: Mapping[str, Tensor], job: Job) -> dict[str, str]:
+    """The metadata of the file: what the costs were measured for, and the hash of all that is in it."""
+    return {"job": json.dumps(to_builtins(job)), "sha256": hashlib.sha256(save(dict(tensors))).hexdigest()}
