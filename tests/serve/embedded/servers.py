@@ -25,7 +25,7 @@ TEMPLATE = """\
   {%- if m.content == 'loop' %}{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}
   {%- if m.content == 'power' %}{{ 10 ** (10 ** (m.content|length + 3)) }}{% endif -%}
   {%- if m.content == 'memory' %}{{ 'x' * 10 ** 10 }}{% endif -%}
-  {%- if m.role == 'system' %} w1 w2{% endif -%}
+  {%- if m.role not in ('system', 'user', 'assistant', 'tool') %}{{ raise_exception(m.role) }}{% endif -%}
   {%- for call in m.tool_calls or [] %} w3{{ call.function.arguments.place }}{% endfor -%}
   {{ m.content }} w9
 {%- endfor -%}

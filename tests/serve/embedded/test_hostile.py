@@ -91,6 +91,8 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "a role that there is not": (*chat(messages=[{"role": "root", "content": "a"}]), "messages.0.role"),
     "a tiny temperature": (*complete(temperature=1e-45), "temperature"),
     "a huge temperature": (*complete(temperature=1e308), "temperature"),
+    "a temperature of 400 digits": (*complete(temperature=10**400), "temperature"),
+    "a probability of 400 digits": (*complete(top_p=10**400), "top_p"),
     "an endless temperature": (*complete(temperature=float("inf")), "JSON"),
     "a temperature that overflows": (COMPLETIONS, b'{"prompt": "a", "temperature": 1e999}', "JSON"),
     "a tiny penalty": (*complete(repetition_penalty=1e-300), "repetition_penalty"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastapi import HTTPException
 from tokenizers import Tokenizer, decoders, models
 from transformers import GenerationConfig
 from transformers.utils.chat_parsing import ResponseParser
@@ -120,6 +121,21 @@ def test_reasoning_and_calls_are_the_same_whole_and_streamed() -> None:
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning_content"]
     assert [call for delta in deltas for call in delta.get("tool_calls", [])] == [{"index": 0, **call}]
     assert chunks[-1]["finish_reason"] == whole["finish_reason"] == "tool_calls"
+
+
+def test_an_answer_that_cannot_be_chosen_fails_alone() -> None:
+    """One whose scores are no probabilities, which would end a whole batch."""
+
+    async def choose() -> None:
+        config = GenerationConfig(max_new_tokens=3, do_sample=True)
+        stream = Stream({"input_ids": torch.tensor([[1]])}, config, tokenizer())
+        stream.choose(torch.full((300,), torch.nan))
+        assert stream.done
+        with pytest.raises(HTTPException) as failed:
+            [item async for item in stream.items()]
+        assert failed.value.status_code == 503
+
+    asyncio.run(choose())
 
 
 @pytest.mark.parametrize(("end", "reason"), [(["</call>", "Hi", "<end>"], "stop"), ([], "length")])

@@ -4,7 +4,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from fastapi import HTTPException
@@ -16,10 +16,11 @@ from w8a8.serve.embedded.stream import Item, Stream
 
 @dataclass(frozen=True)
 class Spelling(ABC):
-    """How one answer is spelled: its id, and the model that gives it."""
+    """How one answer is spelled: its id, the model that gives it, and when it was asked for."""
 
     id: str
     model: str
+    created: int = field(default_factory=lambda: int(time.time()))
     kind: ClassVar[str]
     kind_of_chunk: ClassVar[str]
 
@@ -49,7 +50,7 @@ class Spelling(ABC):
         yield "data: [DONE]\n\n"
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": int(time.time()), "model": self.model}
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _event(self, choices: list[Any], usage: Mapping[str, Any]) -> str:
         return f"data: {json.dumps({**self._head(self.kind_of_chunk), 'choices': choices, **usage})}\n\n"

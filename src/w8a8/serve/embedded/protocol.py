@@ -42,7 +42,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer and that this engine lacks -> the values, beside null, that ask for nothing."""
 
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none",), "audio": (),
+    "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
     "modalities": (["text"],), "web_search_options": (), "chat_template": (), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "add_special_tokens": (False,), "documents": ([],), "images": ([],),
     "processor_kwargs": ({},), "mm_processor_kwargs": ({},), "tokenizer_kwargs": ({},),
@@ -77,7 +77,7 @@ def _image(url: str) -> str:
 
 def _arguments(text: str) -> str:
     try:
-        json.loads(text or "{}")
+        json.loads(text := text.strip() or "{}")
     except RecursionError as error:
         raise ValueError("is nested too deeply") from error
     return text
@@ -203,7 +203,7 @@ class _ToolCall(_Fields):
 
     def for_template(self) -> dict[str, Any]:
         """Spell it as chat templates read it: with its arguments as an object."""
-        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments or "{}")}
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
         return {**({"id": self.id} if self.id else {}), "type": self.type, "function": function}
 
 

@@ -69,6 +69,7 @@ class Renderer:
         """End the process, whatever it is doing."""
         self._closed = True
         self._process.kill()
+        self._process.wait()
 
     def _exchange(self, line: bytes) -> bytes:
         if self._process.poll() is not None and not self._closed:
