@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,21 @@ def test_notices_that_cannot_be_shown_are_lost_and_nothing_else(source: Path, tm
     assert (done.returncode, done.stderr) == (0, "")
     assert "out: " in done.stdout
     assert shell(to, "inspect", "nowhere", cwd=tmp_path).returncode == 10
+
+
+@pytest.mark.parametrize(("source", "read"), [("<&-", "''"), ("< bytes", r"'\xe9\ufffd\n'")])
+def test_input_that_is_closed_or_no_text_is_read_all_the_same(tmp_path: Path, source: str, read: str) -> None:
+    (tmp_path / "bytes").write_bytes("é".encode() + b"\xff\n")
+    code = "import sys; from w8a8.terminal.output import guard_streams as g; g(); print(ascii(sys.stdin.read()))"
+    line = f'"$@" {source}'
+    done = subprocess.run(
+        ["bash", "-c", line, "bash", sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert (done.stdout.strip(), done.stderr) == (read, "")
 
 
 def test_a_folder_that_was_removed_is_no_place_to_work_in(tmp_path: Path) -> None:

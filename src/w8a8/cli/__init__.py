@@ -37,8 +37,12 @@ def main() -> None:
         try:
             _check_here()
             app()
-        except SystemExit:
-            sys.stdout.flush()
+        except SystemExit as end:
+            try:
+                sys.stdout.flush()
+            except OutputError:
+                if not end.code:  # any other code says more
+                    raise
             raise
     except W8A8Error as error:
         if "--json" in sys.argv:

@@ -208,13 +208,13 @@ def _difference(before: Job, now: Job, source: Path, records: Mapping[str, Shard
     SHA-256 is the one that its shard was made from; where its shard is not made yet, it does not matter.
     """
     changed = {name for name, file in now.sources.items() if not _looks_alike(before.sources.get(name), file)}
-    if not changed:
+    options = [name for name in differing(before, now) if name != "sources"]
+    if not changed and not options:
         doubted = {name for name in records if before.sources[name] != now.sources[name]}
         same = _those(doubted, lambda name, s: file_sha256(source / name, s) == records[name].source_sha256, workers)
         changed = doubted - same
     if changed:
         return f"an interrupted run was made from another {', '.join(sorted(changed))}"
-    options = [name for name in differing(before, now) if name != "sources"]
     return f"an interrupted run had another {', '.join(options)}" if options else ""
 
 

@@ -11,6 +11,7 @@ import select
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -21,11 +22,15 @@ from w8a8.terminal.wording import clean
 
 
 def guard_streams() -> None:
-    """Make standard output and error take any text, and fail with an error of ours, or not at all.
+    """Make standard output and error take any text, and fail with an error of ours, or not at all; input give any.
 
-    A character that the encoding lacks is written as its number, `\\xe9`. What standard output cannot write raises
+    What is no text in standard input becomes U+FFFD; one that is closed is empty. A character that the encoding lacks is written as its number, `\\xe9`. What standard output cannot write raises
     `OutputError`; what standard error cannot is lost, and the work goes on.
     """
+    if sys.stdin is None:
+        sys.stdin = Path(os.devnull).open(encoding="utf-8")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     sys.stdout = _guarded(sys.stdout, 1, _complain)
     sys.stderr = _guarded(sys.stderr, 2, lambda _: None)
 
@@ -34,6 +39,8 @@ def _guarded(stream: Any, fd: int, failed: Callable[[OSError], None]) -> IO[str]
     if stream is None:  # closed: hold its place, so that no file takes it, by something that cannot be written
         os.dup2(os.open(os.devnull, os.O_RDONLY), fd)
         return io.TextIOWrapper(io.BufferedWriter(_Stream(fd, failed)), "utf-8", "w8a8")
+    if not _leads_to(stream, fd):  # a notebook's, say
+        return stream  # type: ignore[no-any-return]
     stream.flush()
     return io.TextIOWrapper(
         io.BufferedWriter(_Stream(fd, failed)),
@@ -42,6 +49,13 @@ def _guarded(stream: Any, fd: int, failed: Callable[[OSError], None]) -> IO[str]
         line_buffering=stream.line_buffering,
         write_through=stream.write_through,
     )
+
+
+def _leads_to(stream: Any, fd: int) -> bool:
+    try:
+        return isinstance(stream, io.TextIOWrapper) and stream.fileno() == fd
+    except (OSError, ValueError):
+        return False
 
 
 class _Stream(io.FileIO):
