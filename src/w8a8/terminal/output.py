@@ -11,7 +11,6 @@ import select
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from rich.console import Console
@@ -22,13 +21,14 @@ from w8a8.terminal.wording import clean
 
 
 def guard_streams() -> None:
-    """Make standard output and error take any text, and fail with an error of ours, or not at all; input give any.
+    """Make standard output and error take any text, and fail with an error of ours or not at all; make input give any.
 
-    What is no text in standard input becomes U+FFFD; one that is closed is empty. A character that the encoding lacks is written as its number, `\\xe9`. What standard output cannot write raises
-    `OutputError`; what standard error cannot is lost, and the work goes on.
+    A character that the encoding lacks is written as its number, `\\xe9`. What standard output cannot write raises
+    `OutputError`; what standard error cannot is lost, and the work goes on. Standard input that is closed is empty, and
+    what is no text in it becomes U+FFFD.
     """
     if sys.stdin is None:
-        sys.stdin = Path(os.devnull).open(encoding="utf-8")
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(os.devnull)), "utf-8")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     sys.stdout = _guarded(sys.stdout, 1, _complain)
