@@ -191,6 +191,17 @@ def test_links_inside_the_staging_folder_are_not_followed(source: Path, out: Pat
     assert folder_bytes(elsewhere) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, Path.touch])
+def test_what_is_no_folder_is_not_taken_for_an_older_result(
+    source: Path, out: Path, whole: Files, make: Callable[[Path], None]
+) -> None:
+    staging_of(out).mkdir()
+    for name in ("old", "out"):
+        make(staging_of(out) / name)
+    quantize(source, out)
+    assert folder_bytes(out) == whole
+
+
 def test_a_folder_or_a_link_among_the_finished_shards_is_not_published(source: Path, out: Path, whole: Files) -> None:
     interrupted(source, out)
     staged = staging_of(out) / "out"

@@ -173,10 +173,10 @@ class Staging:
                     with suppress(FileNotFoundError):
                         (self.out / name).rename(self.folder / name)
             self._filling.forget()
-            if self.out.exists() or self._old.is_symlink():
-                remove(self._old)
-            elif self._old.exists():
+            if self._old.is_dir() and not self._old.is_symlink() and not self.out.exists():
                 self._old.rename(self.out)
+            else:
+                remove(self._old)
 
     def _check_target(self, *, overwrite: bool) -> None:
         if not self.out.exists():
