@@ -146,12 +146,12 @@ def test_ignore_finds_whole_components_by_the_names_they_have_in_memory(in_file:
 
 @pytest.mark.parametrize("options", [{"format": "compressed-tensors"}, {"compat": "llm-compressor-0.14"}])
 def test_a_component_included_in_part_is_ignored_by_name_only(options: dict[str, Any]) -> None:
-    names = ["model.layers.0.mlp.up_proj", "vision_tower.layers.0.fc1", "vision_tower.layers.0.fc2", "lm_head"]
+    names = ["model.layers.0.mlp.up_proj", "vision_tower.layers.0.fc1", "vision_tower.layers.0.fc2", "fusion"]
     checkpoint = headers({f"{n}.weight": ("BF16", (16, 16)) for n in names}, {"model_type": "llama"})
-    plan = plan_of(checkpoint, **options, include=["vision_tower.*.fc1", "lm_head"])
+    plan = plan_of(checkpoint, **options, include=["vision_tower.*.fc1", "fusion"])
     ignore = plan.config["quantization_config"]["ignore"]
     assert [n for n in names if ignored(ignore, n)] == ["vision_tower.layers.0.fc2"]
-    assert plan.exclude == ("vision_tower.layers.0.fc2",)
+    assert plan.exclude == ("lm_head", "vision_tower.layers.0.fc2")
 
 
 def test_configs_are_plain_json() -> None:

@@ -48,23 +48,32 @@ def test_exclude_takes_a_layer_out_by_tensor_or_module_name(glob: str) -> None:
     assert reasons == {f"--exclude {glob}"}
 
 
-@pytest.mark.parametrize("glob", ["lm_head", "lm_head.weight", "lm_*"])
+@pytest.mark.parametrize("glob", ["fusion", "fusion.weight", "fus*"])
 def test_include_adds_a_linear_layer_the_rules_leave_alone(glob: str) -> None:
-    plan = plan_of(tiny(lm_head__weight=("F16", (32, 16))), include=[glob])
-    assert "lm_head" in quantized(plan)
-    assert plan.exclude == ()
-    assert next(d.reason for d in plan.decisions if d.tensor.name == "lm_head.weight") == f"--include {glob}"
+    plan = plan_of(tiny(fusion__weight=("F16", (32, 16))), include=[glob])
+    assert "fusion" in quantized(plan)
+    assert plan.exclude == ("lm_head",)
+    assert next(d.reason for d in plan.decisions if d.tensor.name == "fusion.weight") == f"--include {glob}"
 
 
-def test_a_wide_include_passes_over_biases_norms_and_embeddings() -> None:
-    plan = plan_of(tiny(lm_head__weight=("BF16", (32, 16))), include=["*"])
-    assert quantized(plan) == quantized(plan_of(tiny())) | {"lm_head"}
+@pytest.mark.parametrize("options", FORMAT_OPTIONS)
+@pytest.mark.parametrize("globs", [["lm_head"], ["lm_*"], ["*.mlp.gate"], ["*.mlp.gate.weight"], ["*_proj", "lm_head"]])
+def test_including_what_no_engine_loads_is_an_error_that_says_why(globs: list[str], options: dict[str, Any]) -> None:
+    checkpoint = tiny(lm_head__weight=("BF16", (32, 16)), model__layers__0__mlp__gate__weight=("BF16", (4, 16)))
+    with pytest.raises(UsageError, match=r"(lm_head|gate)\.weight cannot be quantized, since vLLM keeps"):
+        plan_of(checkpoint, **options, include=globs)
+
+
+def test_a_wide_include_passes_over_biases_norms_embeddings_and_the_output_layer() -> None:
+    plan = plan_of(tiny(lm_head__weight=("BF16", (32, 16)), fusion__weight=("BF16", (16, 16))), include=["*"])
+    assert quantized(plan) == quantized(plan_of(tiny())) | {"fusion"}
+    assert next(d.reason for d in plan.decisions if d.component == "lm_head").startswith("vLLM keeps output layers")
 
 
 def test_exclude_wins_over_include() -> None:
-    plan = plan_of(tiny(lm_head__weight=("BF16", (32, 16))), include=["lm_head"], exclude=["lm_head"])
-    assert "lm_head" not in quantized(plan)
-    assert plan.exclude == ("lm_head",)
+    plan = plan_of(tiny(fusion__weight=("BF16", (32, 16))), include=["fusion"], exclude=["fusion"])
+    assert "fusion" not in quantized(plan)
+    assert plan.exclude == ("fusion", "lm_head")
 
 
 def test_globs_may_overlap() -> None:

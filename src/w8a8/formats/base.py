@@ -30,11 +30,15 @@ class Arithmetic:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Module names of the layers `quantized`, of the linear layers `left_alone`, and every tensor that is `copied`."""
+    """Module names of the layers `quantized`, of the linear layers `left_alone`, and every tensor that is `copied`.
+
+    `patterns` mean modules left alone as a whole, where engines may have other names for the layers in them.
+    """
 
     quantized: Sequence[str]
     left_alone: Sequence[str]
     copied: Sequence[TensorSpec]
+    patterns: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 
 from w8a8.formats.base import Selection
 from w8a8.formats.excludes import Excludes
+from w8a8.formats.ignoring import within
 
 VERSION = "0.19.0"
 
@@ -23,8 +24,8 @@ _COMPONENTS = (
 def quantization_config(selection: Selection) -> dict[str, Any]:
     """Write the `quantization_config`: layers left alone are ignored by name, whole components by pattern."""
     parts = {part for name in selection.left_alone for part in name.split(".")}
-    patterns = _harmless([rf"re:(.*\.)?{part}(\..*)?$" for part in _COMPONENTS if part in parts], selection)
-    return _config([*patterns, *selection.left_alone])
+    patterns = _harmless([within(part) for part in _COMPONENTS if part in parts], selection)
+    return _config([*dict.fromkeys((*patterns, *selection.patterns)), *selection.left_alone])
 
 
 def compat_config(selection: Selection) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """AMD Quark's spelling: `X.weight` INT8 [out, in], `X.weight_scale` [out], `quant_method: quark`.
 
-Engines match `exclude` by exact module name, so it lists every linear layer left alone.
+Engines match `exclude` by exact module name, so it lists every linear layer left alone; and, as `re:` entries, modules
+left alone as a whole, where engines may have other names for the layers in them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ VERSION_013 = "0.13"
 
 def quantization_config(selection: Selection) -> dict[str, Any]:
     """Write the `quantization_config` of config.json."""
-    return _config(selection.left_alone, VERSION_013, pack_method="order")
+    return _config([*selection.patterns, *selection.left_alone], VERSION_013, pack_method="order")
 
 
 def compat_config(selection: Selection, version: str) -> dict[str, Any]:

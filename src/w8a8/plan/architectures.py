@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
-_KEYS = {"like", "model_types", "keep", "quantize", "fused", "groups", "memory"}
+_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "groups", "memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ class Architecture:
     keep: Mapping[str, tuple[str, ...]]
     quantize: Mapping[str, tuple[str, ...]]
     fused: tuple[tuple[str, ...], ...]
+    whole: bool
     groups: tuple[Group, ...]
     memory: MemoryRules
 
@@ -139,6 +140,7 @@ def _architecture(
         },
         quantize={part: _strings(globs, f"{name}.quantize") for part, globs in table["quantize"].items()},
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
+        whole=_value(bool, table.get("whole", False), f"{name}.whole"),
         groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
         memory=_record(MemoryRules, {**memory, **table.get("memory", {})}, f"{name}.memory"),
     )

@@ -16,9 +16,10 @@ from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import Format, Selection, detect, without_empty
 from w8a8.formats.foreign import is_adapter, quantized_as
+from w8a8.formats.ignoring import whole_modules
 from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
-from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
+from w8a8.plan.rules import NEVER, QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,7 @@ def make_plan(
     refuse_quantized(checkpoint)
     rules = Rules.for_config(checkpoint.config)
     decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
+    decisions = _kept_whole(decisions, rules)
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
     decisions = [_calibrated(decision, kept or {}, calibration.folded if calibration else ()) for decision in decisions]
@@ -209,27 +211,47 @@ def _decide(tensor: TensorSpec, rules: Rules) -> Decision:
     return Decision(tensor, verdict.component, verdict.quantize, verdict.reason)
 
 
+def _kept_whole(decisions: list[Decision], rules: Rules) -> list[Decision]:
+    """Leave alone what engines fuse with a layer that the rules keep."""
+    kept = {module_name(d.tensor.name) for d in decisions if d.component in rules.keep}
+
+    def judged(decision: Decision) -> Decision:
+        fused = kept.intersection(rules.group_of(module_name(decision.tensor.name)))
+        if not (decision.quantize and fused):
+            return decision
+        return replace(decision, quantize=False, reason=f"engines fuse it with {min(fused)}, which is kept")
+
+    return list(map(judged, decisions))
+
+
 def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool) -> list[Decision]:
     option = "--include" if quantize else "--exclude"
     used: set[str] = set()
+    refused: dict[str, str] = {}
     result = []
     for decision in decisions:
         name, dtype = decision.tensor.name, decision.tensor.dtype
         matching = [g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)]
+        never = NEVER.get(decision.component) if quantize and dtype in QUANTIZABLE else None
         # A bias, norm or embedding that a wide --include happens to match is none of its business.
-        if matching and (
-            not quantize or (is_linear(decision.tensor, decision.component) and decision.tensor.numel > 0)
+        if not matching or (
+            quantize and not (is_linear(decision.tensor, decision.component) and decision.tensor.numel)
         ):
+            pass
+        elif never is not None:
+            refused.update(dict.fromkeys(matching, f"{name} cannot be quantized, since {never}"))
+            decision = replace(decision, reason=never)
+        else:
             used.update(matching)
             if quantize and dtype not in QUANTIZABLE:
                 raise UsageError(f"{option} {matching[0]!r}: {name} is {dtype}; only BF16, F16 and F32 are quantized")
             if decision.quantize != quantize:
                 decision = replace(decision, quantize=quantize, reason=f"{option} {matching[0]}")
         result.append(decision)
-    unused = [glob for glob in globs if glob not in used]
-    if unused:
+    for glob in (glob for glob in globs if glob not in used):
         what = "linear layer" if quantize else "tensor"
-        raise UsageError(f"{option} {unused[0]!r} matches no {what}; `w8a8 inspect SRC --tensors` lists all names")
+        none = f"matches no {what}; `w8a8 inspect SRC --tensors` lists all names"
+        raise UsageError(f"{option} {glob!r}{': ' + refused[glob] if glob in refused else ' ' + none}")
     return result
 
 
@@ -275,11 +297,17 @@ def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:
     """
     quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
     copied = [d for d in decisions if not d.quantize]
-    left = {module_name(d.tensor.name) for d in copied if is_linear(d.tensor, d.component) or d.component == "experts"}
+    left = {module_name(d.tensor.name) for d in copied if is_linear(d.tensor, d.component) or _holds_experts(d)}
     left = left.union(*(rules.group_of(name) for name in left))
     if not any(name.split(".")[-1] == "lm_head" for name in left | quantized):
         left.add("lm_head")
-    return Selection(sorted(quantized), sorted(left), [d.tensor for d in copied])
+    patterns = whole_modules(quantized, left) if rules.whole else ()
+    return Selection(sorted(quantized), sorted(left), [d.tensor for d in copied], patterns)
+
+
+def _holds_experts(decision: Decision) -> bool:
+    """Whether a tensor holds experts: by the rules, or as the matrices of a module that no rule knows."""
+    return decision.component == "experts" or (decision.component == "other" and len(decision.tensor.shape) == 3)
 
 
 def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:

@@ -15,6 +15,12 @@ from w8a8.plan.architectures import GENERIC, architecture_of
 
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 
+NEVER = {
+    "lm_head": "vLLM keeps output layers in the model's dtype and could not load one in INT8",
+    "router": "vLLM keeps routers in the model's dtype and could not load one in INT8",
+}
+"""Component -> why `--include` refuses it, for any format; checked against vLLM 0.32."""
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
@@ -34,6 +40,7 @@ class Rules:
     keep: Mapping[str, re.Pattern[str]]
     quantize: Mapping[str, re.Pattern[str]]
     fused: tuple[tuple[str, ...], ...]
+    whole: bool
 
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Self:
@@ -45,6 +52,7 @@ class Rules:
             keep={component: _compile(patterns) for component, patterns in table.keep.items()},
             quantize={component: _compile(patterns) for component, patterns in table.quantize.items()},
             fused=table.fused,
+            whole=table.whole,
         )
 
     def judge(self, tensor: TensorSpec) -> Verdict:

@@ -15,7 +15,8 @@ CONFIG = {**LLAMA, "num_attention_heads": 4, "num_key_value_heads": 4, "max_posi
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    return write_checkpoint(tmp_path / "llama", llama_tensors(), config=CONFIG, shards=2)
+    tensors = {**llama_tensors(), "fusion.weight": llama_tensors()["lm_head.weight"]}
+    return write_checkpoint(tmp_path / "llama", tensors, config=CONFIG, shards=2)
 
 
 @pytest.fixture

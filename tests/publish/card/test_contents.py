@@ -103,7 +103,7 @@ def test_a_model_for_several_gpus_gets_an_example_with_as_many(
     [
         {},
         {"compat": "llm-compressor-0.14"},
-        {"format": "compressed-tensors", "include": ["lm_head"], "exclude": ["*.layers.0.*", "*.down_proj"]},
+        {"format": "compressed-tensors", "include": ["fusion"], "exclude": ["*.layers.0.*", "*.down_proj"]},
     ],
 )
 def test_the_command_in_the_card_makes_the_same_checkpoint(

@@ -1,0 +1,27 @@
+"""Patterns for whole modules that are left alone, beside the names of their layers.
+
+Engines ask by the names that their own classes have: vLLM knows `block_sparse_moe.experts` where the file says
+`block_sparse_moe.input_linear`, and `visual.blocks.0.attn.qkv_proj` where it says `attn.qkv`. What it calls a module
+around them is the file's name nearly always, so that name, at any depth, is what both can agree on.
+"""
+
+import re
+from collections.abc import Collection
+
+
+def whole_modules(quantized: Collection[str], left_alone: Collection[str]) -> list[str]:
+    """Patterns, as `re:` entries, for the outermost modules that hold layers left alone and no quantized one."""
+    parts = {part for name in quantized for part in name.split(".")}
+    outermost = (
+        next((part for part in name.split(".")[:-1] if not (part.isdigit() or part in parts)), None)
+        for name in left_alone
+    )
+    return [within(part) for part in sorted({part for part in outermost if part})]
+
+
+def within(part: str) -> str:
+    """The entry for all that lies in modules called `part`, and for the module itself.
+
+    vLLM renames entries as it renames weights, as plain text: without brackets this stays a pattern whatever it does.
+    """
+    return rf"re:.*\b{re.escape(part)}\b.*"
