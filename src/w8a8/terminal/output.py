@@ -137,7 +137,7 @@ class Terminal:
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """Give `value` as JSON that standard output can take as it is, whatever its encoding."""
-    unicode = sys.stdout.encoding.lower().startswith("utf")
+    unicode = (sys.stdout.encoding or "utf-8").lower().startswith("utf")  # one in memory has none
     return json.dumps(value, indent=indent, ensure_ascii=not unicode, default=_plain)
 
 
