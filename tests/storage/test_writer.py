@@ -129,6 +129,13 @@ def test_two_writers_of_one_file_take_turns(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
 
 
+def test_a_pipe_that_nobody_reads_is_no_place_to_write(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UnwritableError, match="pipe: cannot be written"):
+        write_whole(tmp_path / "pipe", b"result")
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_a_pipe_is_written_to_and_stays_a_pipe(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

@@ -52,7 +52,8 @@ def write_whole(path: Path, data: bytes, *, resumable: bool = False) -> None:
     with disk_errors(path, resumable=resumable):
         there = path.exists()
         if there and not path.is_file():  # a pipe or a device: nothing to replace it by
-            path.write_bytes(data)
+            with os.fdopen(_open_special(path), "wb") as special:
+                special.write(data)
             return
         with _claimed(unfinished) as file:
             try:
@@ -66,6 +67,13 @@ def write_whole(path: Path, data: bytes, *, resumable: bool = False) -> None:
             except BaseException:
                 unfinished.unlink(missing_ok=True)
                 raise
+
+
+def _open_special(path: Path) -> int:
+    """Open a pipe or a device for writing: a pipe only where someone reads it, for opening would wait for that."""
+    fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    os.set_blocking(fd, True)
+    return fd
 
 
 def _claimed(path: Path) -> IO[bytes]:
