@@ -11,7 +11,7 @@ all of them alike, has its own row.
 Peers are called as their documentation shows, each in its own environment, and their checkpoints are measured as ours
 are, by `eval kld` on the embedded engine. llm-compressor's SmoothQuant comes twice: with the mappings that it infers,
 and with mappings given by hand, because those it infers for Gemma name a norm that does not feed the layers it
-rescales. It also treats Gemma 3's norms, which multiply by 1 + weight, as norms that multiply by the weight.
+rescales.
 """
 
 import json

@@ -27,8 +27,8 @@ __all__ = ["Group", "groups_of"]
 def groups_of(config: Mapping[str, Any], layer: nn.Module) -> tuple[Group, ...]:
     """The groups of a decoder layer in the order they run, by the `model_type` in its model's config.json.
 
-    Consumers that the layer does not have are left out. No groups for an architecture whose table has none: its layers
-    are rounded to nearest.
+    Consumers that the layer does not have are left out. An architecture whose table has no groups cannot be
+    calibrated.
     """
     there = {path for path, _ in layer.named_modules()}
     fitted = (

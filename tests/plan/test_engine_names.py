@@ -1,0 +1,109 @@
+"""Architectures whose layers engines know by other names than the file's, or fuse with layers that stay in BF16.
+
+The names are those of small checkpoints that transformers 5.23 saves; `tests/engines/test_loading.py` loads such in
+stock vLLM.
+"""
+
+import pytest
+
+from tests.named import headers, plan_of
+from w8a8.formats import FORMATS, detect
+from w8a8.plan import Plan, module_name
+
+LAYERS = "model.layers.0", "model.layers.1"
+
+
+def plan(model_type: str, *matrices: str, format: str = "quark", **stacks: int) -> Plan:  # noqa: A002
+    """The plan for `matrices`, named from the layer on or whole, each once a layer; `stacks` have three dimensions."""
+    shapes = dict.fromkeys(matrices, (16, 16)) | {name.replace("__", "."): (4, 16, 16) for name in stacks}
+    tensors = {}
+    for name, shape in shapes.items():
+        for layer in LAYERS if not name.startswith("model.") else ("",):
+            tensors[f"{layer}.{name}.weight".lstrip(".")] = ("BF16", shape)
+    return plan_of(headers(tensors, {"model_type": model_type}), format)
+
+
+def quantized(made: Plan) -> set[str]:
+    return {module_name(d.tensor.name).removeprefix("model.layers.") for d in made.decisions if d.quantize}
+
+
+QKVO = tuple(f"self_attn.{p}_proj" for p in "qkvo")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_are_excluded_by_the_name_that_vllm_gives_them(name: str) -> None:
+    stacks = {"block_sparse_moe__input_linear": 3, "block_sparse_moe__output_linear": 3}
+    made = plan("granitemoe", *QKVO, "block_sparse_moe.router.layer", format=name, **stacks)
+    scheme = detect(made.config)
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+    for asked in ("experts", "experts.0.gate_proj", "gate", "input_linear", "output_linear", "router.layer"):
+        assert scheme.leaves_alone(f"model.layers.0.block_sparse_moe.{asked}"), asked
+    assert not any(scheme.leaves_alone(f"model.layers.{module}") for module in quantized(made))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_tower_is_excluded_whatever_vllm_fuses_in_it(name: str) -> None:
+    tower = [f"model.visual.blocks.0.{leaf}" for leaf in ("attn.qkv", "attn.proj", "mlp.gate_proj", "mlp.up_proj")]
+    made = plan("glm_ocr", *QKVO, *tower, "model.visual.merger.gate_proj", format=name)
+    scheme = detect(made.config)
+    for asked in ("visual.blocks.0.attn.qkv_proj", "visual.blocks.0.mlp.gate_up_proj", "visual.merger.gate_up_proj"):
+        assert scheme.leaves_alone(asked), asked
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+
+
+def test_encoders_and_adapters_of_phi4_multimodal_stay_in_bf16() -> None:
+    image = [
+        f"model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0.{leaf}" for leaf in (*QKVO, "mlp.fc1")
+    ]
+    speech = [f"model.embed_tokens_extend.audio_embed.encoder.encoders.0.{leaf}" for leaf in (*QKVO, "mlp.fc1")]
+    projections = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+    lora = [f"{leaf}.lora_{side}.{kind}" for leaf in projections for side in "AB" for kind in ("vision", "speech")]
+    expected = {f"{layer}.{leaf}" for layer in "01" for leaf in projections}
+    assert quantized(plan("phi4_multimodal", *projections, *image, *speech)) == expected
+    based = [f"{leaf}.base_layer" for leaf in projections]
+    assert quantized(plan("phi4mm", *based, *lora, *image, *speech)) == {f"{leaf}.base_layer" for leaf in expected}
+
+
+@pytest.mark.parametrize(
+    "tower",
+    [
+        "model.image_newline.layers.0",
+        "model.speech_model.layers.0",
+        "model.embed_tokens_extend.image_embed.img_processor.encoder.layers.0",
+        "model.whisper.layers.0",
+        "model.perceiver_resampler.layers.0",
+        "model.talker.model.layers.0",
+        "model.encoder.layers.0",
+    ],
+)
+def test_what_is_no_text_decoder_is_kept_whatever_it_is_called(tower: str) -> None:
+    made = plan("brand_new", *QKVO, *(f"{tower}.{leaf}" for leaf in QKVO))
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+
+
+def test_what_vllm_fuses_with_b_proj_stays_with_it() -> None:
+    gates = [f"self_attn.{leaf}_proj" for leaf in ("b", "f_a", "f_b", "g_a", "g_b")]
+    latent = [f"model.layers.2.self_attn.{leaf}" for leaf in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
+    made = plan("kimi_linear", *QKVO, *gates, *latent, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+    mlp = {f"{layer}.mlp.{leaf}_proj" for layer in "01" for leaf in ("gate", "up", "down")}
+    assert quantized(made) == mlp | {
+        "0.self_attn.o_proj",
+        "1.self_attn.o_proj",
+        "2.self_attn.q_proj",
+        "2.self_attn.o_proj",
+    }
+    reasons = {d.reason for d in made.decisions if d.tensor.name == "model.layers.0.self_attn.q_proj.weight"}
+    assert reasons == {"engines fuse it with model.layers.0.self_attn.b_proj, which is kept"}
+    fused = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "b_proj", "f_a_proj", "in_proj_qkvgfab")]
+    assert all(detect(made.config).leaves_alone(module) for module in fused)
+
+
+def test_one_letter_projections_that_no_one_knows_are_left_alone() -> None:
+    made = plan("brand_new", *QKVO, "self_attn.b_proj", "self_attn.g_proj")
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+
+
+def test_what_vllm_builds_without_a_name_is_quantized() -> None:
+    made = plan("minicpm3", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj")
+    assert "0.self_attn.q_a_proj" in quantized(made)
+    assert "0.self_attn.q_b_proj" not in quantized(made)
