@@ -7,6 +7,8 @@ from typing import Any
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.remote import open_headers
 from w8a8.formats import detect
+from w8a8.formats.detect import UNQUANTIZED
+from w8a8.formats.foreign import quantized_as
 from w8a8.plan import Rules
 
 
@@ -77,7 +79,7 @@ def inspect(source: str | Path) -> Inspection:
         parameters=sum(row.parameters for row in rows if row.component != "scales"),
         nbytes=checkpoint.nbytes,
         components=tuple(sorted(rows, key=lambda row: -row.nbytes)),
-        scheme=scheme.summary,
+        scheme=(scheme == UNQUANTIZED and quantized_as(checkpoint.tensors.values())) or scheme.summary,
         w8a8=scheme.w8a8,
         recipe=_recipe(checkpoint),
         excludes=scheme.excludes,

@@ -7,6 +7,7 @@ stock vLLM.
 import pytest
 
 from tests.named import headers, plan_of
+from w8a8.errors import UsageError
 from w8a8.formats import FORMATS, detect
 from w8a8.plan import Plan, module_name
 
@@ -107,3 +108,10 @@ def test_what_vllm_builds_without_a_name_is_quantized() -> None:
     made = plan("minicpm3", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj")
     assert "0.self_attn.q_a_proj" in quantized(made)
     assert "0.self_attn.q_b_proj" not in quantized(made)
+
+
+def test_gpt_oss_is_written_in_the_format_that_vllm_loads() -> None:
+    with pytest.raises(UsageError, match="give --format compressed-tensors"):
+        plan("gpt_oss", *QKVO, mlp__experts__gate_up_proj=3)
+    made = plan("gpt_oss", *QKVO, format="compressed-tensors", mlp__experts__gate_up_proj=3)
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import w8a8
@@ -48,6 +49,11 @@ def test_quantized_weights_are_named_although_no_config_declares_them(kind: str)
     with pytest.raises(AlreadyQuantizedError, match=rf"{kind}.*; quantize the BF16 original") as caught:
         plan_of(headers(tensors, LLAMA))
     assert LAYER in str(caught.value)
+
+
+def test_inspect_names_them_too(tmp_path: Path) -> None:
+    packed = {f"{LAYER}.qweight": ("I32", np.ones((16, 2), np.int32)), f"{LAYER}.g_idx": ("I32", np.ones(16, np.int32))}
+    assert w8a8.inspect(write_checkpoint(tmp_path, packed)).scheme.startswith("GPTQ")
 
 
 def test_a_declared_scheme_is_named_with_what_the_tensors_show() -> None:

@@ -10,9 +10,11 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, Literal, get_args, get_type_hints
 
+from w8a8.formats import FORMATS
+
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
-_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "groups", "memory"}
+_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "spellings", "groups", "memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class Architecture:
     quantize: Mapping[str, tuple[str, ...]]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
+    spellings: tuple[str, ...]
     groups: tuple[Group, ...]
     memory: MemoryRules
 
@@ -141,6 +144,7 @@ def _architecture(
         quantize={part: _strings(globs, f"{name}.quantize") for part, globs in table["quantize"].items()},
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
         whole=_value(bool, table.get("whole", False), f"{name}.whole"),
+        spellings=_strings(table.get("spellings", list(FORMATS)), f"{name}.spellings"),
         groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
         memory=_record(MemoryRules, {**memory, **table.get("memory", {})}, f"{name}.memory"),
     )

@@ -134,6 +134,11 @@ def make_plan(
     # 1) Judge each tensor by the rules; then the user's globs and calibration have their say.
     refuse_quantized(checkpoint)
     rules = Rules.for_config(checkpoint.config)
+    if fmt.label.partition(" ")[0] not in rules.spellings:
+        raise UsageError(
+            f"{checkpoint.path}: vLLM does not load {rules.architecture} in the format {fmt.label}; give --format "
+            f"{rules.spellings[0]}"
+        )
     decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
     decisions = _kept_whole(decisions, rules)
     decisions = _override(decisions, include, quantize=True)

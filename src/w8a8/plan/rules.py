@@ -41,6 +41,7 @@ class Rules:
     quantize: Mapping[str, re.Pattern[str]]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
+    spellings: tuple[str, ...]
 
     @classmethod
     def for_config(cls, config: Mapping[str, Any]) -> Self:
@@ -53,6 +54,7 @@ class Rules:
             quantize={component: _compile(patterns) for component, patterns in table.quantize.items()},
             fused=table.fused,
             whole=table.whole,
+            spellings=table.spellings,
         )
 
     def judge(self, tensor: TensorSpec) -> Verdict:
