@@ -134,6 +134,12 @@ def test_what_would_overflow_reach_out_or_take_over_is_a_400(server: Server, wha
     assert reason in got.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "", "multipart/form-data"])
+def test_what_any_page_in_a_browser_may_send_is_a_400(server: Server, kind: str) -> None:
+    got = httpx.post(server.url + COMPLETIONS, content=b'{"prompt": "a"}', headers={"content-type": kind})
+    assert (got.status_code, "application/json" in got.text) == (400, True)
+
+
 def test_too_many_values_are_refused_before_they_are_read(server: Server) -> None:
     assert post(server, COMPLETIONS, b'{"prompt": [' + b"{}," * 2_000_000 + b"{}]}").status_code == 413
 

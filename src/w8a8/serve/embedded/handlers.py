@@ -67,6 +67,9 @@ class Api:
         return await self._answer(asked, prompt, asked.limit, Chat(f"chatcmpl-{uuid.uuid4().hex}", self._model.name))
 
     async def _asked(self, call: Call, kind: type[_R]) -> _R:
+        if call.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # Any page in a browser may send other types, to this machine too, without asking first.
+            raise HTTPException(400, "the body must be sent as application/json")
         body = await call.body()
         asked: _R = await asyncio.to_thread(lambda: kind.parse(read(body)))
         if asked.model is not None:
