@@ -23,7 +23,13 @@ from w8a8.checkpoint import resolve
 source = resolve(sys.argv[1])
 print(source.path, source.name, source.revision, sep="\\n")
 """
-NEEDED = {"tokenizer.json": b"{}", "LICENSE": b"Apache", "additional_chat_templates/tool.jinja": b"{{ tool }}"}
+NEEDED = {
+    "tokenizer.json": b"{}",
+    "LICENSE": b"Apache",
+    "additional_chat_templates/tool.jinja": b"{{ tool }}",
+    "modules.json": b'[{"path": ""}, {"path": "2_Dense"}]',
+    "2_Dense/model.safetensors": b"a layer",
+}
 NOT_NEEDED = {
     "consolidated.safetensors": b"",
     "figures/architecture.svg": b"",
@@ -35,6 +41,8 @@ NOT_NEEDED = {
     "pytorch_model.bin": b"",
     "pytorch_model.bin.index.json": b"",
     "vae/model.safetensors": b"",
+    "4bit/model.safetensors": b"",
+    "16_bit/model.safetensors": b"",
 }
 
 

@@ -8,6 +8,5 @@ or a Hub id) into such a folder.
 from w8a8.checkpoint.header import DTYPE_BYTES, TensorSpec, read_header
 from w8a8.checkpoint.reader import Checkpoint, Shard
 from w8a8.checkpoint.source import Source, resolve
-from w8a8.reading import reading
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "Shard", "Source", "TensorSpec", "read_header", "reading", "resolve"]
+__all__ = ["DTYPE_BYTES", "Checkpoint", "Shard", "Source", "TensorSpec", "read_header", "resolve"]

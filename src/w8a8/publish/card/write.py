@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.checkpoint import reading
 from w8a8.checkpoint.reader import INDEX
 from w8a8.errors import TargetExistsError, UsageError, W8A8Error
 from w8a8.formats.provenance import PROVENANCE
@@ -37,6 +36,7 @@ from w8a8.publish.card.usage import example, hardware, python_example
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
 from w8a8.publish.results import Results
+from w8a8.reading import reading
 from w8a8.storage.writer import write_whole
 from w8a8.terminal.wording import clean, printable
 
