@@ -54,7 +54,7 @@ class Prompts:
             thread.shutdown(wait=False, cancel_futures=True)
 
     async def of_chat(self, request: ChatRequest) -> Prompt:
-        """Make the prompt of a chat. Raises HTTPException 400 if the template, or the model, refuses it."""
+        """Make the prompt of a chat. Raises HTTPException 400 if template or model refuses it, 503 at the end."""
         text = await _on(self._rendering, lambda: self._render(request))
         return await _on(self._reading, lambda: self._chat(request, text))
 
@@ -77,6 +77,8 @@ class Prompts:
                 limit=self._limit,
             )
         except TemplateRefusedError as error:
+            if self._renderer.closed:
+                raise HTTPException(503, SHUTTING_DOWN) from error
             raise HTTPException(400, f"the chat template refuses these messages: {error}") from error
 
     def _chat(self, request: ChatRequest, text: str) -> Prompt:

@@ -35,8 +35,8 @@ class Renderer:
     """The process that runs chat templates; for one caller at a time."""
 
     def __init__(self) -> None:
-        """Start it."""
-        self._closed = False
+        """Start it; `closed` says whether it was ended for good."""
+        self.closed = False
         self._process = self._start()
 
     def render(
@@ -57,7 +57,7 @@ class Renderer:
         """
         asked = {"template": template, "messages": messages, "tools": tools, "limit": limit}
         named = {"special": special or {}, "given": given or {}, "offered": offered or {}}
-        line = json.dumps({**asked, **named}).encode() + b"\n"
+        line = json.dumps({**asked, **named}, default=str).encode() + b"\n"
         answer: dict[str, str] = json.loads(self._exchange(line))
         if "refused" in answer:
             raise TemplateRefusedError(answer["refused"])
@@ -67,12 +67,12 @@ class Renderer:
 
     def close(self) -> None:
         """End the process, whatever it is doing."""
-        self._closed = True
+        self.closed = True
         self._process.kill()
         self._process.wait()
 
     def _exchange(self, line: bytes) -> bytes:
-        if self._process.poll() is not None and not self._closed:
+        if self._process.poll() is not None and not self.closed:
             self._process = self._start()
         process = self._process
         assert process.stdin is not None
@@ -84,7 +84,7 @@ class Renderer:
             return answer
         if process.wait() == -signal.SIGALRM:
             raise TemplateRefusedError(f"it did not end within {SECONDS} s")
-        raise TemplateRefusedError("its process has ended: it needs too much memory, or the server is shutting down")
+        raise TemplateRefusedError("its process has ended: it needs too much memory")
 
     @staticmethod
     def _start() -> "subprocess.Popen[bytes]":
