@@ -24,7 +24,7 @@ COMMIT = "c0ffee" * 6 + "beef"
 
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _BATCH = re.compile(rf"/{_REPO}\.git/info/lfs/objects/batch")
-_API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit|xet-write-token)/main)?")
+_API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit|xet-write-token|revision)/main)?")
 _XORB = re.compile(r"/cas/v1/xorbs/default/(?P<hash>[0-9a-f]{64})")
 
 
