@@ -72,7 +72,7 @@ def test_chat_templates_in_their_folder_travel(tmp_path: Path) -> None:
     assert left.name == "additional_chat_templates/notes.md"
 
 
-MODULES = ["", "1_Pooling", "2_Dense/", "3_Normalize", "../outside", "/etc", "4_Link", "."]
+MODULES = ["", "1_Pooling", "2_Dense/", "3_Normalize", "../outside", "/etc", "4_Link", ".", "old.safetensors"]
 
 
 def test_the_layers_behind_a_sentence_transformer_travel(tmp_path: Path) -> None:
@@ -81,6 +81,7 @@ def test_the_layers_behind_a_sentence_transformer_travel(tmp_path: Path) -> None
     make(tmp_path, "outside/", "outside/config.json")
     make(folder, "1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors", "2_Dense/.cache")
     make(folder, "2_Dense/pytorch_model.bin", "3_Normalize/", "9_Other/config.json", "config.json", "modules.json")
+    make(folder, "old.safetensors")
     (folder / "2_Dense" / "deep").symlink_to(folder)
     (folder / "4_Link").symlink_to("4_Link")
     (folder / "modules.json").write_text(json.dumps([{"idx": i, "path": path} for i, path in enumerate(MODULES)]))
@@ -91,7 +92,9 @@ def test_the_layers_behind_a_sentence_transformer_travel(tmp_path: Path) -> None
         *("1_Pooling/config.json", "2_Dense/config.json", "2_Dense/model.safetensors"),
         *("config.json", "modules.json"),
     )
-    assert {left.name for left in left_out} == {"2_Dense/deep", "2_Dense/pytorch_model.bin", "4_Link", "9_Other/"}
+    assert {left.name for left in left_out} == {
+        *("2_Dense/deep", "2_Dense/pytorch_model.bin", "4_Link", "9_Other/", "old.safetensors")
+    }
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '[{"path": ["1_Pooling"]}]', '[{"path": null}]', "[" * 9999])

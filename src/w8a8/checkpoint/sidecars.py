@@ -56,7 +56,8 @@ def sort_files(folder: Path, weights: set[str]) -> tuple[tuple[str, ...], tuple[
     for name in sorted(_files(folder, modules)):
         if name in weights:
             continue
-        weights_of_module = name.endswith(".safetensors") and name.split("/")[0] in modules
+        home, within, _ = name.partition("/")
+        weights_of_module = within and home in modules and name.endswith(".safetensors")
         reason = next((why for pattern, why in _REASONS if pattern.fullmatch(name)), None)
         if weights_of_module or (reason is None and _TRAVELS.fullmatch(name)):
             sidecars.append(name)
