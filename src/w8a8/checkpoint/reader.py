@@ -143,12 +143,12 @@ class Index:
     """`model.safetensors.index.json`: the shard of each tensor by name; `metadata` says how many bytes they have."""
 
     weight_map: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, Any] | None = None
+    metadata: Any = None
 
     @property
     def total_size(self) -> Any:
         """What the index says of the bytes of all tensors; None where it says nothing."""
-        return (self.metadata or {}).get("total_size")
+        return self.metadata.get("total_size") if isinstance(self.metadata, dict) else None
 
 
 def read_index(path: Path) -> Index:
