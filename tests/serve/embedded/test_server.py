@@ -22,7 +22,7 @@ from tests.serve.embedded.servers import KEY, NAME, message, prompt, serving
 from tests.servers import Server
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
-from w8a8.serve.embedded.images import decode
+from w8a8.serve.embedded.images import check
 from w8a8.serve.embedded.protocol import ChatRequest
 
 pytestmark = pytest.mark.engine
@@ -271,7 +271,7 @@ def test_images_that_are_too_large_together_are_not_decoded(pictures: list[tuple
     Image.new("1", pictures[0]).save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     with pytest.raises(ValueError, match=reason):
-        decode([url] * len(pictures))
+        check([url] * len(pictures))
 
 
 def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Path) -> None:

@@ -1,12 +1,16 @@
 """Images in a request: `data:` URLs, whose size is known from their header before a pixel is decoded."""
 
 import base64
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 
 from PIL import Image
+
+MODES = ("L", "RGB", "RGBA")
+"""What a processor is given; all else becomes RGB, as it would there."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 2**24
@@ -36,17 +40,20 @@ def open_image(url: str) -> Image.Image:
     return image
 
 
-def decode(urls: Sequence[str]) -> list[Image.Image]:
-    """Decode the images in `data:` URLs. Raises ValueError, before decoding if together they are too large."""
+def check(urls: Sequence[str]) -> None:
+    """Check the images of a request, in `data:` URLs, by their headers. Raises ValueError if they are too large."""
     if len(urls) > MAX_IMAGES:
         raise ValueError(f"{len(urls)} images are too many; at most {MAX_IMAGES} are taken")
-    images = [open_image(url) for url in urls]
-    if (pixels := sum(image.width * image.height for image in images)) > MAX_TOTAL_PIXELS:
+    if (pixels := sum(math.prod(open_image(url).size) for url in urls)) > MAX_TOTAL_PIXELS:
         raise ValueError(f"the images have {pixels:,} pixels together; at most {MAX_TOTAL_PIXELS:,} are taken")
+
+
+def pixels_of(data: bytes) -> Image.Image:
+    """Decode an image of at most 8 bits a channel, without a palette. Raises ValueError; may take for ever."""
     with _readable():
-        for image in images:
-            image.load()
-    return images
+        image = Image.open(BytesIO(data), formats=FORMATS)
+        image.load()
+    return image if image.mode in MODES else image.convert("RGB")
 
 
 @contextmanager

@@ -1,26 +1,27 @@
 """A request's messages or text as the inputs of the model, made beside the event loop and within bounds.
 
-What comes from the checkpoint as a program, its chat template, runs in a process of its own (`rendering`), for which
-one thread waits. Another does the rest, a request at a time, so that the memory of images is that of one request; it
-takes a time that the size of the request bounds.
+What may take for ever, a chat template or an image, goes to a process of its own (`rendering`), for which one thread
+waits. Another does the rest, which takes a time that the size of the request bounds. Requests with images follow each
+other, so that their memory is that of one.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import HTTPException
+from PIL.Image import Image
 from torch import Tensor
 from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
 
 from w8a8.errors import first_line
 from w8a8.serve.embedded.batching import SHUTTING_DOWN
-from w8a8.serve.embedded.images import decode
+from w8a8.serve.embedded.images import check
 from w8a8.serve.embedded.protocol import ChatRequest, CompletionRequest
-from w8a8.serve.embedded.rendering import Renderer, TemplateRefusedError
+from w8a8.serve.embedded.rendering import RefusedError, Renderer
 
 CHARACTERS_PER_TOKEN = 64
 """The longest prompt, for each token of the context; in text a token has 4 characters, and a run of spaces 31."""
@@ -45,6 +46,7 @@ class Prompts:
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._limit = CHARACTERS_PER_TOKEN * context
         self._renderer = Renderer()
+        self._seeing = asyncio.Lock()
         self._rendering, self._reading = ThreadPoolExecutor(1, "w8a8-templates"), ThreadPoolExecutor(1, "w8a8-prompts")
 
     def close(self) -> None:
@@ -56,7 +58,11 @@ class Prompts:
     async def of_chat(self, request: ChatRequest) -> Prompt:
         """Make the prompt of a chat. Raises HTTPException 400 if template or model refuses it, 503 at the end."""
         text = await _on(self._rendering, lambda: self._render(request))
-        return await _on(self._reading, lambda: self._chat(request, text))
+        if not self._sees:
+            return await _on(self._reading, lambda: self._parsed(request, self._tokens(text, special=False)))
+        async with self._seeing:
+            images = await _on(self._rendering, lambda: self._decode(request.images))
+            return await _on(self._reading, lambda: self._parsed(request, self._see(text, images)))
 
     async def of_completion(self, request: CompletionRequest) -> Prompt:
         """Make the prompt of a text. Raises HTTPException 400 if it is too long."""
@@ -76,14 +82,19 @@ class Prompts:
                 offered={"reasoning_effort": request.reasoning_effort} if request.reasoning_effort is not None else {},
                 limit=self._limit,
             )
-        except TemplateRefusedError as error:
+        except RefusedError as error:
             if self._renderer.closed:
                 raise HTTPException(503, SHUTTING_DOWN) from error
             raise HTTPException(400, f"the chat template refuses these messages: {error}") from error
 
-    def _chat(self, request: ChatRequest, text: str) -> Prompt:
-        inputs = self._see(text, request.images) if self._sees else self._tokens(text, special=False)
-        return Prompt(inputs, self._parser(inputs, request))
+    def _decode(self, urls: list[str]) -> list[Image]:
+        try:
+            check(urls)
+            return self._renderer.decode(urls)
+        except (ValueError, RefusedError) as error:
+            if self._renderer.closed:
+                raise HTTPException(503, SHUTTING_DOWN) from error
+            raise HTTPException(400, f"messages: the images cannot be taken: {error}") from error
 
     def _template(self, request: ChatRequest) -> str:
         """Find the template, that for tools if there is one and the request has some."""
@@ -101,12 +112,8 @@ class Prompts:
             )
         return self._ready(lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt"))
 
-    def _see(self, text: str, urls: list[str]) -> dict[str, Tensor]:
+    def _see(self, text: str, images: list[Image]) -> dict[str, Tensor]:
         """Let the processor read the text and the images, as its `apply_chat_template` does."""
-        try:
-            images = decode(urls)
-        except ValueError as error:
-            raise HTTPException(400, f"messages: {error}") from error
         begun = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
         special = {"add_special_tokens": False} if begun else {}
         return self._ready(
@@ -120,11 +127,12 @@ class Prompts:
             raise HTTPException(400, f"the model's processor refuses the prompt: {first_line(error)}") from error
         return dict(inputs.to(self._model.device))
 
-    def _parser(self, inputs: Mapping[str, Tensor], request: ChatRequest) -> ResponseParser | None:
+    def _parsed(self, request: ChatRequest, inputs: dict[str, Tensor]) -> Prompt:
         template = get_response_template(self._processor, self._model)
         if template is None:
-            return None
-        return ResponseParser(template, prefix=self._tokenizer.decode(inputs["input_ids"][0]), tools=request.offered)
+            return Prompt(inputs)
+        prefix = self._tokenizer.decode(inputs["input_ids"][0])
+        return Prompt(inputs, ResponseParser(template, prefix=prefix, tools=request.offered))
 
 
 async def _on(thread: ThreadPoolExecutor, function: Callable[[], _R]) -> _R:
