@@ -3,13 +3,14 @@
 #   make test    formatter, linter, type checker, the whole test suite
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
 #   make fuzz    300,000 damaged files, read as the commands read them: half an hour
+#   make kills   200 kills at random moments of every command that writes: ten minutes
 #   make docs    the documentation site, in site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 LONG := engine or model or slow
 
-.PHONY: demo test check fuzz lint docs vllm bench clean
+.PHONY: demo test check fuzz kills lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
@@ -23,6 +24,9 @@ check: lint
 
 fuzz: .venv/.dev
 	W8A8_FUZZ=300000 $(BIN)/pytest -q tests/fuzzing --timeout 7200
+
+kills: .venv/.dev
+	W8A8_KILLS=200 $(BIN)/pytest -q tests/test_kills.py
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict
