@@ -51,6 +51,11 @@ Number = Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)]
 T = TypeVar("T")
 
 
+def brief(value: Any) -> str:
+    """`str`, but short, and on one line."""
+    return show(str(value))[1:-1]
+
+
 class UnfitError(ValueError):
     """A file is not what it should be. The message is the reason alone."""
 

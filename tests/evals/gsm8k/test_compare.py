@@ -126,6 +126,10 @@ def test_what_was_asked_differently_is_not_compared() -> None:
     ):
         with pytest.raises(UsageError, match=complaint):
             compare(base, result([True, False], **how))
+    with pytest.raises(UsageError) as raised:
+        compare(base, result([True, False], prompt_sha256="x\n" * 100_000))
+    assert "\n" not in str(raised.value)
+    assert len(str(raised.value)) < 500
     with pytest.raises(UsageError, match="questions 2 and 3"):
         compare(base, result([True, False, True]))
     assert compare(base, result([True, False], concurrency=1)).questions == 2

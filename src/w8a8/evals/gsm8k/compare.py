@@ -12,6 +12,7 @@ import numpy as np
 
 from w8a8.errors import UsageError
 from w8a8.evals.statistics import bootstrap, jaccard, mcnemar
+from w8a8.reading import brief
 
 SIGNIFICANCE = 0.05
 RESAMPLES = 10_000
@@ -127,13 +128,17 @@ def _errors(result: Mapping[str, Any]) -> int:
 def _check_same(base: Mapping[str, Any], quant: Mapping[str, Any]) -> None:
     first, second = base["protocol"], quant["protocol"]
     names = sorted((first.keys() | second.keys()) - {"concurrency"})
-    differing = [f"{n} {first.get(n)} and {second.get(n)}" for n in names if first.get(n) != second.get(n)]
+    differing = [
+        " ".join((brief(n), brief(first.get(n)), "and", brief(second.get(n))))
+        for n in names
+        if first.get(n) != second.get(n)
+    ]
     if not differing and _asked(base) != _asked(quant):
         differing = ["the questions"]
     if differing:
         raise UsageError(
-            f"not comparable, the models were asked differently: {'; '.join(differing)}; run `w8a8 eval gsm8k` again, "
-            "with the same options for both"
+            f"not comparable, the models were asked differently: {'; '.join(differing[:10])}; run "
+            "`w8a8 eval gsm8k` again, with the same options for both"
         )
 
 

@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from w8a8.errors import InvalidResultError, TargetBusyError, UsageError
 from w8a8.evals.gsm8k.asking import Reply
+from w8a8.reading import brief
 from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors
 
@@ -142,4 +143,4 @@ def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questi
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     differing = [name for name in now if before.get(name) != now[name]]
-    return ", ".join(f"{name} was {before.get(name)}, not {now[name]}" for name in differing) or "other options"
+    return ", ".join(f"{name} was {brief(before.get(name))}, not {now[name]}" for name in differing) or "other options"
