@@ -60,6 +60,10 @@ class UnfitError(ValueError):
     """A file is not what it should be. The message is the reason alone."""
 
 
+class NoFileError(UnfitError):
+    """What lies there is a directory, a pipe, a device or a socket."""
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn an `OSError` or `UnfitError` from reading `path`, or a file in it, into `UnreadableError`."""
@@ -72,13 +76,13 @@ def reading(path: Path) -> Iterator[None]:
 def open_file(path: Path) -> io.FileIO:
     """Open a regular file for reading, unbuffered, without waiting for anyone.
 
-    Raises `OSError`; `UnfitError` for a pipe, a device, a socket, a folder, or git-lfs's pointer to a file.
+    Raises `OSError`; `NoFileError`; `UnfitError` for git-lfs's pointer to a file.
     """
     return io.FileIO(path, "rb", opener=_open_regular)
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """Read a file of at most `limit` bytes. Raises `UnreadableError`, and `UnfitError` for anything else."""
+    """Read a file of at most `limit` bytes. Raises `UnreadableError`, and `UnfitError` for a larger one, or none."""
     try:
         with io.BufferedReader(open_file(path)) as file:
             size = os.fstat(file.fileno()).st_size
@@ -163,7 +167,7 @@ def _open_regular(path: str, flags: int) -> int:
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
-            raise UnfitError("not a regular file")
+            raise NoFileError(f"{'a directory, ' if stat.S_ISDIR(status.st_mode) else ''}not a regular file")
         if status.st_size < _POINTER_BYTES and _POINTER.match(os.pread(fd, 64, 0)):
             raise UnfitError(
                 "a git-lfs pointer, not the file itself; run `git lfs install` and `git lfs pull` in the clone, or "

@@ -102,11 +102,11 @@ def spoken(text: CalibrationText, tokenizer: Any) -> str:
 def test_what_is_no_file_of_text_is_refused_at_once(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     os.mkfifo(path)
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UnreadableError, match="not a regular file"):
         load(str(path))
     path.unlink()
     path.symlink_to("/dev/zero")
-    with pytest.raises(UsageError, match="not a regular file"):
+    with pytest.raises(UnreadableError, match="not a regular file"):
         load(str(path))
     path.unlink()
     path.symlink_to(name)

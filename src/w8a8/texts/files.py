@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.errors import SourceNotFoundError, UnreadableError, UsageError
-from w8a8.reading import MAX_TEXT_BYTES, UnfitError, parse_json, read_bytes
+from w8a8.reading import MAX_TEXT_BYTES, NoFileError, UnfitError, parse_json, read_bytes
 
 _LINE = re.compile("(.*)\n?")
 
@@ -34,6 +34,8 @@ def read(path: Path) -> str:
         if isinstance(error.__cause__, FileNotFoundError):
             raise SourceNotFoundError(f"{path}: no such file") from error
         raise
+    except NoFileError as error:
+        raise UnreadableError(f"{path}: cannot be read ({error}); give a file of text") from error
     except UnfitError as error:
         raise UsageError(f"{path}: {error}; give a file of text, of at most {MAX_TEXT_BYTES:,} bytes") from error
     except UnicodeDecodeError as error:
