@@ -103,7 +103,7 @@ class Staging:
         resuming = noted.job is not None and not reason
         if resuming:
             whole = _those(records, lambda name, stopped: self._is_whole(records[name], stopped), workers)
-            self.finished = {name: records[name] for name in whole}
+            self.finished = {name: record for name, record in records.items() if name in whole}
         with disk_errors(self.home):
             keep_only(self.folder, self.finished)
             if not resuming:
