@@ -26,6 +26,8 @@ import w8a8.runtime
 from tests.engines.int8 import Int8Kernel
 from w8a8.quantization import Options
 
+pytestmark = pytest.mark.timeout(3600)  # calibrating takes minutes; half an hour on a busy machine
+
 GSM8K = Path(__file__).parents[2] / "scripts" / "gsm8k" / "test.jsonl"
 QUESTIONS = 6
 NEARER = 0.4
