@@ -210,4 +210,4 @@ class _KldFile:
     perplexity: _Perplexity
     positions: tuple[_Band, ...]
     histogram: tuple[_Bin, ...]
-    dtypes: tuple[str, ...] = ()
+    dtypes: tuple[str | None, ...] = ()

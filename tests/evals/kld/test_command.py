@@ -14,6 +14,7 @@ from tests.command import W8A8, cli
 from tests.evals.kld.llamas import LETTERS, measure
 from w8a8.errors import UnwritableError
 from w8a8.evals.kld.run import prepare
+from w8a8.publish.results import read_kld
 from w8a8.storage.writer import write_json
 
 pytestmark = pytest.mark.slow
@@ -35,6 +36,7 @@ def test_the_file_and_the_json_are_the_result(pair: tuple[Path, Path], book: Pat
     assert done.stderr == ""
     found = json.loads(done.stdout)
     assert json.loads(out.read_text()) == found
+    assert read_kld(out).mean.value == found["kl"]["mean"]  # as card and report read it
     assert (found["kind"], found["schema"], found["tokens"]) == ("w8a8.kld", 1, 50)
     assert found["text"] == {
         "name": "book.txt",
