@@ -8,8 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.command import W8A8, cli
-from tests.serve.embedded.servers import KEY, make_checkpoint, serving
+from tests.serve.embedded.servers import KEY, make_checkpoint, serving, together
 from tests.servers import Server, free_port
 from w8a8.errors import ServerError, UsageError
 
@@ -40,22 +38,20 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def servers(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Iterator[tuple[Server, Server]]:
+def servers(tmp_path_factory: pytest.TempPathFactory, plain: Path) -> Iterator[tuple[Server, ...]]:
     """One with a chat template and a key; one without either."""
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "model", template=True)
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stack.enter_context, serving(folder, "model", key=KEY))
-        second = pool.submit(stack.enter_context, serving(plain, "plain"))
-        yield first.result(), second.result()
+    with together(serving(folder, "model", key=KEY), serving(plain, "plain")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def server(servers: tuple[Server, Server]) -> Server:
+def server(servers: tuple[Server, ...]) -> Server:
     return servers[0]
 
 
 @pytest.fixture(scope="module")
-def completing(servers: tuple[Server, Server]) -> Server:
+def completing(servers: tuple[Server, ...]) -> Server:
     return servers[1]
 
 

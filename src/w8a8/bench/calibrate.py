@@ -94,6 +94,7 @@ def bench(
     """
     # 1) The checkpoint and the text.
     source, text = folder.absolute() / "w8a8-bench-source", folder.absolute() / "w8a8-bench-text.txt"
+    out = folder / "w8a8-bench-out"
     layer_bytes = make_checkpoint(source, text, scale, layers, samples * tokens, notice)
     # 2) Every contender in a process of its own, by turns.
     seconds: dict[str, list[float]] = {name: [] for name in (EMPTY, PLAIN, *RECIPES)}
@@ -101,17 +102,7 @@ def bench(
     try:
         for run in range(runs):
             for name in seconds:
-                command = (
-                    sys.executable,
-                    "-m",
-                    __name__,
-                    name,
-                    source,
-                    text,
-                    folder / "w8a8-bench-out",
-                    samples,
-                    tokens,
-                )
+                command = (sys.executable, "-m", __name__, name, source, text, out, samples, tokens)
                 done = timed([str(part) for part in command])
                 if done.returncode != 0:
                     raise W8A8Error(f"{name} failed with {done.returncode}: {done.complaint}")
@@ -119,7 +110,7 @@ def bench(
                 peaks[name] = max(peaks[name], done.peak_mib)
                 notice(f"run {run + 1}/{runs}  {name}: {statistics.median(seconds[name]):.2f} s a layer")
     finally:
-        for path in (source, folder / ".w8a8-bench-out.w8a8-calibration"):
+        for path in (source, folder / f".{out.name}.w8a8-calibration"):
             shutil.rmtree(path, ignore_errors=True)
         text.unlink()
     # 3) The table.

@@ -128,9 +128,14 @@ def _roots(folder: Path) -> tuple[Path, ...]:
     return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
 
 
-def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+def require_config(path: Path, names: set[str]) -> None:
+    """Raise `NoConfigError` if there is no config.json among the files `names` of the folder at `path`."""
     if "config.json" not in names:
         raise NoConfigError(f"{path}: no config.json here, so this is not a Hugging Face checkpoint{instead(names)}")
+
+
+def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+    require_config(path, names)
     file = inside(path, "config.json")
     try:
         return read_json(file, dict[str, Any])

@@ -15,10 +15,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
-from w8a8.checkpoint.kinds import instead
-from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, weight_files
+from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, require_config, weight_files
 from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
-from w8a8.errors import HubError, NoConfigError, W8A8Error
+from w8a8.errors import HubError, W8A8Error
 from w8a8.reading import MAX_JSON_BYTES, reading
 
 FIRST_BYTES = 100_000
@@ -100,10 +99,7 @@ class _Files:
 def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkpoint:
     """Lay the headers out in `folder` and open it; errors speak of `label`, not of `folder`."""
     try:
-        if "config.json" not in names:
-            raise NoConfigError(
-                f"{folder}: no config.json here, so this is not a Hugging Face checkpoint{instead(names)}"
-            )
+        require_config(folder, names)
         for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
             if name not in names:
                 continue

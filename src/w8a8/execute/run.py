@@ -121,14 +121,13 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], checkpoint: Checkpoint, fo
 
 
 def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardRecord, ...], folder: Path) -> None:
-    for name in plan.sidecars:
-        _copy(inside(checkpoint.path, name), folder / name)
-    write_json(folder / "config.json", plan.config, resumable=True)
-    if plan.indexed:
-        write_json(folder / INDEX, _index(plan), resumable=True)
-    names = sorted((*plan.sidecars, "config.json", *([INDEX] if plan.indexed else [])))
-    files = {name: SmallFile((folder / name).stat().st_size, file_sha256(folder / name)) for name in names}
-    write_json(folder / PROVENANCE, _provenance(plan, records, files).to_dict(), resumable=True)
+    files = {name: _copy(inside(checkpoint.path, name), folder / name) for name in plan.sidecars}
+    made = {"config.json": plan.config, **({INDEX: _index(plan)} if plan.indexed else {})}
+    for name, value in made.items():
+        write_json(folder / name, value, resumable=True)
+        files[name] = SmallFile((folder / name).stat().st_size, file_sha256(folder / name))
+    provenance = _provenance(plan, records, dict(sorted(files.items())))
+    write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -161,13 +160,14 @@ def _rounding(plan: Plan) -> str:
     return "scales and codes chosen by calibration" if plan.calibration else "round half to even"
 
 
-def _copy(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> SmallFile:
     with disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
     with reading(source), open_file(source) as file, SequentialWriter(target) as writer:
         while block := file.read(BLOCK_BYTES):
             writer.append(block)
         writer.finish()
+        return SmallFile(writer.size, writer.sha256)
 
 
 def _self_check(plan: Plan, folder: Path) -> None:

@@ -12,10 +12,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from w8a8.errors import InvalidResultError
-from w8a8.evals.gsm8k import results
 from w8a8.evals.gsm8k.compare import Comparison, compare
-from w8a8.evals.gsm8k.results import Asked, Share
-from w8a8.reading import Count, Number, UnfitError, convert, read_json
+from w8a8.evals.gsm8k.results import Asked, Share, read_checked
+from w8a8.reading import Count, Number, UnfitError, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +108,7 @@ class Measured:
 
 def read_gsm8k(path: Path) -> Gsm8k:
     """Read a result of `w8a8 eval gsm8k`. Raises `InvalidResultError` where the file is something else."""
-    raw = results.read(path)
-    found = convert(raw, results.Gsm8kFile)
+    raw, found = read_checked(path)
     return Gsm8k(
         model=found.model,
         questions=found.questions,

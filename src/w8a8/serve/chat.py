@@ -17,13 +17,12 @@ from typing import Any
 
 from w8a8.errors import MissingExtraError, ServerError, UnreadableError, UsageError, first_line
 from w8a8.reading import UnfitError, read_bytes
-from w8a8.serve.client import address, connect, explained
+from w8a8.serve.client import IMAGE_FORMATS, address, connect, explained
 from w8a8.serve.client import message as said
 
 COMPLETION_TOKENS = 256
 """Limit of a completed text: a base model does not know when to end."""
 
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_IMAGE_BYTES = 50_000_000
 
 

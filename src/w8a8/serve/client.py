@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any
@@ -11,6 +11,10 @@ from urllib.parse import urlsplit
 from w8a8.errors import ServerError
 
 _ADDRESS = re.compile(r"(https?://.*)|((?:[\w.-]+|\[[0-9a-fA-F:.]+\]):\d{1,5}(?:/.*)?)", re.IGNORECASE | re.DOTALL)
+
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+"""Pillow's names for the images that a request may hold."""
 
 
 def address(text: str) -> str | None:
@@ -23,7 +27,7 @@ def connect(base_url: str, api_key: str, **options: Any) -> Any:
     """Return an openai client of the server at `base_url`; to this machine it takes no proxy of the environment."""
     import openai
 
-    direct: dict[str, Any] = {"http_client": openai.DefaultHttpxClient(trust_env=False)} if _is_here(base_url) else {}
+    direct = _directly(base_url, openai.DefaultHttpxClient)
     return openai.OpenAI(base_url=base_url, api_key=api_key, **direct, **options)
 
 
@@ -31,10 +35,13 @@ def connect_async(base_url: str, api_key: str, **options: Any) -> Any:
     """Return an asynchronous client, else as `connect`."""
     import openai
 
-    direct: dict[str, Any] = (
-        {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)} if _is_here(base_url) else {}
-    )
+    direct = _directly(base_url, openai.DefaultAsyncHttpxClient)
     return openai.AsyncOpenAI(base_url=base_url, api_key=api_key, **direct, **options)
+
+
+def _directly(base_url: str, http: Callable[..., Any]) -> dict[str, Any]:
+    """The options of a client that takes no proxy of the environment, where the server is on this machine."""
+    return {"http_client": http(trust_env=False)} if _is_here(base_url) else {}
 
 
 def _is_here(base_url: str) -> bool:

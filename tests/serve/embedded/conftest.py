@@ -1,14 +1,12 @@
 """Servers of small checkpoints, started once for all tests of the embedded engine over HTTP."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import openai
 import pytest
 
-from tests.serve.embedded.servers import IMPATIENT, KEY, NAME, make_checkpoint, serving
+from tests.serve.embedded.servers import IMPATIENT, KEY, NAME, make_checkpoint, serving, together
 from tests.servers import Server
 
 
@@ -23,22 +21,20 @@ def plain_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def servers(checkpoint: Path, plain_checkpoint: Path) -> Iterator[tuple[Server, Server]]:
+def servers(checkpoint: Path, plain_checkpoint: Path) -> Iterator[tuple[Server, ...]]:
     """One with a chat template; one without, but with a key, a context of 64 and little patience."""
-    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
-        first = pool.submit(stack.enter_context, serving(checkpoint, NAME))
-        locked = serving(plain_checkpoint, "plain", key=KEY, context=64, limits=IMPATIENT)
-        second = pool.submit(stack.enter_context, locked)
-        yield first.result(), second.result()
+    locked = serving(plain_checkpoint, "plain", key=KEY, context=64, limits=IMPATIENT)
+    with together(serving(checkpoint, NAME), locked) as started:
+        yield started
 
 
 @pytest.fixture(scope="session")
-def server(servers: tuple[Server, Server]) -> Server:
+def server(servers: tuple[Server, ...]) -> Server:
     return servers[0]
 
 
 @pytest.fixture(scope="session")
-def locked(servers: tuple[Server, Server]) -> Server:
+def locked(servers: tuple[Server, ...]) -> Server:
     return servers[1]
 
 

@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,10 @@ def prompt(i: int) -> str:
 
 def message(content: Any) -> list[Any]:
     return [{"role": "user", "content": content}]
+
+
+@contextmanager
+def together(*servers: AbstractContextManager[Server]) -> Iterator[tuple[Server, ...]]:
+    """Start all `servers` at once."""
+    with ExitStack() as stack, ThreadPoolExecutor(len(servers)) as pool:
+        yield tuple(pool.map(stack.enter_context, servers))

@@ -100,11 +100,11 @@ def open_journal(
         if restart:
             with disk_errors(path):
                 file.truncate(0)
-        found = _continued(Journal(path, Header, Line), asking, questions)
+        journal = Journal(path, Header, Line)
+        found = _continued(journal, asking, questions)
         if found is None:
-            header = Header(HEADER_KIND, 1, started, dict(asking))
-            found = OutcomeJournal(Journal(path, Header, Line), started)
-            found.journal.append(header)
+            journal.append(Header(HEADER_KIND, 1, started, dict(asking)))
+            found = OutcomeJournal(journal, started)
         yield found
 
 

@@ -77,13 +77,15 @@ class Gsm8kFile:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read the result in `path`, as `Result.to_dict` made it. Raises InvalidResultError naming the first problem.
+    """Read the result in `path`, as `Result.to_dict` made it. Raises InvalidResultError naming the first problem."""
+    return read_checked(path)[0]
 
-    `convert` makes a `Gsm8kFile` of it.
-    """
+
+def read_checked(path: Path) -> tuple[dict[str, Any], Gsm8kFile]:
+    """Read a result as `read` does, and what of it is checked beside it."""
     try:
         result = read_json(path, dict[str, Any], limit=MAX_RESULT_BYTES)
-        convert(result, Gsm8kFile)
+        return result, convert(result, Gsm8kFile)
     except UnreadableError as error:
         raise InvalidResultError(f"{error}; give a result of `w8a8 eval gsm8k`") from error
     except UnfitError as error:
@@ -91,4 +93,3 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: not a result of `w8a8 eval gsm8k` that this version reads ({error}); "
             "give another file, or run it again with --out"
         ) from error
-    return result

@@ -36,7 +36,7 @@ from w8a8.publish.card.usage import example, hardware, python_example
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
 from w8a8.publish.results import Results
-from w8a8.reading import reading
+from w8a8.reading import MAX_TEXT_BYTES, read_bytes, reading
 from w8a8.storage.writer import write_whole
 from w8a8.terminal.wording import clean, printable
 
@@ -148,8 +148,10 @@ def write(card: Card, *, overwrite: bool = False) -> None:
     if card.stranger:
         aside = card.path.with_name(ASIDE)
         with reading(card.path):
-            before = card.path.read_bytes()
-            taken = aside.exists() and aside.read_bytes() != before  # equal: a killed run has got as far as this
+            before = read_bytes(card.path, MAX_TEXT_BYTES)
+            taken = (
+                aside.exists() and read_bytes(aside, MAX_TEXT_BYTES) != before
+            )  # equal: a killed run has got as far as this
         if taken or not overwrite:
             way_out = f"{ASIDE} is there too: move one of them" if overwrite else f"--overwrite moves it to {ASIDE}"
             raise TargetExistsError(f"{card.path}: exists, and `w8a8 card` did not write it; {way_out}")

@@ -9,10 +9,11 @@ from io import BytesIO
 
 from PIL import Image
 
+from w8a8.serve.client import IMAGE_FORMATS
+
 MODES = ("L", "RGB", "RGBA")
 """What a processor is given; all else becomes RGB, as it would there."""
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 2**24
 """Pixels of one image: a processor needs some 50 bytes for each."""
 MAX_TOTAL_PIXELS = 2**25
@@ -30,7 +31,7 @@ def open_image(url: str) -> Image.Image:
     if not head.startswith("data:image/") or not head.endswith(";base64"):
         raise ValueError("must be a data:image/...;base64, URL; this server fetches nothing")
     with _readable():
-        image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=FORMATS)
+        image = Image.open(BytesIO(base64.b64decode(data, validate=True)), formats=IMAGE_FORMATS)
     short, long = sorted(image.size)
     if long > MAX_SIDE or short * long > MAX_PIXELS or long > MAX_RATIO * short:
         raise ValueError(
@@ -51,7 +52,7 @@ def check(urls: Sequence[str]) -> None:
 def pixels_of(data: bytes) -> Image.Image:
     """Decode an image of at most 8 bits a channel, without a palette. Raises ValueError; may take for ever."""
     with _readable():
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = Image.open(BytesIO(data), formats=IMAGE_FORMATS)
         image.load()
     return image if image.mode in MODES else image.convert("RGB")
 
@@ -64,4 +65,4 @@ def _readable() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:
-        raise ValueError(f"is not a readable image ({', '.join(FORMATS)})") from error
+        raise ValueError(f"is not a readable image ({', '.join(IMAGE_FORMATS)})") from error
