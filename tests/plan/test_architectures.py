@@ -11,6 +11,7 @@ from tests.named import NAMES, Family
 from w8a8.memory.model import layer_of
 from w8a8.plan import architecture_of, architectures, module_name
 from w8a8.plan.architectures import Architecture, known, read
+from w8a8.sources.experts import Stack
 
 TEXT = files("w8a8.plan").joinpath("architectures.toml").read_text(encoding="utf-8")
 SMALL = 'model_types = ["new"]\nfused = []\nquantize.mlp = []\n'
@@ -87,6 +88,13 @@ def test_an_architectures_own_patterns_come_first_and_the_common_ones_stay() -> 
     assert new.keep["special"] == ("*.x",)
 
 
+def test_an_architectures_own_stacks_come_first_and_the_common_ones_stay() -> None:
+    new = added(f'{SMALL}stacks = [{{ tensor = "w", parts = ["a.{{}}", "b.{{}}"], interleaved = true }}]')
+    assert new.stacks == (Stack("w", ("a.{}", "b.{}"), interleaved=True), *known()["llama"].stacks)
+    llama4 = known()["llama4"].stacks
+    assert {stack.tensor: stack.transposed for stack in reversed(llama4)}["experts.gate_up_proj"]
+
+
 @pytest.mark.parametrize(
     ("table", "said"),
     [
@@ -110,6 +118,9 @@ def test_an_architectures_own_patterns_come_first_and_the_common_ones_stay() -> 
             f'{SMALL}groups = [{{ name = "o", consumers = ["o"], producer = "v", kind = "value", offset = 1.0 }}]',
             "offset is a number like 1.0 that a norm adds",
         ),
+        (f'{SMALL}stacks = [{{ tensor = "w", parts = ["w"] }}]', "new.stacks, 'w': each of its parts has one {}"),
+        (f'{SMALL}stacks = [{{ tensor = "w", parts = [] }}]', "new.stacks, 'w': each of its parts has one {}"),
+        (f'{SMALL}stacks = [{{ tensor = "w", part = ["{{}}"] }}]', "new.stacks, 'w': unknown part; there are"),
         ('model_types = ["new"]\nfused = []', "new: quantize missing"),
         ('like = "lama"\nmodel_types = ["new"]', "new: like = 'lama' names no table above this one"),
         ('model_types = "new"\nfused = []\nquantize.mlp = []', "new.model_types: 'new' is no list of strings"),

@@ -11,10 +11,11 @@ from importlib.resources import files
 from typing import Any, Literal, get_args, get_type_hints
 
 from w8a8.formats import FORMATS
+from w8a8.sources.experts import Stack
 
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
-_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "spellings", "groups", "memory"}
+_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "stacks", "spellings", "groups", "memory"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,7 @@ class Architecture:
     quantize: Mapping[str, tuple[str, ...]]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
+    stacks: tuple[Stack, ...]
     spellings: tuple[str, ...]
     groups: tuple[Group, ...]
     memory: MemoryRules
@@ -110,12 +112,12 @@ def known() -> Mapping[str, Architecture]:
 def read(text: str) -> Mapping[str, Architecture]:
     """The tables of a TOML text by name. Raises `ValueError`, which says what is wrong where."""
     values = tomllib.loads(text)
-    _check_keys(values, {"keep", "memory", "architecture"}, "the file")
+    _check_keys(values, {"stacks", "keep", "memory", "architecture"}, "the file")
     tables: dict[str, Mapping[str, Any]] = {}
     for name, table in values["architecture"].items():
         _check_keys(table, _KEYS, name)
         tables[name] = _inherit(table, tables, name)
-    return {name: _architecture(name, table, values["keep"], values["memory"]) for name, table in tables.items()}
+    return {name: _architecture(name, table, values) for name, table in tables.items()}
 
 
 def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], where: str) -> Mapping[str, Any]:
@@ -128,10 +130,8 @@ def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], w
     return {**other, **table, "memory": {**other.get("memory", {}), **table.get("memory", {})}}
 
 
-def _architecture(
-    name: str, table: Mapping[str, Any], kept: Mapping[str, Any], memory: Mapping[str, Any]
-) -> Architecture:
-    own = table.get("keep", {})
+def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]) -> Architecture:
+    own, kept = table.get("keep", {}), common["keep"]
     if missing := {"model_types", "quantize", "fused"} - set(table):
         raise ValueError(f"{name}: {', '.join(sorted(missing))} missing")
     return Architecture(
@@ -144,9 +144,10 @@ def _architecture(
         quantize={part: _strings(globs, f"{name}.quantize") for part, globs in table["quantize"].items()},
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
         whole=_value(bool, table.get("whole", False), f"{name}.whole"),
+        stacks=tuple(_stack(each, f"{name}.stacks") for each in (*table.get("stacks", []), *common["stacks"])),
         spellings=_strings(table.get("spellings", list(FORMATS)), f"{name}.spellings"),
         groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
-        memory=_record(MemoryRules, {**memory, **table.get("memory", {})}, f"{name}.memory"),
+        memory=_record(MemoryRules, {**common["memory"], **table.get("memory", {})}, f"{name}.memory"),
     )
 
 
@@ -161,6 +162,14 @@ def _group(table: Mapping[str, Any], where: str) -> Group:
     if "offset" in table and (kind != "norm" or not isinstance(table["offset"], float)):
         raise ValueError(f"{where}: offset is a number like 1.0 that a norm adds to its weight")
     return Group(table["name"], _strings(consumers, where), producer, kind, table.get("offset", 0.0))
+
+
+def _stack(table: Mapping[str, Any], where: str) -> Stack:
+    where = f"{where}, {table.get('tensor')!r}"
+    stack: Stack = _record(Stack, {"transposed": False, "interleaved": False, **table}, where)
+    if not stack.parts or any(part.count("{}") != 1 for part in stack.parts):
+        raise ValueError(f"{where}: each of its parts has one {{}}, for the expert's number")
+    return stack
 
 
 def _record(kind: Any, table: Mapping[str, Any], where: str) -> Any:
