@@ -120,7 +120,7 @@ DAMAGES = {
     "an offset past the end": (raw(ARCHITECTURE, line("a", offset=32)), OffsetsError, "hole"),
     "an overlap": (raw(ARCHITECTURE, line("a"), line("b", offset=32), tensors=2), OffsetsError, "overlaps"),
     "a hole": (raw(ARCHITECTURE, line("a"), line("b", offset=256), tensors=2, data=400), OffsetsError, "hole"),
-    "a name twice": (raw(ARCHITECTURE, line("a"), line("a", offset=128), tensors=2, data=256), DuplicateTensorError, "a"),
+    "one name": (raw(ARCHITECTURE, line("a"), line("a", offset=128), tensors=2), DuplicateTensorError, "twice"),
     "too short": (raw(ARCHITECTURE, line("a"), data=100), TruncatedShardError, "truncated"),
     "bytes left over": (raw(ARCHITECTURE, line("a"), data=200), OffsetsError, "belong to none"),
 }  # fmt: skip
