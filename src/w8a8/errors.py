@@ -141,6 +141,12 @@ class HubError(W8A8Error):
     exit_code = 28
 
 
+class SourceError(AlreadyQuantizedError):
+    """The source's quantized weights cannot be decoded: a scale is missing, or has a wrong shape, dtype or value."""
+
+    exit_code = 29
+
+
 # --- the plan: 30-39 ----------------------------------------------------------------------------------------------
 
 

@@ -116,9 +116,10 @@ class LogicalTensor:
         return self.decoder == PLAIN
 
     def matrix(self, index: int) -> "LogicalTensor":
-        """The matrix `index` of a stack."""
-        stored, beside = part(self.stored, index), tuple(part(each, index) for each in self.beside)
-        return replace(self, shape=self.shape[1:], stored=stored, beside=beside)
+        """The matrix `index` of a stack; what lies beside it in one piece serves all matrices."""
+        count = self.stored.shape[0]
+        beside = tuple(part(each, index) if each.shape[:1] == (count,) else each for each in self.beside)
+        return replace(self, shape=self.shape[1:], stored=part(self.stored, index), beside=beside)
 
 
 @dataclass(frozen=True, slots=True)

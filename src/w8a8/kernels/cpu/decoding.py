@@ -1,0 +1,107 @@
+"""The inner loops that turn quantized weights back into numbers: code times scale, rounded once to the dtype of `out`.
+
+Every loop writes bit patterns into `out` [rows, columns], whose integer type says BF16, FP16 or FP32 (`bits.BITS`).
+Products are taken in float32. Scales come as a grid of float32: one for each block of `block` [rows, columns], the
+last ones of which may stick out of the matrix. Loops over a run of codes with one scale vectorize.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from w8a8.kernels.cpu.bits import Bits
+from w8a8.kernels.cpu.ir import rounded_bits
+from w8a8.kernels.cpu.jit import jit
+from w8a8.kernels.cpu.small_floats import e2m1, e4m3, e5m2
+
+Float32s = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+
+
+@jit()
+def _e4m3(codes, scale, first, rows, columns, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for block in range(scale.shape[1]):
+            s = scale[(first + i) // rows, block]
+            run = codes[i, block * columns : (block + 1) * columns]
+            to = out[i, block * columns : (block + 1) * columns]
+            for j in range(run.size):
+                to[j] = rounded_bits(to[j], e4m3(run[j]) * s)
+
+
+@jit()
+def _e5m2(codes, scale, first, rows, columns, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for block in range(scale.shape[1]):
+            s = scale[(first + i) // rows, block]
+            run = codes[i, block * columns : (block + 1) * columns]
+            to = out[i, block * columns : (block + 1) * columns]
+            for j in range(run.size):
+                to[j] = rounded_bits(to[j], e5m2(run[j]) * s)
+
+
+@jit(fastmath={"nnan"})  # codes and scales are finite
+def _integers(codes, scale, zero, factor, first, rows, columns, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for block in range(scale.shape[1]):
+            s = scale[(first + i) // rows, block]
+            z = zero[(first + i) // rows, block]
+            run = codes[i, block * columns : (block + 1) * columns]
+            to = out[i, block * columns : (block + 1) * columns]
+            for j in range(run.size):
+                to[j] = rounded_bits(to[j], np.float32(np.int32(run[j]) - z) * s * factor)
+
+
+@jit(fastmath={"nnan"})
+def _fp4(codes, scale, columns, out):  # type: ignore[no-untyped-def]
+    half = columns // 2
+    for i in range(out.shape[0]):
+        for block in range(scale.shape[1]):
+            s = scale[i, block]
+            run = codes[i, block * half : (block + 1) * half]
+            to = out[i, block * columns : (block + 1) * columns]
+            for j in range(run.size):
+                to[2 * j] = rounded_bits(to[0], e2m1(run[j]) * s)
+                to[2 * j + 1] = rounded_bits(to[0], e2m1(run[j] >> np.uint8(4)) * s)
+
+
+@jit()
+def _turn(matrix, out):  # type: ignore[no-untyped-def]
+    rows, columns = matrix.shape
+    for i in range(0, rows, 32):
+        for j in range(0, columns, 32):
+            for b in range(j, min(j + 32, columns)):
+                for a in range(i, min(i + 32, rows)):
+                    out[b, a] = matrix[a, b]
+
+
+def fp8(codes: Bytes, scale: Float32s, block: tuple[int, int], first: int, out: Bits, *, wide: bool = False) -> None:
+    """Decode FP8 `codes` [rows, columns], which begin at row `first` of the matrix; E5M2 if `wide`, else E4M3."""
+    (_e5m2 if wide else _e4m3)(codes, scale, first, *block, out)
+
+
+def integers(
+    codes: NDArray[np.int8] | Bytes,
+    scale: Float32s,
+    zero: NDArray[np.int32],
+    block: tuple[int, int],
+    first: int,
+    out: Bits,
+    *,
+    factor: float = 1.0,
+) -> None:
+    """Decode integers `codes` [rows, columns] from row `first` on: (code - zero) * scale * factor, in this order."""
+    _integers(codes, scale, zero, np.float32(factor), first, *block, out)
+
+
+def fp4(codes: Bytes, scale: Float32s, out: Bits) -> None:
+    """Decode FP4 E2M1, two codes a byte [rows, columns / 2], the lower four bits first; `scale` is [rows, blocks]."""
+    _fp4(codes, scale, out.shape[1] // scale.shape[1], out)
+
+
+def turned(matrix: NDArray[Any]) -> NDArray[Any]:
+    """Copy a matrix [a, b] to its transpose [b, a], rows one after the other."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype)
+    _turn(matrix, out)
+    return out
