@@ -12,6 +12,7 @@ import msgspec
 from w8a8.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorSpec
 from w8a8.formats import Selection, get_format
 from w8a8.plan import Plan, make_plan, module_name
+from w8a8.plan.viewing import view_of
 
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "plan" / "names").glob("*.json"))
 """`names/*.json`: what transformers saves for each family, every tensor with its kind and the verdict expected."""
@@ -35,7 +36,7 @@ def plan_of(
     **options: Any,
 ) -> Plan:
     """`make_plan` with a format's name."""
-    return make_plan(checkpoint, get_format(format, compat, checkpoint.config), source="test", **options)
+    return make_plan(view_of(checkpoint), get_format(format, compat, checkpoint.config), source="test", **options)
 
 
 def plan_from(values: Mapping[str, Any]) -> Plan:

@@ -16,6 +16,8 @@ from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format, get_format
 from w8a8.plan import Plan, make_plan
+from w8a8.plan.viewing import view_of
+from w8a8.sources.view import View
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Job:
     """A run before any weight is read. `make` makes the plan, given what calibration adds to it."""
 
     source: Source
-    checkpoint: Checkpoint
+    view: View
     format: Format
     plan: Plan
     make: Callable[..., Plan]
@@ -92,13 +94,13 @@ def prepare(source: str | Path, options: Options = Options()) -> Job:
     asked = options.request()
     # 2) the source, by its headers
     found = resolve(source)
-    checkpoint = Checkpoint.open(found.path)
+    view = view_of(Checkpoint.open(found.path))
     # 3) the plan
-    fmt = get_format(options.format, options.compat, checkpoint.config)
+    fmt = get_format(options.format, options.compat, view.config)
     recipe = asked.recipe if asked else "rtn"
     make = partial(
         make_plan,
-        checkpoint,
+        view,
         fmt,
         source=found.name,
         revision=found.revision,
@@ -112,7 +114,7 @@ def prepare(source: str | Path, options: Options = Options()) -> Job:
             "w8a8_recipe": recipe,
         },
     )
-    return Job(found, checkpoint, fmt, make(), make, asked)
+    return Job(found, view, fmt, make(), make, asked)
 
 
 def dry_run(source: str | Path, options: Options = Options()) -> Plan:
@@ -137,7 +139,7 @@ def quantize(
     goes on when it is called again with the same arguments.
 
     Args:
-        source: the checkpoint to quantize, safetensors in BF16, F16 or F32.
+        source: the checkpoint to quantize, safetensors, dense or in a quantization that can be read.
         out: the folder to create.
         options: format, recipe, and which tensors.
         overwrite: replace `out`, once the new one is whole.
@@ -174,7 +176,7 @@ def calibrated(
         ) from missing
     with found_(
         job.source.name,
-        job.checkpoint,
+        job.view,
         job.request,
         job.make,
         Path(out),
@@ -202,7 +204,7 @@ def run(
     start = time.perf_counter()
     resumed = execute(
         job.plan,
-        job.checkpoint,
+        job.view,
         Path(out),
         job.format.arithmetic,
         overwrite=overwrite,
@@ -211,4 +213,4 @@ def run(
         notice=notice,
         finished=job.finished,
     )
-    return QuantizeResult(job.checkpoint.path, Path(out), job.plan, time.perf_counter() - start, resumed)
+    return QuantizeResult(job.view.path, Path(out), job.plan, time.perf_counter() - start, resumed)

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from tests.checkpoints import LLAMA, Array, folder_bytes, tensor_bytes, write_checkpoint, write_shard
 from tests.execute.runs import names
 from w8a8 import quantize
-from w8a8.checkpoint import Checkpoint, Shard, stream
+from w8a8.checkpoint import Checkpoint, stream
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import NonFiniteWeightError, SourceChangedError, UnreadableError
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
@@ -28,6 +28,8 @@ from w8a8.formats import COMPATS, get_format
 from w8a8.formats.arithmetic import EXACT, round_to
 from w8a8.plan import ShardPlan
 from w8a8.plan.layout import ScaleSpec, lay_out
+from w8a8.plan.viewing import view_of
+from w8a8.sources.view import ViewShard
 
 Tensors = dict[str, tuple[str, Array]]
 
@@ -88,22 +90,22 @@ def raw(tensor: "torch.Tensor") -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
-def one_shard(folder: Path, tensors: Tensors) -> tuple[Path, Shard, ShardPlan]:
+def one_shard(folder: Path, tensors: Tensors) -> tuple[Path, ViewShard, ShardPlan]:
     """A file of `tensors` and the plan to quantize every `.weight` of it."""
     path = folder / "model.safetensors"
     write_shard(path, tensors)
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    (shard,) = Checkpoint.open(folder).shards
+    (shard,) = view_of(Checkpoint.open(folder)).shards
     return path, shard, lay_out(shard.name, shard.tensors, scales_of(shard))
 
 
-def scales_of(shard: Shard) -> dict[str, ScaleSpec]:
+def scales_of(shard: ViewShard) -> dict[str, ScaleSpec]:
     weights = [tensor for tensor in shard.tensors if tensor.name.endswith(".weight")]
     return {t.name: ScaleSpec(f"{t.name}_scale", "F32", (t.shape[0],)) for t in weights}
 
 
 def run_shard(
-    source: Path, shard: Shard, plan: ShardPlan, target: Path, advance: Callable[[int], None] = lambda _: None
+    source: Path, shard: ViewShard, plan: ShardPlan, target: Path, advance: Callable[[int], None] = lambda _: None
 ) -> ShardRecord:
     header = write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in plan.writes), {})
     return quantize_shard(ShardJob(source, shard, plan, header, target, EXACT), advance=advance)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
 from w8a8.plan.layout import ScaleSpec, ShardPlan, lay_out
+from w8a8.sources.view import plain
 
 QUANTIZABLE = ["BF16", "F16", "F32"]
 SHAPES = st.lists(st.integers(0, 9), max_size=3).map(tuple)
@@ -24,7 +25,7 @@ def shards(draw: st.DrawFn) -> tuple[tuple[TensorSpec, ...], dict[str, ScaleSpec
             scale_dtype = draw(st.sampled_from(QUANTIZABLE))
             scale_shape = draw(st.sampled_from([(shape[0],), (shape[0], 1)]))
             scales[f"t{i}.weight"] = ScaleSpec(f"t{i}.weight_scale", scale_dtype, scale_shape)
-    return tuple(tensors), scales, lay_out("s", tensors, scales)
+    return tuple(tensors), scales, lay_out("s", [*map(plain, tensors)], scales)
 
 
 @given(shards())

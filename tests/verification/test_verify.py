@@ -300,9 +300,9 @@ def folded(llama: Path, tmp_path: Path) -> Path:
         "norms": [{"name": NORM, "offset": 0.0, "into": readers}],
     }
     job = prepare(llama)
-    plan = make_plan(source, job.format, source="llama", calibration=msgspec.convert(record, CalibrationRecord))
+    plan = make_plan(job.view, job.format, source="llama", calibration=msgspec.convert(record, CalibrationRecord))
     places = {tensor.name: Finished(tmp_path / "finished.safetensors", tensor) for tensor in tensors}
-    execute(plan, source, tmp_path / "folded", job.format.arithmetic, finished=places)
+    execute(plan, job.view, tmp_path / "folded", job.format.arithmetic, finished=places)
     return tmp_path / "folded"
 
 

@@ -17,12 +17,12 @@ from w8a8.calibrate.layers import calibrate_layers
 from w8a8.calibrate.outcome import choose_kept, finished_tensors, record, say_gains
 from w8a8.calibrate.request import Progress, Request
 from w8a8.calibrate.setup import Setup
-from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DiskFullError
 from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging
 from w8a8.plan import Plan
+from w8a8.sources.view import View
 from w8a8.storage.folders import lock_folder
 
 
@@ -37,7 +37,7 @@ class Calibrated:
 @contextmanager
 def calibrated(
     name: str,
-    checkpoint: Checkpoint,
+    view: View,
     request: Request,
     make: Callable[..., Plan],
     out: Path,
@@ -46,7 +46,7 @@ def calibrated(
     progress: Progress,
     notice: Callable[[str], None],
 ) -> Iterator[Calibrated]:
-    """Calibrate the model of `checkpoint` for the folder `out`; use the result before the context ends.
+    """Calibrate the model of `view` for the folder `out`; use the result before the context ends.
 
     `make` makes the plan, given what calibration adds to it. `progress(layers)` shows how many layers are done: first
     those that costs are measured in, forwards and backwards, then those that are calibrated. The files are removed when
@@ -55,10 +55,10 @@ def calibrated(
     """
     # 1) Fail now for whatever would fail after hours: the target, the text, the model, the disk
     out = Path(os.path.realpath(out))
-    check_apart(checkpoint.path, out)
+    check_apart(view.path, out)
     with Staging.claim(out, overwrite=overwrite):
         pass
-    setup = Setup.of(name, checkpoint, request, notice)
+    setup = Setup.of(name, view, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
     with lock_folder(home, out):
         plan, kept = make(), dict[str, str]()

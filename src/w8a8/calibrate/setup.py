@@ -12,13 +12,14 @@ import torch
 from w8a8.calibrate.activations import Activations
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Request
-from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import StreamedModel
+from w8a8.sources.view import View
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
 from w8a8.version import __version__
@@ -32,7 +33,7 @@ class Setup:
     """
 
     model: StreamedModel
-    checkpoint: Checkpoint
+    view: View
     request: Request
     text: CalibrationText
     samples: Sequence[Sequence[int]]
@@ -40,7 +41,7 @@ class Setup:
     notice: Callable[[str], None]
 
     @classmethod
-    def of(cls, name: str, checkpoint: Checkpoint, request: Request, notice: Callable[[str], None]) -> "Setup":
+    def of(cls, name: str, view: View, request: Request, notice: Callable[[str], None]) -> "Setup":
         """Load the text, build the model without its layers, and cut the samples.
 
         Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for an architecture without groups,
@@ -51,12 +52,12 @@ class Setup:
             notice(
                 "no --calibration given: using the small built-in text; a text like the model's future input is better"
             )
-        model = StreamedModel(name, checkpoint, torch.float32)
-        if not groups_of(checkpoint.config, model.hollow(0)):
-            kind = checkpoint.config.get("model_type")
+        model = StreamedModel(name, view.checkpoint, torch.float32)
+        if not groups_of(view.config, model.hollow(0)):
+            kind = view.config.get("model_type")
             raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
         samples = _samples(name, model, text, request, notice)
-        return cls(model, checkpoint, request, text, samples, model.embed(samples[0])[1], notice)
+        return cls(model, view, request, text, samples, model.embed(samples[0])[1], notice)
 
     @property
     def tokens(self) -> int:
@@ -70,7 +71,7 @@ class Setup:
 
     def groups(self, layer: int) -> tuple[Group, ...]:
         """The groups of the `layer`th layer."""
-        return groups_of(self.checkpoint.config, self.model.hollow(layer))
+        return groups_of(self.view.config, self.model.hollow(layer))
 
     def weight(self, layer: int, path: str) -> TensorSpec:
         """The weight of the module `path` inside the `layer`th layer."""
@@ -83,7 +84,7 @@ class Setup:
             version=__version__,
             recipe=self.request.recipe,
             samples_and_plan=hashlib.sha256(json.dumps(values).encode()).hexdigest(),
-            sources={shard.name: Identity.of(self.checkpoint.path / shard.name) for shard in self.checkpoint.shards},
+            sources={shard.name: Identity.of(self.view.path / shard.stored.name) for shard in self.view.shards},
             device=self.model.device.type,
         )
 

@@ -5,8 +5,8 @@ is allocated, and the safetensors library has the last word on every file. `reso
 or a Hub id) into such a folder.
 """
 
-from w8a8.checkpoint.header import DTYPE_BYTES, TensorSpec, read_header
+from w8a8.checkpoint.header import DTYPE_BYTES, Shaped, TensorSpec, read_header
 from w8a8.checkpoint.reader import Checkpoint, Shard
 from w8a8.checkpoint.source import Source, resolve
 
-__all__ = ["DTYPE_BYTES", "Checkpoint", "Shard", "Source", "TensorSpec", "read_header", "resolve"]
+__all__ = ["DTYPE_BYTES", "Checkpoint", "Shaped", "Shard", "Source", "TensorSpec", "read_header", "resolve"]

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 
@@ -45,6 +45,22 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8, "U64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
 """Bytes per element of every dtype of the format that fills whole bytes."""
+
+
+class Shaped(Protocol):
+    """What a stored and a logical tensor have in common: a name, a safetensors dtype and a shape."""
+
+    @property
+    def name(self) -> str:
+        """The tensor's name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors dtype."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
-from w8a8.checkpoint import Shard, TensorSpec
+from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import SourceChangedError, UnreadableError
 from w8a8.reading import open_file, reading
@@ -57,52 +57,44 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """`nbytes` bytes from byte `offset` of a file: rows from `row` on of `tensor`, or no tensor's (the header)."""
+    """Bytes of a file to be read at once: `runs` runs of `nbytes` bytes, from byte `offset` on, one every `stride`.
 
-    tensor: TensorSpec | None
-    row: int
+    `hashed`: they belong to the digest of the file. Such blocks are one run, and follow one another without a gap.
+    """
+
     offset: int
     nbytes: int
+    runs: int = 1
+    stride: int = 0
+    hashed: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes of all runs."""
+        return self.nbytes * self.runs
 
 
-def row_bytes(tensor: TensorSpec) -> int:
-    """Count the bytes of one row of a matrix, or of one element of any other tensor."""
-    count = tensor.shape[0] if len(tensor.shape) == 2 else tensor.numel
-    return tensor.nbytes // max(count, 1)
+B = TypeVar("B", bound=Block)
 
 
-def tensor_blocks(tensor: TensorSpec) -> Iterator[Block]:
-    """Cut a tensor into blocks of whole rows, each at most `BLOCK_BYTES` unless a single row is longer."""
-    if tensor.nbytes == 0:
-        return
-    width = row_bytes(tensor)
-    rows = max(1, BLOCK_BYTES // width)
-    for first in range(0, tensor.nbytes // width, rows):
-        nbytes = min(rows * width, tensor.nbytes - first * width)
-        yield Block(tensor, first, tensor.offset + first * width, nbytes)
-
-
-def shard_blocks(shard: Shard) -> Iterator[Block]:
-    """Cut a whole shard into blocks, first byte to last: its header, then its tensors, which tile the rest."""
-    data_start = shard.tensors[0].offset if shard.tensors else shard.size
-    for offset in range(0, data_start, BLOCK_BYTES):
-        yield Block(None, 0, offset, min(BLOCK_BYTES, data_start - offset))
-    for tensor in shard.tensors:
-        yield from tensor_blocks(tensor)
+def byte_blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Cut the bytes from `begin` to `end` into pieces of at most `BLOCK_BYTES`: offset and number of each."""
+    for offset in range(begin, end, BLOCK_BYTES):
+        yield offset, min(BLOCK_BYTES, end - offset)
 
 
 def stream(
-    path: Path, blocks: Iterable[Block], stopped: Callable[[], bool] = lambda: False, digest: "_Hash | None" = None
-) -> Generator[tuple[Block, memoryview], None, None]:
-    """Yield each block with its bytes, which are valid until the next one is asked for.
+    path: Path, blocks: Iterable[B], stopped: Callable[[], bool] = lambda: False, digest: "_Hash | None" = None
+) -> Generator[tuple[B, memoryview], None, None]:
+    """Yield each block with its bytes, run after run, which are valid until the next one is asked for.
 
-    Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with every byte.
+    Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with the `hashed` blocks.
     Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds).
     """
     blocks = list(blocks)
-    size = max((block.nbytes for block in blocks), default=1)
+    size = max((block.size for block in blocks), default=1)
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
-    filled: queue.SimpleQueue[tuple[Block, mmap.mmap] | BaseException | None] = queue.SimpleQueue()
+    filled: queue.SimpleQueue[tuple[B, mmap.mmap] | BaseException | None] = queue.SimpleQueue()
     for _ in range(min(BUFFERS, len(blocks))):
         free.put(mmap.mmap(-1, size))
     ended = threading.Event()
@@ -114,9 +106,9 @@ def stream(
                     buffer = free.get()
                     if stopped() or ended.is_set():
                         raise Stopped
-                    view = memoryview(buffer)[: block.nbytes]
-                    read_exactly(file.fileno(), view, block.offset, path)
-                    if digest is not None:
+                    view = memoryview(buffer)[: block.size]
+                    read_block(file.fileno(), view, block, path)
+                    if digest is not None and block.hashed:
                         digest.update(view)
                     filled.put((block, buffer))
             filled.put(None)
@@ -131,12 +123,19 @@ def stream(
             if isinstance(item, BaseException):
                 raise item
             block, buffer = item
-            yield block, memoryview(buffer)[: block.nbytes]
+            yield block, memoryview(buffer)[: block.size]
             free.put(buffer)
     finally:
         ended.set()
         free.put(buffer or mmap.mmap(-1, 1))
         thread.join()
+
+
+def read_block(fd: int, view: memoryview, block: Block, path: Path) -> None:
+    """Fill `view` with the bytes of a block of the open file. Raises what `read_exactly` raises."""
+    for run in range(block.runs):
+        part = view[run * block.nbytes : (run + 1) * block.nbytes]
+        read_exactly(fd, part, block.offset + run * block.stride, path)
 
 
 def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:

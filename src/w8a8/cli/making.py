@@ -142,7 +142,7 @@ def quantize(
             progress=partial(live, "calibrating", unit="layers", quiet=quiet),
             notice=terminal.notice,
         ) as job,
-        live("quantizing", sum(s.size for s in job.checkpoint.shards), quiet=quiet) as advance,
+        live("quantizing", sum(s.size for s in job.view.shards), quiet=quiet) as advance,
     ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
     with showing(f"{out} is whole"):

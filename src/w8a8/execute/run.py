@@ -29,6 +29,8 @@ from w8a8.formats.provenance import (
 )
 from w8a8.plan import Plan
 from w8a8.reading import open_file, reading
+from w8a8.sources.opening import with_stacks
+from w8a8.sources.view import View
 from w8a8.storage.writer import SequentialWriter, disk_errors, write_json
 from w8a8.version import __version__
 
@@ -38,7 +40,7 @@ SLACK_BYTES = 16 << 20
 
 def execute(
     plan: Plan,
-    checkpoint: Checkpoint,
+    view: View,
     out: Path,
     arithmetic: Arithmetic,
     *,
@@ -48,7 +50,7 @@ def execute(
     notice: Callable[[str], None] = lambda _: None,
     finished: Mapping[str, Finished] | None = None,
 ) -> int:
-    """Carry out `plan`, made from `checkpoint`, and publish the result as the folder `out`.
+    """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
     Returns how many shards an earlier run had finished. Tensors of the result in `finished` are taken from there.
 
@@ -58,24 +60,25 @@ def execute(
     """
     # 1) a place for the unfinished result, and what an earlier run left there
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
-    check_apart(checkpoint.path, out)
+    check_apart(view.path, out)
+    view = with_stacks(view, {decision.tensor.name for decision in plan.decisions})
     with Staging.claim(out, overwrite=overwrite) as staging:
         workers = workers or worker_count()
-        changed = staging.begin(_job(plan, checkpoint), checkpoint.path, workers)
+        changed = staging.begin(_job(plan, view), view.path, workers)
         if changed:
             notice(changed)
         resumed = len(staging.finished)
         if resumed:
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
-            advance(sum(shard.size for shard in checkpoint.shards if shard.name in staging.finished))
+            advance(sum(shard.size for shard in view.shards if shard.name in staging.finished))
         # 2) the shards that are missing
-        jobs = list(_jobs(plan, checkpoint, staging, arithmetic, finished or {}))
-        _check_room(plan, jobs, checkpoint, staging.home)
+        jobs = list(_jobs(plan, view, staging, arithmetic, finished or {}))
+        _check_room(plan, jobs, view, staging.home)
         try:
             carry_out(jobs, workers, advance=advance, record=staging.record)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
-            _write_small_files(plan, checkpoint, records, staging.folder)
+            _write_small_files(plan, view, records, staging.folder)
             _self_check(plan, staging.folder)
         except (NonFiniteWeightError, SelfCheckError):
             staging.discard()  # going on from here would end here again
@@ -86,19 +89,19 @@ def execute(
 
 
 def _jobs(
-    plan: Plan, checkpoint: Checkpoint, staging: Staging, arithmetic: Arithmetic, finished: Mapping[str, Finished]
+    plan: Plan, view: View, staging: Staging, arithmetic: Arithmetic, finished: Mapping[str, Finished]
 ) -> Iterator[ShardJob]:
     """Make the jobs of the shards that no earlier run has finished."""
-    shards = {shard.name: shard for shard in checkpoint.shards}
+    shards = {shard.name: shard for shard in view.shards}
     for shard in plan.shards:
         if shard.name not in staging.finished:
             own = {write.name: finished[write.name] for write in shard.writes if write.name in finished}
-            source, target = checkpoint.path / shard.name, staging.folder / shard.name
-            yield ShardJob(source, shards[shard.name], shard, plan.header(shard), target, arithmetic, own)
+            seen, target = shards[shard.name], staging.folder / shard.name
+            yield ShardJob(view.path / seen.stored.name, seen, shard, plan.header(shard), target, arithmetic, own)
 
 
-def _job(plan: Plan, checkpoint: Checkpoint) -> Job:
-    sources = {shard.name: Identity.of(checkpoint.path / shard.name) for shard in checkpoint.shards}
+def _job(plan: Plan, view: View) -> Job:
+    sources = {shard.name: Identity.of(view.path / shard.stored.name) for shard in view.shards}
     return Job(__version__, plan.format, plan.recipe, plan.fingerprint(), sources)
 
 
@@ -109,8 +112,8 @@ def check_apart(source: Path, out: Path) -> None:
         raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
-def _check_room(plan: Plan, jobs: Sequence[ShardJob], checkpoint: Checkpoint, folder: Path) -> None:
-    sidecars = sum(Identity.of(checkpoint.path / name).size for name in plan.sidecars)
+def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) -> None:
+    sidecars = sum(Identity.of(view.path / name).size for name in plan.sidecars)
     needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + SLACK_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -120,13 +123,16 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], checkpoint: Checkpoint, fo
         )
 
 
-def _write_small_files(plan: Plan, checkpoint: Checkpoint, records: tuple[ShardRecord, ...], folder: Path) -> None:
-    files = {name: _copy(inside(checkpoint.path, name), folder / name) for name in plan.sidecars}
+def _write_small_files(plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path) -> None:
+    files = {name: _copy(inside(view.path, name), folder / name) for name in plan.sidecars}
     made = {"config.json": plan.config, **({INDEX: _index(plan)} if plan.indexed else {})}
     for name, value in made.items():
         write_json(folder / name, value, resumable=True)
         files[name] = SmallFile((folder / name).stat().st_size, file_sha256(folder / name))
-    provenance = _provenance(plan, records, dict(sorted(files.items())))
+    sources = {record.name: record.source_sha256 for record in records}
+    rest = (shard.name for shard in view.shards if shard.name not in sources)  # scales of other shards' tensors alone
+    sources |= {name: file_sha256(view.path / name) for name in rest}
+    provenance = _provenance(plan, sources, records, dict(sorted(files.items())))
     write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
 
 
@@ -137,10 +143,12 @@ def _index(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _provenance(plan: Plan, records: tuple[ShardRecord, ...], files: Mapping[str, SmallFile]) -> Provenance:
+def _provenance(
+    plan: Plan, sources: Mapping[str, str], records: tuple[ShardRecord, ...], files: Mapping[str, SmallFile]
+) -> Provenance:
     return Provenance(
         version=__version__,
-        source=SourceFiles(plan.source, plan.revision, {record.name: record.source_sha256 for record in records}),
+        source=SourceFiles(plan.source, plan.revision, sources, plan.quantized_source),
         architecture=plan.architecture,
         format=plan.format,
         recipe=plan.recipe,

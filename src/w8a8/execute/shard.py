@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Shard, TensorSpec, read_header
-from w8a8.checkpoint.stream import Block, Identity, read_exactly, row_bytes, shard_blocks, stream, tensor_blocks
+from w8a8.checkpoint import DTYPE_BYTES, TensorSpec, read_header
+from w8a8.checkpoint.stream import Identity, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -27,7 +27,9 @@ from w8a8.kernels.cpu.bits import Bits
 from w8a8.kernels.cpu.rows import row_amax, row_codes
 from w8a8.plan import ShardPlan, Write
 from w8a8.reading import open_file, reading
-from w8a8.sources.rows import rows
+from w8a8.sources.blocks import RowBlock, shard_blocks, tensor_blocks
+from w8a8.sources.rows import RowReader, rows
+from w8a8.sources.view import ViewShard
 from w8a8.storage.writer import SequentialWriter
 
 Scales = NDArray[np.float32]
@@ -65,7 +67,7 @@ class ShardJob:
     """
 
     source: Path
-    shard: Shard
+    shard: ViewShard
     plan: ShardPlan
     header: bytes
     target: Path
@@ -86,16 +88,15 @@ def quantize_shard(
     """
     # 1) the source has to be what the plan was made from
     before = Identity.of(job.source)
-    if before.size != job.shard.size or read_header(job.source, job.shard.name).tensors != job.shard.tensors:
+    if before.size != job.shard.size or read_header(job.source, job.shard.name).tensors != job.shard.stored.tensors:
         raise SourceChangedError(f"{job.source}: changed since its header was read; run the same command again")
-    largest = max([1, *(min(t.nbytes, max(row_bytes(t), 1)) for t in job.shard.tensors)])
-    with SequentialWriter(job.target, largest) as writer:
-        run = _ShardRun(job, writer, stopped)
+    run = _ShardRun(job, stopped)
+    with SequentialWriter(job.target, run.largest) as writer:
         # 2) header, then everything that keeps the source's order, then the tail
         writer.append(job.header)
-        run.stream_through(advance)
+        run.stream_through(writer, advance)
         for write in job.plan.tail:
-            run.write_late(write)
+            run.write_late(writer, write)
         writer.finish()
         # 3) nobody may have written to the source meanwhile
         if Identity.of(job.source) != before:
@@ -104,10 +105,12 @@ def quantize_shard(
 
 
 class _ShardRun:
-    """One pass under way: what is being written, and the scales found so far."""
+    """One pass under way: the blocks of the source, and the scales found so far."""
 
-    def __init__(self, job: ShardJob, writer: SequentialWriter, stopped: Callable[[], bool]) -> None:
-        self.job, self.writer, self.stopped = job, writer, stopped
+    def __init__(self, job: ShardJob, stopped: Callable[[], bool]) -> None:
+        self.job, self.stopped = job, stopped
+        self.blocks = list(shard_blocks(job.shard))
+        self.reader = RowReader(job.source.parent)
         self.source_digest = hashlib.sha256()
         self.tensors = {tensor.name: tensor for tensor in job.shard.tensors}
         self.scales = {
@@ -116,49 +119,53 @@ class _ShardRun:
             if write.kind == "scale" and write.name not in job.finished
         }
 
-    def stream_through(self, advance: Callable[[int], None]) -> None:
+    @property
+    def largest(self) -> int:
+        """The most bytes that a block becomes."""
+        return max((block.numel * DTYPE_BYTES[block.tensor.dtype] for block in self.blocks if block.tensor), default=1)
+
+    def stream_through(self, writer: SequentialWriter, advance: Callable[[int], None]) -> None:
         """Pass over the whole source: find the scales, and write what keeps the source's order."""
         streamed = {write.source: write for write in self.job.plan.writes[: self.job.plan.streamed]}
-        blocks_of_shard = shard_blocks(self.job.shard)
-        with closing(stream(self.job.source, blocks_of_shard, self.stopped, self.source_digest)) as blocks:
+        with closing(stream(self.job.source, self.blocks, self.stopped, self.source_digest)) as blocks:
             for block, data in blocks:
-                tensor = block.tensor
-                if tensor is not None and tensor.name in self.scales:
-                    bits = rows(tensor, data)
-                    self.scales[tensor.name][block.row : block.row + len(bits)] = self._scales_of(bits, block)
-                if tensor is not None and (write := streamed.get(tensor.name)) is not None:
-                    self._put(write, block, data)
-                advance(block.nbytes)
+                if block.tensor is not None:
+                    name, content = block.tensor.name, self.reader.content(block, data)
+                    if name in self.scales:
+                        self.scales[name][block.begin : block.end] = self._scales_of(rows(block.tensor, content), block)
+                    if name in streamed:
+                        self._put(writer, streamed[name], block, content)
+                if block.hashed:
+                    advance(block.nbytes)
 
-    def write_late(self, write: Write) -> None:
+    def write_late(self, writer: SequentialWriter, write: Write) -> None:
         """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
         if write.name in self.job.finished:
             data = memoryview(bytearray(write.nbytes))
             self.job.finished[write.name].read(0, data)
-            self.writer.append(data)
+            writer.append(data)
         elif write.kind == "scale":
-            self.writer.append(encode(self.scales[write.source], write.dtype))
+            writer.append(encode(self.scales[write.source], write.dtype))
         else:
             with closing(stream(self.job.source, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
                 for block, data in blocks:
-                    self._put(write, block, data)
+                    self._put(writer, write, block, self.reader.content(block, data))
 
-    def _put(self, write: Write, block: Block, data: memoryview) -> None:
-        """Write what a block of the source becomes: a part of a finished tensor, codes, or itself."""
+    def _put(self, writer: SequentialWriter, write: Write, block: RowBlock, content: memoryview) -> None:
+        """Write what a block of the source becomes: a part of a finished tensor, codes, or its numbers."""
         assert block.tensor is not None
         if write.name in self.job.finished:
-            start = block.offset - block.tensor.offset
-            begin, end = (at * write.nbytes // block.tensor.nbytes for at in (start, start + block.nbytes))
-            self.job.finished[write.name].read(begin, self.writer.reserve(end - begin))
+            begin, end = (at * write.nbytes // block.tensor.numel for at in (block.at, block.at + block.numel))
+            self.job.finished[write.name].read(begin, writer.reserve(end - begin))
         elif write.kind == "codes":
-            bits = rows(block.tensor, data)
-            codes = np.frombuffer(self.writer.reserve(bits.size), np.int8).reshape(bits.shape)
-            scales = self.scales[write.source][block.row : block.row + len(bits)]
+            bits = rows(block.tensor, content)
+            codes = np.frombuffer(writer.reserve(bits.size), np.int8).reshape(bits.shape)
+            scales = self.scales[write.source][block.begin : block.end]
             row_codes(bits, scales, codes, self.job.arithmetic.quotient, self.job.arithmetic.low)
         else:
-            self.writer.append(data)
+            writer.append(content)
 
-    def _scales_of(self, bits: Bits, block: Block) -> Scales:
+    def _scales_of(self, bits: Bits, block: RowBlock) -> Scales:
         assert block.tensor is not None
         amax = row_amax(bits)
         if not np.isfinite(amax).all():
@@ -166,7 +173,7 @@ class _ShardRun:
             kind = "NaN" if np.isnan(amax[row]) else "infinity"
             name = block.tensor.name
             raise NonFiniteWeightError(
-                f"{block.tensor.shard}: {name} has {kind} in row {block.row + row}, so it has no scale; "
+                f"{block.tensor.shard}: {name} has {kind} in row {block.begin + row}, so it has no scale; "
                 f"repair the source, or leave the layer in {block.tensor.dtype} with --exclude '{name}'"
             )
         return self.job.arithmetic.scales(amax, block.tensor.dtype)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import Shaped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +37,7 @@ class Selection:
 
     quantized: Sequence[str]
     left_alone: Sequence[str]
-    copied: Sequence[TensorSpec]
+    copied: Sequence[Shaped]
     patterns: Sequence[str] = ()
 
 

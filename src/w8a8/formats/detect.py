@@ -39,7 +39,7 @@ UNQUANTIZED = Scheme("none", "not quantized", w8a8=False, excludes=())
 
 def detect(config: Mapping[str, Any]) -> Scheme:
     """Read the scheme a config declares; an unknown one is described, not guessed at."""
-    quantization = _declared(config)
+    quantization = declared(config)
     if quantization is None:
         return UNQUANTIZED
     method = str(quantization.get("quant_method", "unknown"))
@@ -48,6 +48,13 @@ def detect(config: Mapping[str, Any]) -> Scheme:
     if method == "compressed-tensors":
         return _compressed_tensors(quantization)
     return Scheme(method, f"{method}, a scheme this tool does not read", w8a8=False, excludes=())
+
+
+def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Drop the entries that declare a quantization, wherever engines look for them."""
+    rest = {key: value for key, value in without_empty(config).items() if key not in DECLARATIONS}
+    text = rest.get("text_config")
+    return rest | ({"text_config": undeclared(text)} if isinstance(text, dict) else {})
 
 
 def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +69,7 @@ def without_empty(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def declared(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Find the quantization config in any of the places where engines look."""
     for place in (config, section(config, "text_config")):
         for key in DECLARATIONS:

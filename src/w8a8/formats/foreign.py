@@ -6,7 +6,7 @@ Configs often do not say it: AutoAWQ and AutoGPTQ kept their settings in files o
 import re
 from collections.abc import Iterable
 
-from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import Shaped
 
 _BY_NAME = tuple(
     (re.compile(pattern), kind)
@@ -29,7 +29,7 @@ _ADAPTER = re.compile(r".*\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector
 _PACKED = {"U32": "MLX or another tool: packed integers", "I32": "packed integers"}
 
 
-def quantized_as(tensors: Iterable[TensorSpec]) -> str | None:
+def quantized_as(tensors: Iterable[Shaped]) -> str | None:
     """Say as what the `tensors` are quantized, and name one that shows it; None where nothing shows it."""
     specs = list(tensors)
     for pattern, what in _BY_NAME:
@@ -38,13 +38,13 @@ def quantized_as(tensors: Iterable[TensorSpec]) -> str | None:
     return next((f"{kind}; {t.name} is {t.dtype}" for t in specs if (kind := _by_dtype(t))), None)
 
 
-def is_adapter(tensors: Iterable[TensorSpec]) -> bool:
+def is_adapter(tensors: Iterable[Shaped]) -> bool:
     """Whether the tensors are those of a LoRA adapter, without the model that it changes."""
     names = [tensor.name for tensor in tensors]
     return bool(names) and all(_ADAPTER.fullmatch(name) for name in names)
 
 
-def _by_dtype(tensor: TensorSpec) -> str | None:
+def _by_dtype(tensor: Shaped) -> str | None:
     if len(tensor.shape) < 2:
         return None
     if re.match("F[468](_|$)", tensor.dtype):

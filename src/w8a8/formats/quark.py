@@ -7,7 +7,7 @@ left alone as a whole, where engines may have other names for the layers in them
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import Shaped
 from w8a8.formats.base import Selection
 
 VERSION_011 = "0.11.2"
@@ -25,7 +25,7 @@ def compat_config(selection: Selection, version: str) -> dict[str, Any]:
     return _config(sorted(exclude), version, pack_method="reorder")
 
 
-def _quark_takes_for_linear(tensor: TensorSpec, version: str) -> bool:
+def _quark_takes_for_linear(tensor: Shaped, version: str) -> bool:
     module, _, parameter = tensor.name.rpartition(".")
     named_so = module and parameter == "weight" and not module.endswith("norm") and "embed" not in module
     return bool(named_so) and (version == VERSION_011 or len(tensor.shape) >= 2)

@@ -21,6 +21,7 @@ from w8a8.memory.model import Model
 from w8a8.memory.weights import weights_per_gpu
 from w8a8.memory.working import activation_bytes, engine_bytes, largest_batch, rotary_bytes
 from w8a8.plan import make_plan
+from w8a8.plan.viewing import view_of
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_UTILIZATION = 0.9
@@ -278,7 +279,7 @@ def _quantized(case: _Case) -> _Case | None:
     """The case with the checkpoint that `w8a8 quantize` would write; None if the source cannot be quantized."""
     source = case.model.checkpoint
     try:
-        plan = make_plan(source, get_format(None, None, source.config), source=source.path.name)
+        plan = make_plan(view_of(source), get_format(None, None, source.config), source=source.path.name)
     except W8A8Error:
         return None
     tensors = tuple(

@@ -11,14 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
+from w8a8.checkpoint import DTYPE_BYTES
+from w8a8.sources.view import LogicalTensor
 
 Kind = Literal["copy", "codes", "scale"]
 
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One output tensor: its source, and its place from the start of the shard's data."""
+    """One output tensor: the logical tensor that is its source, and its place from the start of the shard's data."""
 
     kind: Kind
     source: str
@@ -62,7 +63,7 @@ class ScaleSpec:
     shape: tuple[int, ...]
 
 
-def lay_out(name: str, tensors: Sequence[TensorSpec], scales: dict[str, ScaleSpec]) -> ShardPlan:
+def lay_out(name: str, tensors: Sequence[LogicalTensor], scales: dict[str, ScaleSpec]) -> ShardPlan:
     """Place the tensors of one shard; those named in `scales` become INT8 codes and a scale."""
     streamed: list[Write] = []
     tail: list[Write] = []

@@ -11,20 +11,22 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
-from w8a8.formats import Format, Selection, detect, without_empty
-from w8a8.formats.foreign import is_adapter, quantized_as
+from w8a8.formats import Format, Selection, detect
+from w8a8.formats.foreign import is_adapter
 from w8a8.formats.ignoring import whole_modules
 from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
 from w8a8.plan.rules import NEVER, QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
+from w8a8.sources.opening import with_stacks
+from w8a8.sources.view import View
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The fate of one source tensor, and the reason."""
+    """The fate of one logical tensor of the source (`LogicalTensor.spec`), and the reason."""
 
     tensor: TensorSpec
     component: str
@@ -46,7 +48,10 @@ class ComponentSummary:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a run will do: `execute` needs nothing else but the source folder."""
+    """All that a run will do: `execute` needs nothing else but the source.
+
+    `quantized_source` says how the source is quantized itself, or is empty.
+    """
 
     source: str
     revision: str | None
@@ -63,10 +68,11 @@ class Plan:
     left_out: tuple[tuple[str, str], ...]
     warnings: tuple[str, ...]
     calibration: CalibrationRecord | None = None
+    quantized_source: str = ""
 
     @property
     def bytes_in(self) -> int:
-        """Bytes of all source tensors."""
+        """Bytes of all source tensors, in their dtypes as logical tensors."""
         return sum(decision.tensor.nbytes for decision in self.decisions)
 
     @property
@@ -111,7 +117,7 @@ class Plan:
 
 
 def make_plan(
-    checkpoint: Checkpoint,
+    view: View,
     fmt: Format,
     *,
     source: str,
@@ -123,7 +129,7 @@ def make_plan(
     kept: Mapping[str, str] | None = None,
     calibration: CalibrationRecord | None = None,
 ) -> Plan:
-    """Decide what becomes of every tensor of `checkpoint` and where it will lie.
+    """Decide what becomes of every tensor of a checkpoint's `view` and where it will lie.
 
     `include` and `exclude` are globs over tensor or module names that override the rules; `exclude` wins. `kept` gives
     the modules that calibration leaves in their dtype, each with the reason; `calibration` is its record, whose
@@ -132,24 +138,25 @@ def make_plan(
     no tensor), `FusedGroupError`, `NothingToQuantizeError`.
     """
     # 1) Judge each tensor by the rules; then the user's globs and calibration have their say.
-    refuse_quantized(checkpoint)
-    rules = Rules.for_config(checkpoint.config)
+    refuse_w8a8(view)
+    rules = Rules.for_config(view.config)
     if fmt.label.partition(" ")[0] not in rules.spellings:
         raise UsageError(
-            f"{checkpoint.path}: vLLM does not load {rules.architecture} in the format {fmt.label}; give --format "
+            f"{view.path}: vLLM does not load {rules.architecture} in the format {fmt.label}; give --format "
             f"{rules.spellings[0]}"
         )
-    decisions = [_decide(tensor, rules) for shard in checkpoint.shards for tensor in shard.tensors]
+    decisions = [_decide(tensor.spec, rules) for shard in view.shards for tensor in shard.tensors]
     decisions = _kept_whole(decisions, rules)
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
     decisions = [_calibrated(decision, kept or {}, calibration.folded if calibration else ()) for decision in decisions]
     # 2) Check that the decisions can be carried out, and that engines can load the result.
     _check_groups(decisions, rules)
+    view, decisions = _whole_stacks(view, decisions)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
     if not quantized:
-        raise NothingToQuantizeError(f"{checkpoint.path}: {_nothing(checkpoint, rules, decisions)}")
-    _check_new_names(checkpoint, quantized)
+        raise NothingToQuantizeError(f"{view.path}: {_nothing(view, rules, decisions)}")
+    _check_new_names(view, quantized)
     # 3) Lay the output out, and write the config.
     selection = _selection(decisions, rules)
     return Plan(
@@ -159,15 +166,20 @@ def make_plan(
         format=fmt.label,
         recipe=recipe,
         decisions=tuple(decisions),
-        shards=tuple(lay_out(shard.name, shard.tensors, quantized) for shard in checkpoint.shards),
+        shards=tuple(
+            lay_out(shard.name, shard.tensors, quantized)
+            for shard in view.shards
+            if shard.tensors or not shard.stored.tensors
+        ),
         exclude=tuple(selection.left_alone),
-        config={**without_empty(checkpoint.config), "quantization_config": fmt.quantization_config(selection)},
+        config={**view.config, "quantization_config": fmt.quantization_config(selection)},
         metadata={"format": "pt", **(metadata or {}), **_metadata(calibration)},
-        indexed=checkpoint.indexed,
-        sidecars=tuple(name for name in checkpoint.sidecars if name != "config.json"),
-        left_out=tuple((left.name, left.reason) for left in checkpoint.left_out),
+        indexed=view.indexed,
+        sidecars=tuple(name for name in view.sidecars if name != "config.json"),
+        left_out=tuple((left.name, left.reason) for left in view.left_out),
         warnings=tuple(_warnings(rules, decisions)),
         calibration=calibration,
+        quantized_source=view.quantized,
     )
 
 
@@ -180,25 +192,23 @@ def _metadata(calibration: CalibrationRecord | None) -> dict[str, str]:
     return {"w8a8_calibration": said}
 
 
-def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Raise `AlreadyQuantizedError` if the checkpoint says it is quantized, or its tensors show it."""
-    declared = detect(checkpoint.config).method
-    seen = quantized_as(checkpoint.tensors.values())
-    if declared != "none" or seen:
-        said = ", ".join(filter(None, ("" if declared == "none" else f"quant_method {declared}", seen)))
-        raise AlreadyQuantizedError(f"{checkpoint.path}: already quantized ({said}); quantize the BF16 original")
+def refuse_w8a8(view: View) -> None:
+    """Raise `AlreadyQuantizedError` if the checkpoint is what this tool makes."""
+    scheme = detect(view.checkpoint.config)
+    if scheme.w8a8:
+        raise AlreadyQuantizedError(f"{view.path}: already quantized ({scheme.summary}); quantize the BF16 original")
 
 
-def _nothing(checkpoint: Checkpoint, rules: Rules, decisions: Sequence[Decision]) -> str:
+def _nothing(view: View, rules: Rules, decisions: Sequence[Decision]) -> str:
     """Say why no tensor is quantized, and what to do."""
-    if is_adapter(checkpoint.tensors.values()):
+    if is_adapter(view.tensors.values()):
         return "this is a LoRA adapter; merge it into its base model first (in peft: merge_and_unload, save_pretrained)"
     if dtypes := sorted({d.tensor.dtype for d in decisions if _of_wrong_dtype(d)}):
         return (
             f"the linear layers are {', '.join(dtypes)}, and only BF16, F16 and F32 are quantized; convert them first "
             "(in transformers: from_pretrained(SRC, dtype=torch.bfloat16).save_pretrained(NEW_FOLDER))"
         )
-    what = "sentence-transformers model" if "modules.json" in checkpoint.sidecars else "model"
+    what = "sentence-transformers model" if "modules.json" in view.sidecars else "model"
     return (
         f"no tensor of this {rules.architecture} {what} is a decoder linear layer by the rules; "
         "name them with --include, e.g. --include '*.layers.*_proj'"
@@ -283,15 +293,25 @@ def _check_groups(decisions: list[Decision], rules: Rules) -> None:
                 )
 
 
+def _whole_stacks(view: View, decisions: list[Decision]) -> tuple[View, list[Decision]]:
+    """See the stacks of which no expert is quantized as the tensors that they are in the source."""
+    quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
+    split = {stack.name for name, stack in view.stacks.items() if module_name(name) in quantized}
+    whole = with_stacks(view, {stack.name for stack in view.stacks.values()} - split)
+    by_name = {d.tensor.name: d for d in decisions}
+    by_name |= {stack.name: replace(by_name[name], tensor=stack.spec) for name, stack in view.stacks.items()}
+    return whole, [by_name[tensor.name] for tensor in whole.tensors.values()]
+
+
 def _scale_spec(tensor: TensorSpec, fmt: Format) -> ScaleSpec:
     rows = tensor.shape[0]
     return ScaleSpec(scale_name(tensor.name), fmt.scale_dtype(tensor.dtype), fmt.scale_shape(rows))
 
 
-def _check_new_names(checkpoint: Checkpoint, quantized: Mapping[str, ScaleSpec]) -> None:
+def _check_new_names(view: View, quantized: Mapping[str, ScaleSpec]) -> None:
     for spec in quantized.values():
-        if spec.name in checkpoint.tensors:
-            raise AlreadyQuantizedError(f"{checkpoint.path}: {spec.name} exists already; quantize the BF16 original")
+        if spec.name in view.tensors:
+            raise AlreadyQuantizedError(f"{view.path}: {spec.name} exists already; quantize the BF16 original")
 
 
 def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from typing import Any, Self
 
-from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import Shaped
 from w8a8.plan.architectures import GENERIC, architecture_of
 
 QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
@@ -57,7 +57,7 @@ class Rules:
             spellings=table.spellings,
         )
 
-    def judge(self, tensor: TensorSpec) -> Verdict:
+    def judge(self, tensor: Shaped) -> Verdict:
         """Judge `tensor`."""
         name = "." + module_name(tensor.name)
         for component, pattern in self.keep.items():
@@ -68,7 +68,7 @@ class Rules:
                 return self._judge_linear(tensor, component)
         return Verdict("other", quantize=False, reason="no rule names it")
 
-    def _judge_linear(self, tensor: TensorSpec, component: str) -> Verdict:
+    def _judge_linear(self, tensor: Shaped, component: str) -> Verdict:
         if not tensor.name.endswith(".weight"):
             return Verdict(component, quantize=False, reason="not a weight")
         if len(tensor.shape) != 2 or 0 in tensor.shape:
@@ -84,7 +84,7 @@ class Rules:
         return tuple(f"{parent}.{member}" if parent else member for member in group)
 
 
-def wrong_dtype(tensor: TensorSpec) -> str:
+def wrong_dtype(tensor: Shaped) -> str:
     """The reason that keeps a linear layer whose dtype is none of `QUANTIZABLE`."""
     return f"{tensor.dtype} is not a dtype to quantize from"
 
@@ -102,7 +102,7 @@ def scale_name(tensor_name: str) -> str:
     return f"{module_name(tensor_name)}.weight_scale"
 
 
-def is_linear(tensor: TensorSpec, component: str) -> bool:
+def is_linear(tensor: Shaped, component: str) -> bool:
     """Whether engines build a linear layer for `tensor`: a matrix called `weight` that is not a table."""
     matrix = len(tensor.shape) == 2 and tensor.name.endswith(".weight")
     return matrix and component not in {"embeddings", "norms"}

@@ -1,20 +1,93 @@
-"""The one place where stored bytes become numbers, one function per spelling.
+"""The one place where stored bytes become numbers.
 
-A source tensor is dense so far: BF16, F16 or F32, row by row. Whoever reads weights (the quantizer, verification, the
-streamed model, the report) gets them here, so a further spelling is one more function here and nothing elsewhere.
+Whoever reads weights (the quantizer, verification, the streamed model, the report) gets them here; how each spelling is
+decoded is its `Decoder`'s business.
 """
+
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.checkpoint.stream import tensor_bytes
+from w8a8.checkpoint import Checkpoint, Shaped, TensorSpec
+from w8a8.checkpoint.reader import inside
+from w8a8.checkpoint.stream import read_block, tensor_bytes
 from w8a8.formats.arithmetic import Buffer, decode
 from w8a8.kernels.cpu.bits import BITS, Bits
+from w8a8.reading import open_file, reading
+from w8a8.sources.blocks import RowBlock, grid, tensor_blocks
+from w8a8.sources.view import LogicalTensor
+
+ARRAYS = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | {
+    f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
+}
+"""safetensors dtype -> numpy's; what numpy has no type for are unsigned integers: BF16 of two bytes, FP8 of one."""
 
 
-def rows(tensor: TensorSpec, data: Buffer) -> Bits:
-    """Give whole rows of a tensor as bit patterns, without a copy.
+class RowReader:
+    """Makes rows of logical tensors of the checkpoint in a folder. It belongs to one thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._scratch: Any = np.empty(0, np.uint8)
+        self._prepared: tuple[LogicalTensor | None, Any] = (None, None)
+
+    def content(self, block: RowBlock, data: memoryview) -> memoryview:
+        """Give the rows of a block as the bytes of a dense tensor; `data` are its bytes as stored.
+
+        They are valid until the next call, and, where nothing had to be decoded, as long as `data`. Raises a source
+        error where what lies beside the tensor does not fit it.
+        """
+        matrix = block.matrix
+        assert matrix is not None
+        if matrix.plain and matrix.every == 1:
+            return data
+        columns, kind = grid(matrix)[1], BITS[matrix.dtype]
+        if matrix.plain:
+            bits: Any = np.frombuffer(data, kind).reshape(-1, columns)
+        else:
+            count = (block.end - block.begin - 1) * matrix.every + 1
+            bits = self._space(count * columns * kind.itemsize).view(kind).reshape(count, columns)
+            first = matrix.first + block.begin * matrix.every
+            matrix.decoder.decode(matrix, first, data, self._prepare(matrix), bits)
+        chosen: Any = np.ascontiguousarray(bits[:: matrix.every])
+        return memoryview(chosen).cast("B")
+
+    def read(self, tensor: LogicalTensor) -> bytearray:
+        """Read a whole tensor: the bytes of a dense one."""
+        found = bytearray(tensor.nbytes)
+        size = tensor.nbytes // max(tensor.numel, 1)
+        path = inside(self._folder, tensor.shard)
+        with reading(path), open_file(path) as file:
+            for block in tensor_blocks(tensor):
+                data = memoryview(bytearray(block.size))
+                read_block(file.fileno(), data, block, path)
+                found[block.at * size : (block.at + block.numel) * size] = self.content(block, data)
+        return found
+
+    def values(self, tensor: LogicalTensor) -> NDArray[np.float32]:
+        """Read a whole tensor as float32, in its shape."""
+        return decode(self.read(tensor), tensor.dtype).reshape(tensor.shape)
+
+    def _prepare(self, matrix: LogicalTensor) -> Any:
+        of, prepared = self._prepared
+        if of is not matrix:
+            prepared = matrix.decoder.prepare(matrix, [self._array(spec) for spec in matrix.beside])
+            self._prepared = matrix, prepared
+        return prepared
+
+    def _array(self, spec: TensorSpec) -> NDArray[Any]:
+        return np.frombuffer(tensor_bytes(self._folder, spec), ARRAYS.get(spec.dtype, "<u1")).reshape(spec.shape)
+
+    def _space(self, nbytes: int) -> Any:
+        if len(self._scratch) < nbytes:
+            self._scratch = np.empty(nbytes, np.uint8)
+        return self._scratch[:nbytes]
+
+
+def rows(tensor: Shaped, data: Buffer) -> Bits:
+    """Give whole rows of a dense tensor as bit patterns, without a copy.
 
     Args:
         tensor: a tensor in BF16, F16 or F32.
@@ -28,12 +101,12 @@ def rows(tensor: TensorSpec, data: Buffer) -> Bits:
     return bits
 
 
-def values(tensor: TensorSpec, data: Buffer) -> NDArray[np.float32]:
-    """Give whole rows of a tensor as float32 `[rows, columns]`, exactly."""
+def values(tensor: Shaped, data: Buffer) -> NDArray[np.float32]:
+    """Give whole rows of a dense tensor as float32 `[rows, columns]`, exactly."""
     bits = rows(tensor, data)
     return decode(bits, tensor.dtype).reshape(bits.shape)
 
 
 def read_values(checkpoint: Checkpoint, tensor: TensorSpec) -> NDArray[np.float32]:
-    """Read a whole tensor as float32, flat. Raises what `tensor_bytes` raises."""
+    """Read a whole tensor of a checkpoint as float32, flat. Raises what `tensor_bytes` raises."""
     return values(tensor, tensor_bytes(checkpoint.path, tensor)).reshape(-1)

@@ -46,6 +46,11 @@ class Decoder:
         """Rows are asked for in multiples of it, counted from row 0; the last ones may be fewer."""
         return 1
 
+    @property
+    def label(self) -> str:
+        """What users call the spelling: "FP8 in blocks of 128 x 128"; "" for what is not quantized."""
+        return ""
+
     def transposed(self) -> "Decoder":
         """The decoder of the same bytes' transposed matrix. Raises NotImplementedError where there is none."""
         raise NotImplementedError
@@ -109,6 +114,11 @@ class LogicalTensor:
     def nbytes(self) -> int:
         """Bytes in `dtype`."""
         return self.numel * DTYPE_BYTES[self.dtype]
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What a dense checkpoint's header would say of it; the file and the offset are where it is stored."""
+        return TensorSpec(self.name, self.dtype, self.shape, self.shard, self.stored.offset, self.nbytes)
 
     @property
     def plain(self) -> bool:

@@ -9,6 +9,9 @@ from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
 from w8a8.formats import FORMATS, Scheme, detect
 from w8a8.formats.provenance import CalibrationRecord, Provenance
 from w8a8.plan import QUANTIZABLE, Rules
+from w8a8.plan.viewing import view_of
+from w8a8.sources.opening import with_stacks
+from w8a8.sources.view import LogicalTensor, View
 
 HALF_A_SCALE = 0.5 + 2**-10
 """Rounding to nearest, and the float32 rounding of the difference itself."""
@@ -21,7 +24,7 @@ FOREIGN_LIMIT = 1.5 + 2**-6
 class Fold:
     """A norm's weight in the source and in the result, what the norm adds to it, and the weights that read it."""
 
-    before: TensorSpec
+    before: LogicalTensor
     after: TensorSpec
     offset: float
     readers: tuple[str, ...]
@@ -29,9 +32,9 @@ class Fold:
 
 @dataclass(frozen=True)
 class Job:
-    """Both checkpoints, open, and the provenance of the result, where there is one."""
+    """The view of the source, the result, and its provenance, where there is one."""
 
-    source: Checkpoint
+    source: View
     out: Checkpoint
     scheme: Scheme
     provenance: Provenance | None
@@ -70,6 +73,6 @@ class Job:
 def prepare(out: str | Path, source: str | Path) -> Job:
     """Open both checkpoints. Raises `W8A8Error` where one does not open."""
     result = Checkpoint.open(out)
-    original = Checkpoint.open(resolve(source).path)
+    original = with_stacks(view_of(Checkpoint.open(resolve(source).path)), result.tensors.keys())
     rules = Rules.for_config(original.config)
     return Job(original, result, detect(result.config), Provenance.read(result.path), rules)

@@ -20,10 +20,12 @@ from pathlib import Path
 import numpy as np
 
 from w8a8.checkpoint import Shard
-from w8a8.checkpoint.stream import file_sha256, read_exactly, shard_blocks, stream
+from w8a8.checkpoint.stream import file_sha256, read_exactly, stream
 from w8a8.execute.workers import worker_count
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.sources.rows import read_values
+from w8a8.sources.blocks import shard_blocks
+from w8a8.sources.rows import RowReader, read_values
+from w8a8.sources.view import ViewShard
 from w8a8.verification import folds
 from w8a8.verification.job import Job, prepare
 from w8a8.verification.result import VerifyResult
@@ -87,26 +89,29 @@ def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Compariso
     return Comparison([f"{shard.name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"], [])
 
 
-def _compare_shard(job: Job, shard: Shard, stopped: Callable[[], bool], advance: Callable[[int], None]) -> Comparison:
+def _compare_shard(
+    job: Job, shard: ViewShard, stopped: Callable[[], bool], advance: Callable[[int], None]
+) -> Comparison:
     """Compare one source shard, block by block, with its tensors wherever they are in the result."""
     found = Comparison([], [])
     digest = hashlib.sha256() if job.provenance is not None else None
     tallies = {t.name: held for t in shard.tensors if (held := tally(t, job)) is not None}
     files: dict[str, int] = {}
-    buffer = memoryview(bytearray(1))
+    buffer, reader = memoryview(bytearray(1)), RowReader(job.source.path)
     try:
-        with closing(stream(job.source.path / shard.name, shard_blocks(shard), stopped, digest)) as blocks:
+        with closing(stream(job.source.path / shard.stored.name, shard_blocks(shard), stopped, digest)) as blocks:
             for block, data in blocks:
                 held = tallies.get(block.tensor.name) if block.tensor is not None else None
                 if held is not None:
-                    nbytes = held.counterpart_bytes(block.nbytes)
+                    size = held.made.nbytes // held.made.numel
+                    nbytes = block.numel * size
                     buffer = buffer if len(buffer) >= nbytes else memoryview(bytearray(nbytes))
                     path = job.out.path / held.made.shard
                     fd = files[held.made.shard] = files.get(held.made.shard) or os.open(path, os.O_RDONLY)
-                    offset = held.made.offset + held.counterpart_bytes(block.offset - held.source.offset)
-                    read_exactly(fd, buffer[:nbytes], offset, path)
-                    held.compare(data, buffer[:nbytes], block.row)
-                advance(block.nbytes)
+                    read_exactly(fd, buffer[:nbytes], held.made.offset + block.at * size, path)
+                    held.compare(reader.content(block, data), buffer[:nbytes], block.begin)
+                if block.hashed:
+                    advance(block.nbytes)
     finally:
         for fd in files.values():
             os.close(fd)
@@ -123,7 +128,8 @@ def _compare_shard(job: Job, shard: Shard, stopped: Callable[[], bool], advance:
 def _fold_problems(job: Job, factors: Mapping[str, tuple[folds.Floats, folds.Floats]]) -> Iterator[str]:
     """Name the weights whose fold the norm before them does not undo."""
     for fold in job.folds():
-        before, after = read_values(job.source, fold.before), read_values(job.out, fold.after)
+        before = RowReader(job.source.path).values(fold.before).reshape(-1)
+        after = read_values(job.out, fold.after)
         for name in fold.readers:
             columns, energy = factors.get(name, (np.ones(len(before)), np.ones(len(before))))
             if (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint import Checkpoint, Shaped, TensorSpec
 from w8a8.checkpoint.reader import INDEX, read_index
 from w8a8.checkpoint.stream import file_sha256
 from w8a8.formats import without_empty
@@ -11,12 +11,12 @@ from w8a8.reading import show
 from w8a8.verification.job import Job
 
 
-def scale_of(tensor: TensorSpec, out: Checkpoint) -> TensorSpec | None:
+def scale_of(tensor: Shaped, out: Checkpoint) -> TensorSpec | None:
     """Find the scale of a quantized `tensor` in `out`."""
     return out.tensors.get(scale_name(tensor.name))
 
 
-def is_quantized(tensor: TensorSpec, job: Job) -> bool:
+def is_quantized(tensor: Shaped, job: Job) -> bool:
     """Whether the source's `tensor` is INT8 in the result."""
     made = job.out.tensors.get(tensor.name)
     return made is not None and made.dtype == "I8" and tensor.dtype in QUANTIZABLE
@@ -48,7 +48,7 @@ def structure_problems(job: Job) -> Iterator[str]:
         yield f"{name}: in the result, but neither in the source nor the scale of a quantized tensor"
 
 
-def scale_shape_problems(tensor: TensorSpec, scale: TensorSpec | None) -> Iterator[str]:
+def scale_shape_problems(tensor: Shaped, scale: TensorSpec | None) -> Iterator[str]:
     """Say what is wrong with the scale of a quantized `tensor`."""
     rows = tensor.shape[0] if tensor.shape else 0
     if len(tensor.shape) != 2:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from w8a8.checkpoint import TensorSpec
 from w8a8.plan import QUANTIZABLE
 from w8a8.sources.rows import read_values, rows, values
+from w8a8.sources.view import LogicalTensor
 from w8a8.verification import folds
 from w8a8.verification.job import Job
 from w8a8.verification.result import TensorError, sqnr
@@ -35,7 +36,7 @@ class Comparison:
         self.factors |= other.factors
 
 
-def tally(tensor: TensorSpec, job: Job) -> "CopyTally | CodesTally | None":
+def tally(tensor: LogicalTensor, job: Job) -> "CopyTally | CodesTally | None":
     """Choose how to compare a tensor's bytes; None where the headers already tell that it is wrong."""
     made = job.out.tensors.get(tensor.name)
     if made is None or made.shape != tensor.shape:
@@ -53,13 +54,9 @@ def tally(tensor: TensorSpec, job: Job) -> "CopyTally | CodesTally | None":
 class CopyTally:
     """A copied tensor: identical so far, or not."""
 
-    def __init__(self, source: TensorSpec, made: TensorSpec) -> None:
+    def __init__(self, source: LogicalTensor, made: TensorSpec) -> None:
         self.source, self.made = source, made
         self._same = True
-
-    def counterpart_bytes(self, nbytes: int) -> int:
-        """How many bytes of the result stand for `nbytes` of the source."""
-        return nbytes
 
     def compare(self, data: memoryview, made: memoryview, _row: int) -> None:
         """Compare a block of the source with its counterpart."""
@@ -91,16 +88,12 @@ class FoldedTally(CopyTally):
 class CodesTally:
     """A quantized tensor: sums over the rows seen so far."""
 
-    def __init__(self, source: TensorSpec, made: TensorSpec, scale: NDArray[np.float32]) -> None:
+    def __init__(self, source: LogicalTensor, made: TensorSpec, scale: NDArray[np.float32]) -> None:
         self.source, self.made = source, made
         self._scale = scale
         self._bad_scales = int(np.count_nonzero(~(np.isfinite(scale) & (scale > 0))))
         self._signal = self._noise = self._max_error = 0.0
         self._saturated = self._zeroed = 0
-
-    def counterpart_bytes(self, nbytes: int) -> int:
-        """Count one byte per weight."""
-        return nbytes * self.source.numel // self.source.nbytes
 
     def compare(self, data: memoryview, made: memoryview, row: int) -> None:
         """Add the errors of a block of whole rows, the first of which is row `row`."""
@@ -146,7 +139,7 @@ class CodesTally:
 class ChangedTally(CodesTally):
     """A calibrated tensor: compared with its source after the factors of rows and columns that fit best."""
 
-    def __init__(self, source: TensorSpec, made: TensorSpec, scale: NDArray[np.float32]) -> None:
+    def __init__(self, source: LogicalTensor, made: TensorSpec, scale: NDArray[np.float32]) -> None:
         super().__init__(source, made, scale)
         self._weighted, self._energy = np.zeros((2, source.shape[1]))
 

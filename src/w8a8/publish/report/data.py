@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from w8a8.checkpoint import Checkpoint
 from w8a8.plan import Rules, module_name, scale_name
 from w8a8.sources.rows import read_values
+from w8a8.sources.view import View
 from w8a8.verification.result import TensorError, sqnr
 
 ORDER = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -93,7 +94,7 @@ def short(projection: str, among: Sequence[str]) -> str:
     return leaf.removesuffix("_proj") if last.count(leaf) == 1 else projection
 
 
-def sizes(out: Checkpoint, source: Checkpoint | None) -> tuple[Size, ...]:
+def sizes(out: Checkpoint, source: View | None) -> tuple[Size, ...]:
     """Sum up bytes by component, the largest first."""
     rules = Rules.for_config(out.config)
     owners = {scale_name(t.name): t for t in out.tensors.values() if t.dtype == "I8"}
@@ -105,8 +106,8 @@ def sizes(out: Checkpoint, source: Checkpoint | None) -> tuple[Size, ...]:
         if tensor.dtype == "I8":
             quantized.add(component)
     before: dict[str, int] = defaultdict(int)
-    for tensor in source.tensors.values() if source else ():
-        before[rules.judge(tensor).component] += tensor.nbytes
+    for seen in source.tensors.values() if source else ():
+        before[rules.judge(seen).component] += seen.nbytes
     rows = [Size(name, before[name] if source else None, after[name], name in quantized) for name in after | before]
     return tuple(sorted(rows, key=lambda row: (-(row.before or row.after), row.component)))
 

@@ -1,0 +1,98 @@
+"""Cuts files and tensors into blocks: the bytes of whole rows of a logical tensor.
+
+A file is read once, front to back, because its SHA-256 is computed on the way. Where a tensor's rows do not lie one
+after the other (the columns of a stored matrix, every second row), its bytes go by for the digest first, and then are
+read again, row by row, while they are still in the page cache.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from w8a8.checkpoint import TensorSpec
+from w8a8.checkpoint import stream as streaming
+from w8a8.checkpoint.stream import Block, byte_blocks
+from w8a8.sources.view import LogicalTensor, Stretch, ViewShard
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlock(Block):
+    """The bytes of rows `begin` to `end` of a matrix, or (`matrix` None) such as belong to the file's digest alone.
+
+    `tensor` is the logical tensor, whose elements from `at` on they are; `matrix` is one of its matrices where it is a
+    stack, else itself. A vector counts as one row an element, or as one row where it has to be decoded.
+    """
+
+    tensor: LogicalTensor | None = None
+    matrix: LogicalTensor | None = None
+    begin: int = 0
+    end: int = 0
+    at: int = 0
+
+    @property
+    def numel(self) -> int:
+        """Elements of its rows."""
+        return (self.end - self.begin) * grid(self.matrix)[1] if self.matrix else 0
+
+
+def grid(tensor: LogicalTensor) -> tuple[int, int]:
+    """The rows and columns of a matrix, or of what counts as one."""
+    if len(tensor.shape) == 2:
+        return tensor.shape[0], tensor.shape[1]
+    return (tensor.numel, 1) if tensor.plain else (1, tensor.numel)
+
+
+def stretch(tensor: LogicalTensor, begin: int, end: int) -> Stretch:
+    """The bytes of a matrix's rows `begin` to `end`, counted from the start of `tensor.stored`."""
+    first, last = tensor.first + begin * tensor.every, tensor.first + (end - 1) * tensor.every + 1
+    if not tensor.plain:
+        return tensor.decoder.stretch(tensor, first, last)
+    width = tensor.nbytes // max(grid(tensor)[0], 1)
+    return Stretch(first * width, (last - first) * width)
+
+
+def tensor_blocks(tensor: LogicalTensor, *, hashed: bool = False) -> Iterator[RowBlock]:
+    """Cut a tensor into blocks of whole rows, of at most `BLOCK_BYTES` as numbers unless a single row has more."""
+    if tensor.numel == 0:
+        return
+    stack = len(tensor.shape) == 3 and not tensor.plain
+    for index in range(tensor.shape[0] if stack else 1):
+        matrix = tensor.matrix(index) if stack else tensor
+        rows, columns = grid(matrix)
+        step = matrix.decoder.step
+        count = max(1, streaming.BLOCK_BYTES * rows // max(matrix.nbytes, 1) // step) * step
+        for begin in range(0, rows, count):
+            end = min(begin + count, rows)
+            place = stretch(matrix, begin, end)
+            at = (index * rows + begin) * columns
+            offset = matrix.stored.offset + place.offset
+            yield RowBlock(offset, place.nbytes, place.runs, place.stride, hashed, tensor, matrix, begin, end, at)
+
+
+def shard_blocks(shard: ViewShard) -> Iterator[RowBlock]:
+    """Cut a whole file into blocks: its header, then its tensors, which tile the rest."""
+    stored = shard.stored.tensors
+    yield from _passing(0, stored[0].offset if stored else shard.size)
+    own: dict[str, list[LogicalTensor]] = {spec.name: [] for spec in stored}
+    for tensor in shard.tensors:
+        own[tensor.stored.name].append(tensor)
+    for spec in stored:
+        blocks = [block for tensor in own[spec.name] for block in tensor_blocks(tensor, hashed=True)]
+        if _tile(blocks, spec):
+            yield from blocks
+        else:
+            yield from _passing(spec.offset, spec.offset + spec.nbytes)
+            yield from (block for tensor in own[spec.name] for block in tensor_blocks(tensor))
+
+
+def _tile(blocks: Sequence[RowBlock], spec: TensorSpec) -> bool:
+    """Whether the blocks are all bytes of the stored tensor, in order."""
+    position = spec.offset
+    for block in blocks:
+        if block.runs != 1 or block.offset != position:
+            return False
+        position += block.nbytes
+    return position == spec.offset + spec.nbytes
+
+
+def _passing(begin: int, end: int) -> Iterator[RowBlock]:
+    return (RowBlock(offset, nbytes) for offset, nbytes in byte_blocks(begin, end))

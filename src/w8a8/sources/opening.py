@@ -1,0 +1,66 @@
+"""`view`: a checkpoint as logical tensors, whatever it is stored as.
+
+Each spelling is a module with a function `find`, which claims the tensors that it knows by names, dtypes and shapes,
+and says as what logical tensors they are seen. What none of them claims is dense.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.errors import AlreadyQuantizedError
+from w8a8.formats.detect import declared, detect, undeclared, without_empty
+from w8a8.formats.foreign import quantized_as
+from w8a8.sources.experts import Stack, split, stacked
+from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
+
+Find = Callable[[Mapping[str, TensorSpec], Mapping[str, Any]], Iterator[LogicalTensor]]
+
+SPELLINGS: tuple[Find, ...] = ()
+"""`find(tensors, declared)` of every spelling; `declared` is the `quantization_config`, or empty."""
+
+
+def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
+    """See `checkpoint` as logical tensors, and its `stacks` as experts.
+
+    Raises `AlreadyQuantizedError` where it is quantized in a way that cannot be read, and what the spellings raise
+    where something does not fit.
+    """
+    # 1) What each spelling knows
+    tensors = dict(checkpoint.tensors)
+    found: dict[str, LogicalTensor] = {}
+    labels = set()
+    for find in SPELLINGS:
+        for tensor in find(dict(tensors), declared(checkpoint.config) or {}):
+            found[tensor.stored.name] = tensor
+            labels.add(tensor.decoder.label)
+            for spec in (tensor.stored, *tensor.beside):
+                tensors.pop(spec.name, None)
+    seen = quantized_as(tensors.values())
+    if seen or (declared(checkpoint.config) is not None and not found):
+        method = detect(checkpoint.config).method
+        said = ", ".join(filter(None, ("" if method == "none" else f"quant_method {method}", seen)))
+        raise AlreadyQuantizedError(f"{checkpoint.path}: already quantized ({said}); quantize the BF16 original")
+    # 2) What is dense; and the experts
+    found |= {name: plain(spec) for name, spec in tensors.items()}
+    whole: dict[str, LogicalTensor] = {}
+    shards = []
+    for shard in checkpoint.shards:
+        own: list[LogicalTensor] = []
+        for tensor, experts in split((found[t.name] for t in shard.tensors if t.name in found), stacks):
+            own += experts or (tensor,)
+            whole |= {expert.name: tensor for expert in experts}
+        shards.append(ViewShard(shard, tuple(own)))
+    config = (undeclared if found else without_empty)(checkpoint.config)
+    return View(checkpoint, config, tuple(shards), ", ".join(sorted(labels)), whole)
+
+
+def with_stacks(seen: View, names: Collection[str]) -> View:
+    """The view with the stacks called `names` as one tensor each, not as experts."""
+    chosen = {expert: stack for expert, stack in seen.stacks.items() if stack.name in names}
+    if not chosen:
+        return seen
+    shards = (replace(shard, tensors=tuple(stacked(shard.tensors, chosen))) for shard in seen.shards)
+    rest = {expert: stack for expert, stack in seen.stacks.items() if expert not in chosen}
+    return replace(seen, shards=tuple(shards), stacks=rest)
