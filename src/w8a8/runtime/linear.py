@@ -61,15 +61,19 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
         self.weight_scale = frozen(torch.ones(out_features, dtype=torch.float32, device=device))
         self.bias = frozen(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype. Raises ValueError for other input."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Map BF16, FP16 or FP32 `x` [..., in] to [..., out] of the same dtype; `bias` [out] in place of the layer's.
+
+        Raises ValueError for other input.
+        """
+        bias = self.bias if bias is None else bias
         if x.dtype not in KINDS or x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected [..., {self.in_features}] of {[*KINDS]}, got {[*x.shape]} of {x.dtype}")
         if x.device.type == "cpu":
-            return fused(x, self.weight, self.weight_scale, self.bias)
+            return fused(x, self.weight, self.weight_scale, bias)
         if x.is_cuda and find_spec("triton"):
-            return by_triton(x, self.weight, self.weight_scale, self.bias)
-        return composed(x, self.weight, self.weight_scale, self.bias)
+            return by_triton(x, self.weight, self.weight_scale, bias)
+        return composed(x, self.weight, self.weight_scale, bias)
 
     def extra_repr(self) -> str:
         """Describe the layer for `print(model)`."""

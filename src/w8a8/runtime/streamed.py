@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.stream import tensor_bytes
 from w8a8.errors import UnsupportedModelError
+from w8a8.runtime.fitting import fit_to
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
-from w8a8.runtime.quantizer import fit_to
 from w8a8.sources.rows import rows
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
@@ -40,7 +40,7 @@ class StreamedModel:
         self.name, self._checkpoint = name, checkpoint
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _hollow(name, checkpoint, dtype)
-        self._named = fit_to(self.model, list(checkpoint.tensors.values()))
+        self._named = fit_to(self.model, list(checkpoint.tensors.values())).tensors
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:

@@ -1,0 +1,124 @@
+"""Experts in INT8, in place of the module in which transformers holds all experts of a layer.
+
+transformers keeps the experts' weights as 3-D parameters (`gate_up_proj` [experts, 2 x inner, hidden], `down_proj`
+[experts, hidden, inner], some transposed). Here each expert has a `W8A8Linear` per projection, and only the chosen ones
+run, each on all its tokens at once. What lies between the projections (the activation, clamps, a norm) is computed by
+the code of the module that was replaced; the routers are untouched.
+
+For token t, its chosen experts e with weights r, and f_e = down_e(between(gate_e(x), up_e(x))):
+
+    y = sum(r * f_e(x))     FP32, in the order of the experts' numbers; rounded once, to the dtype of x
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import _default_apply_gate
+
+from w8a8.errors import UnsupportedSchemeError
+from w8a8.runtime.linear import W8A8Linear
+
+
+class Experts(nn.Module):  # type: ignore[misc]
+    """The experts of one layer: `gate_proj` (unless they have none), `up_proj` and `down_proj`, a list of each.
+
+    `gate_up_proj_bias` and `down_proj_bias` are those of the replaced module, where it has them.
+    """
+
+    def __init__(self, experts: nn.Module, between: Callable[[Tensor], Tensor], *, transposed: bool) -> None:
+        """Make what replaces `experts`, without weights, on the meta device.
+
+        `between` computes what the module does of the outputs of gate and up, which lie beside each other as in its
+        weights; these are `transposed` where they are stored as [experts, in, out].
+        """
+        super().__init__()
+        self.gated = getattr(experts, "has_gate", True)
+        self.interleaved = not getattr(experts, "is_concatenated", True)
+        self.between = between
+        count, *outward, inward = experts.down_proj.shape
+        hidden, inner = (inward, *outward) if transposed else (*outward, inward)
+        if self.gated:
+            self.gate_proj = _layers(count, hidden, inner)
+        self.up_proj = _layers(count, hidden, inner)
+        self.down_proj = _layers(count, inner, hidden)
+        biased, normed = getattr(experts, "has_bias", False), getattr(experts, "has_post_expert_norm", False)
+        self.gate_up_proj_bias = experts.gate_up_proj_bias if biased else None
+        self.down_proj_bias = experts.down_proj_bias if biased else None
+        self.post_expert_norm = experts.post_expert_norm if normed else None
+
+    def expert(self, number: int, states: Tensor) -> Tensor:
+        """Run one expert on `states` [tokens, hidden]."""
+        parts = [self.gate_proj[number], self.up_proj[number]] if self.gated else [self.up_proj[number]]
+        both, down = self.gate_up_proj_bias, self.down_proj_bias
+        biases = [None] * len(parts) if both is None else self._halves(both[number])
+        made = [part(states, bias) for part, bias in zip(parts, biases, strict=True)]
+        inner = self.between(torch.stack(made, -1).flatten(-2) if self.interleaved else torch.cat(made, -1))
+        states = self.down_proj[number](inner, None if down is None else down[number])
+        return states if self.post_expert_norm is None else self.post_expert_norm(states)
+
+    def _halves(self, bias: Tensor) -> Any:
+        """Split what belongs to gate and up, as `between` will."""
+        return (bias[0::2], bias[1::2]) if self.interleaved else bias.chunk(2)
+
+
+class W8A8Experts(Experts):
+    """Experts of which the router chooses some for each token; what they give is weighted and summed."""
+
+    def forward(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Sum the chosen experts' outputs [tokens, hidden] for `hidden_states` [tokens, hidden].
+
+        `chosen` [tokens, k] are experts' numbers, `weights` [tokens, k] theirs; a number past the last one is nobody's.
+        """
+        total = torch.zeros_like(hidden_states, dtype=torch.float32)
+        order = chosen.reshape(-1).argsort(stable=True)
+        counts = chosen.reshape(-1).bincount(minlength=len(self.down_proj)).tolist()
+        for number, places in enumerate(order.split(counts)[: len(self.down_proj)]):
+            if len(places):
+                tokens = places // chosen.shape[1]
+                states = self.expert(number, hidden_states[tokens])
+                total.index_add_(0, tokens, states.float() * weights.reshape(-1, 1)[places])
+        return total.to(hidden_states.dtype)
+
+
+class W8A8ScaledExperts(Experts):
+    """Experts that read states already multiplied by the router's weights: zeros, where one is not chosen (Llama 4)."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `hidden_states` [experts x tokens, hidden], expert by expert, to the same shape; zeros stay zeros."""
+        out = torch.zeros_like(hidden_states)
+        rows = hidden_states.any(-1).nonzero().squeeze(-1)
+        counts = (rows // (len(hidden_states) // len(self.down_proj))).bincount(minlength=len(self.down_proj))
+        for number, own in enumerate(rows.split(counts.tolist())):
+            if len(own):
+                out[own] = self.expert(number, hidden_states[own])
+        return out
+
+
+def in_int8(name: str, experts: nn.Module) -> Experts:
+    """Make what replaces the module `experts`, called `name`. Raises UnsupportedSchemeError for one of a kind unknown.
+
+    Known are classes that follow transformers' interface for experts (`transformers.integrations.moe`), which take
+    states, numbers and weights, and say by `_apply_gate` what lies between the projections; and Llama 4's.
+    """
+    if type(experts).__name__ == "Llama4TextExperts":
+        return W8A8ScaledExperts(experts, partial(_default_apply_gate, experts), transposed=True)
+    if not hasattr(experts, "_apply_gate"):
+        raise UnsupportedSchemeError(
+            f"{name}: these experts are INT8, and a {type(experts).__name__} cannot run in INT8 here. vLLM may load it"
+        )
+    between = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
+    return W8A8Experts(experts, between, transposed=getattr(experts, "is_transposed", False))
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether `module` holds the weights of all experts of a layer as 3-D parameters."""
+    down = getattr(module, "down_proj", None)
+    return isinstance(down, nn.Parameter) and down.dim() == 3
+
+
+def _layers(count: int, columns: int, rows: int) -> nn.ModuleList:
+    with torch.device("meta"):
+        return nn.ModuleList(W8A8Linear(columns, rows, bias=False) for _ in range(count))
