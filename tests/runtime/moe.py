@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import w8a8
+from w8a8.plan.architectures import architecture_of
 from w8a8.quantization import Options
+from w8a8.sources.experts import Stack
 
 EXPERTS = 4
 HIDDEN = 64
@@ -47,7 +49,9 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "phimoe": ("PhimoeForCausalLM", {}),
     "minimax_m2": ("MiniMaxM2ForCausalLM", {"rotary_dim": 16}),
     "olmoe": ("OlmoeForCausalLM", {}),
-    "deepseek_v3": ("DeepseekV3ForCausalLM", {**_LATENT, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
+    "deepseek_v3": (
+        "DeepseekV3ForCausalLM",
+        {**_LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
     "glm4_moe": ("Glm4MoeForCausalLM", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": EXPERTS, "moe_k": 2, "moe_layer_start_index": 1}),
     "granitemoe": ("GraniteMoeForCausalLM", {}),
@@ -61,9 +65,13 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "llama4": ("Llama4ForCausalLM", {"intermediate_size_mlp": 64, "interleave_moe_layer_step": 1}),
     "nemotron_h": (
         "NemotronHForCausalLM",
-        {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1, "moe_shared_expert_intermediate_size": 64},
+        {"layers_block_type": ["attention", "moe"], "n_group": 1, "topk_group": 1,
+         "moe_shared_expert_intermediate_size": 64},
     ),
-    "jamba": ("JambaForCausalLM", {"use_mamba_kernels": False, "expert_layer_period": 1, "expert_layer_offset": 0}),
+    "jamba": (
+        "JambaForCausalLM",
+        {"expert_layer_period": 1, "expert_layer_offset": 0, "attn_layer_period": 2, "attn_layer_offset": 1},
+    ),
 }  # fmt: skip
 """Family -> the class of transformers, and what its config has besides `_TEXT`."""
 
@@ -86,40 +94,39 @@ def make(folder: Path, family: str) -> Path:
     return folder
 
 
-def quantize(source: Path, out: Path, options: Options | None = None) -> Path:
+def quantize(source: Path, out: Path, spelling: str = "compressed-tensors") -> Path:
     """Quantize a checkpoint, and by hand what `w8a8.quantize` leaves of its experts."""
-    w8a8.quantize(source, out, options or Options())
-    shard = out / "model.safetensors"
-    tensors = load_file(shard)
-    for name in list(tensors):
-        for part, weight in list(_matrices(name, tensors[name])):
-            rows = weight.float()
-            scale = rows.abs().amax(1, keepdim=True) / 127
-            tensors[f"{part}.weight"] = (rows / scale).round().to(torch.int8)
-            tensors[f"{part}.weight_scale"] = scale if (options or Options()).format != "quark" else scale.reshape(-1)
-            tensors.pop(name, None)
-    save_file(tensors, shard, metadata={"format": "pt"})
+    w8a8.quantize(source, out, Options(format=spelling, include=["*.o_proj.weight"]))  # of names that no rule knows
+    stacks = architecture_of(json.loads((out / "config.json").read_text())).stacks
+    tensors = tensors_of(out)
+    for name, tensor in list(tensors.items()):
+        parts = dict(_parts(name, tensor, stacks)) if tensor.dtype == torch.bfloat16 else {}
+        if parts:
+            del tensors[name]
+        for part, weight in parts.items():
+            if part.endswith(".bias"):
+                tensors[part] = weight
+                continue
+            scale = weight.float().abs().amax(1) / 127
+            tensors[f"{part}.weight"] = (weight.float() / scale[:, None]).round().to(torch.int8)
+            tensors[f"{part}.weight_scale"] = scale if spelling == "quark" else scale[:, None]
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
 
 
-def _matrices(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Split what is left in BF16 of a layer's experts: module and weight [out, in] of each."""
-    if tensor.dtype != torch.bfloat16:
-        return
+def _parts(name: str, tensor: Tensor, stacks: Sequence[Stack]) -> Iterator[tuple[str, Tensor]]:
+    """Split a tensor of experts into the weights [out, in] and biases of each: nothing for other tensors."""
     if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
         yield name.removesuffix(".weight"), tensor
-    if tensor.dim() != 3 or not (found := STACK.fullmatch(name)):
+    for stack in stacks:
+        if not name.endswith(f".{stack.tensor}"):
+            continue
+        for number, values in enumerate(tensor.transpose(1, 2) if stack.transposed else tensor):
+            count = len(stack.parts)
+            shares = [values[n::count] for n in range(count)] if stack.interleaved else values.chunk(count)
+            for part, share in zip(stack.parts, shares, strict=True):
+                yield name.removesuffix(stack.tensor) + part.replace("{}", str(number)), share.contiguous()
         return
-    both = found["kind"] in {"gate_up_proj", "input_linear.weight"}
-    place = found["place"].removesuffix(".experts")
-    transposed = "feed_forward" in name or tensor.shape[1:] in [(HIDDEN, 2 * INNER), (INNER, HIDDEN)]
-    for number, matrix in enumerate(tensor.transpose(1, 2) if transposed else tensor):
-        parts = {"down_proj": matrix}
-        if both:
-            gate, up = (matrix[0::2], matrix[1::2]) if _interleaved(name) else matrix.chunk(2)
-            parts = {"gate_proj": gate, "up_proj": up}
-        for part, weight in parts.items():
-            yield f"{place}.experts.{number}.{part}", weight.contiguous()
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:

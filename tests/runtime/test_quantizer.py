@@ -132,7 +132,10 @@ OTHER_SCHEMES: Mapping[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("package", OTHER_SCHEMES)
-def test_another_scheme_is_named_with_what_can_load_it(package: str, out: Path) -> None:
+def test_another_scheme_is_named_with_what_can_load_it(
+    package: str, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("w8a8.runtime.quantizer.find_spec", lambda _: None)  # installed for other tests or not
     edit_json(out / "config.json", lambda config: config.update(quantization_config=OTHER_SCHEMES[package]))
     with pytest.raises(UnsupportedSchemeError, match=rf"int.*INT8 W8A8 only.*pip install {package}"):
         AutoModelForCausalLM.from_pretrained(out)

@@ -3,7 +3,8 @@
 >>> import w8a8.runtime
 >>> model = AutoModelForCausalLM.from_pretrained("gemma-3-270m-W8A8")
 
-Both formats load, whichever tool wrote them, without amd-quark or compressed-tensors; weights stay INT8 in memory.
+Both formats load, whichever tool wrote them, without amd-quark or compressed-tensors; weights stay INT8 in memory,
+experts too, of which only the chosen ones run.
 Code that comes with a checkpoint runs only by `trust_remote_code=True`: nobody is asked.
 """
 

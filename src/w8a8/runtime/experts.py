@@ -25,10 +25,13 @@ from w8a8.runtime.linear import W8A8Linear
 class Experts(nn.Module):  # type: ignore[misc]
     """The experts of one layer: `gate_proj` (unless they have none), `up_proj` and `down_proj`, a list of each.
 
-    `gate_up_proj_bias` and `down_proj_bias` are those of the replaced module, where it has them.
+    Where the replaced module has biases, each layer has its own if they are `split`; else there are those of the
+    module, `gate_up_proj_bias` [experts, 2 x inner] and `down_proj_bias` [experts, hidden].
     """
 
-    def __init__(self, experts: nn.Module, between: Callable[[Tensor], Tensor], *, transposed: bool) -> None:
+    def __init__(
+        self, experts: nn.Module, between: Callable[[Tensor], Tensor], *, transposed: bool, split: bool
+    ) -> None:
         """Make what replaces `experts`, without weights, on the meta device.
 
         `between` computes what the module does of the outputs of gate and up, which lie beside each other as in its
@@ -40,13 +43,18 @@ class Experts(nn.Module):  # type: ignore[misc]
         self.between = between
         count, *outward, inward = experts.down_proj.shape
         hidden, inner = (inward, *outward) if transposed else (*outward, inward)
-        if self.gated:
-            self.gate_proj = _layers(count, hidden, inner)
-        self.up_proj = _layers(count, hidden, inner)
-        self.down_proj = _layers(count, inner, hidden)
         biased, normed = getattr(experts, "has_bias", False), getattr(experts, "has_post_expert_norm", False)
-        self.gate_up_proj_bias = experts.gate_up_proj_bias if biased else None
-        self.down_proj_bias = experts.down_proj_bias if biased else None
+
+        def layers(columns: int, rows: int) -> nn.ModuleList:
+            bias, dtype = biased and split, experts.down_proj.dtype
+            return nn.ModuleList(W8A8Linear(columns, rows, bias, dtype, "meta") for _ in range(count))
+
+        if self.gated:
+            self.gate_proj = layers(hidden, inner)
+        self.up_proj = layers(hidden, inner)
+        self.down_proj = layers(inner, hidden)
+        self.gate_up_proj_bias = experts.gate_up_proj_bias if biased and not split else None
+        self.down_proj_bias = experts.down_proj_bias if biased and not split else None
         self.post_expert_norm = experts.post_expert_norm if normed else None
 
     def expert(self, number: int, states: Tensor) -> Tensor:
@@ -97,28 +105,25 @@ class W8A8ScaledExperts(Experts):
         return out
 
 
-def in_int8(name: str, experts: nn.Module) -> Experts:
-    """Make what replaces the module `experts`, called `name`. Raises UnsupportedSchemeError for one of a kind unknown.
+def in_int8(name: str, experts: nn.Module, *, split: bool) -> Experts:
+    """Make what replaces the module `experts`, called `name`; its biases may be `split`, for each expert its own.
+
+    Raises UnsupportedSchemeError for a module of an unknown kind.
 
     Known are classes that follow transformers' interface for experts (`transformers.integrations.moe`), which take
     states, numbers and weights, and say by `_apply_gate` what lies between the projections; and Llama 4's.
     """
     if type(experts).__name__ == "Llama4TextExperts":
-        return W8A8ScaledExperts(experts, partial(_default_apply_gate, experts), transposed=True)
+        return W8A8ScaledExperts(experts, partial(_default_apply_gate, experts), transposed=True, split=split)
     if not hasattr(experts, "_apply_gate"):
         raise UnsupportedSchemeError(
             f"{name}: these experts are INT8, and a {type(experts).__name__} cannot run in INT8 here. vLLM may load it"
         )
     between = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
-    return W8A8Experts(experts, between, transposed=getattr(experts, "is_transposed", False))
+    return W8A8Experts(experts, between, transposed=getattr(experts, "is_transposed", False), split=split)
 
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether `module` holds the weights of all experts of a layer as 3-D parameters."""
     down = getattr(module, "down_proj", None)
     return isinstance(down, nn.Parameter) and down.dim() == 3
-
-
-def _layers(count: int, columns: int, rows: int) -> nn.ModuleList:
-    with torch.device("meta"):
-        return nn.ModuleList(W8A8Linear(columns, rows, bias=False) for _ in range(count))

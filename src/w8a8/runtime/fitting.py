@@ -73,7 +73,8 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> Fitted:
         if place:
             places.add(place)
     for place in sorted(places):
-        model.set_submodule(place, in_int8(place, model.get_submodule(place)))
+        split = f"{place}.down_proj.0.bias" in named
+        model.set_submodule(place, in_int8(place, model.get_submodule(place), split=split))
         _check_whole(place, model.get_submodule(place), named)
     for layer, weight in layers.items():
         _fit(model, layer, weight, named.get(f"{layer}.weight_scale"))
