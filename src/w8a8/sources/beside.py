@@ -12,7 +12,7 @@ from w8a8.errors import SourceError
 from w8a8.formats.detect import section
 from w8a8.formats.excludes import Excludes
 from w8a8.kernels.cpu.small_floats import E4M3
-from w8a8.sources.view import Decoder, LogicalTensor, Stretch
+from w8a8.sources.view import Beside, Decoder, LogicalTensor, Stretch
 
 Tensors = Mapping[str, TensorSpec]
 Float32s = NDArray[np.float32]
@@ -103,6 +103,7 @@ def dense_dtype(scale: TensorSpec, model: str) -> str:
 
 def numbers(spec: TensorSpec, array: NDArray[Any]) -> Float32s:
     """The float32 values of a tensor of floats; U8 is read as F8_E8M0."""
+    array = np.atleast_1d(array)
     values: Float32s
     if spec.dtype == "BF16":
         values = np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
@@ -132,6 +133,24 @@ def positive(spec: TensorSpec, array: NDArray[Any]) -> Float32s:
         )
         raise wrong(spec, f"holds {count:,} scales that are {kind}")
     return values
+
+
+def named(tensor: LogicalTensor, beside: Beside) -> Mapping[str, tuple[TensorSpec, NDArray[Any]]]:
+    """The tensors beside one, by the last part of their names."""
+    return {spec.name.rpartition(".")[2]: (spec, array) for spec, array in zip(tensor.beside, beside, strict=True)}
+
+
+def groups(spec: TensorSpec, array: NDArray[Any], count: int, size: int) -> NDArray[np.int32] | None:
+    """The group of each column, if they are not `count` groups of `size` in order, or all -1, which means the same.
+
+    Raises `SourceError` for a group that does not exist.
+    """
+    order: NDArray[np.int32] = array.astype(np.int32)
+    if (order == -1).all() or (order == np.arange(order.size) // size).all():
+        return None
+    if order.min() < 0 or order.max() >= count:
+        raise wrong(spec, f"names groups from {order.min()} to {order.max()}, where there are {count}")
+    return order
 
 
 def blocks(size: int, block: int) -> int:

@@ -5,6 +5,7 @@ Products are taken in float32. Scales come as a grid of float32: one for each bl
 last ones of which may stick out of the matrix. Loops over a run of codes with one scale vectorize.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,44 @@ def _fp4(codes, scale, columns, out):  # type: ignore[no-untyped-def]
                 to[2 * j + 1] = rounded_bits(to[0], e2m1(run[j] >> np.uint8(4)) * s)
 
 
+@jit(fastmath={"nnan"})
+def _ordered(codes, scale, zero, group, first, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            g = group[j]
+            code = np.float32(np.int32(codes[i, j]) - zero[first + i, g])
+            out[i, j] = rounded_bits(out[i, j], code * scale[first + i, g])
+
+
+@jit()
+def _nibbles(data, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1] // 2):
+            out[i, 2 * j] = data[i, j] & np.uint8(15)
+            out[i, 2 * j + 1] = data[i, j] >> np.uint8(4)
+
+
+@jit()
+def _unpack(words, bits, out):  # type: ignore[no-untyped-def]
+    mask = np.uint64((1 << bits) - 1)
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            word, bit = bits * j // 32, bits * j % 32
+            value = np.uint64(words[i, word]) >> np.uint64(bit)
+            if bit + bits > 32:
+                value |= np.uint64(words[i, word + 1]) << np.uint64(32 - bit)
+            out[i, j] = value & mask
+
+
+@jit()
+def _unpack_down(words, places, out):  # type: ignore[no-untyped-def]
+    for i in range(words.shape[0]):
+        for k in range(8):
+            to = out[8 * i + places[k]]
+            for j in range(words.shape[1]):
+                to[j] = (words[i, j] >> np.uint32(4 * k)) & np.uint32(15)
+
+
 @jit()
 def _turn(matrix, out):  # type: ignore[no-untyped-def]
     rows, columns = matrix.shape
@@ -98,6 +137,30 @@ def integers(
 def fp4(codes: Bytes, scale: Float32s, out: Bits) -> None:
     """Decode FP4 E2M1, two codes a byte [rows, columns / 2], the lower four bits first; `scale` is [rows, blocks]."""
     _fp4(codes, scale, out.shape[1] // scale.shape[1], out)
+
+
+def ordered(
+    codes: Bytes, scale: Float32s, zero: NDArray[np.int32], group: NDArray[np.int32], first: int, out: Bits
+) -> None:
+    """Decode integers as `integers` does, column j by the scale and zero point `group[j]` of its row."""
+    _ordered(codes, scale, zero, group, first, out)
+
+
+def unpacked(words: NDArray[np.uint32], bits: int, columns: int) -> Bytes:
+    """Unpack integers of `bits`, 2 to 8, from [rows, words]: code j of a row begins at bit j * `bits` of the row."""
+    out = np.empty((words.shape[0], columns), np.uint8)
+    if bits == 4 and columns % 2 == 0:
+        _nibbles(words.view(np.uint8), out)
+    else:
+        _unpack(words, bits, out)
+    return out
+
+
+def unpacked_down(words: NDArray[np.uint32], places: Sequence[int]) -> Bytes:
+    """Unpack eight rows from each row of words: its four bits k, from the lowest, are row `places[k]` of the eight."""
+    out = np.empty((8 * words.shape[0], words.shape[1]), np.uint8)
+    _unpack_down(words, np.array(places), out)
+    return out
 
 
 def turned(matrix: NDArray[Any]) -> NDArray[Any]:
