@@ -2,7 +2,8 @@
 
 Builds each folder's model with vLLM's own classes on the meta device, as rank 0 of TP ranks that exist in name only
 (torch's "fake" process group), so that the real shapes of a 31B can be asked for anywhere. No weight is read. Blocks
-are sized as on a GPU: 16 tokens, batches of 2,048 tokens, two of them in flight.
+are sized as on a GPU: 16 tokens, batches of 2,048 tokens, two of them in flight. Experts in INT8 are built for a GPU's
+kernel, as a CPU may have none.
 """
 
 import json
@@ -21,6 +22,10 @@ def prepare(ranks: int) -> None:
     from vllm.config import VllmConfig
     from vllm.distributed import parallel_state
     from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+    from vllm.model_executor.layers.fused_moe.oracle import int8
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
+        compressed_tensors_moe_w8a8_int8 as experts_in_int8,
+    )
     from vllm.v1.attention.backend import MultipleOf
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -31,6 +36,8 @@ def prepare(ranks: int) -> None:
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
     CPUAttentionBackend.get_supported_kernel_block_sizes = staticmethod(lambda *_: [MultipleOf(16)])  # as on GPUs
     VllmConfig.max_concurrent_batches = property(lambda self: 2)  # as with asynchronous scheduling
+    triton = int8.Int8MoeBackend.TRITON
+    experts_in_int8.select_int8_moe_backend = lambda **_: (triton, int8.backend_to_kernel_cls(triton)[0])
     parallel_state._node_count = lambda *_: 1
     parallel_state.in_the_same_node_as = lambda *_, **__: [True] * ranks
 

@@ -39,7 +39,8 @@ class Fit:
     `weights`, `rotary` and `kv` are counted, `activations` and `engine` estimated. `max_context` is the longest context
     for `concurrency` requests (0: none), `max_concurrency` the number of requests of `context` tokens.
     `kv_per_token`: bytes of a token on one GPU while it is in every layer's window, `kv_beyond_window`: after that;
-    `state_per_sequence`: bytes that linear attention keeps of a sequence of any length.
+    `state_per_sequence`: bytes of states that layers keep of a sequence of any length (state-space layers, linear
+    attention, short convolutions), one copy.
     """
 
     name: str
@@ -212,13 +213,14 @@ def _largest(holds: Callable[[int], bool], most: int) -> int:
 
 def _can_split(model: Model, gpus: int, *, text_only: bool) -> bool:
     """Whether `gpus` divide all that vLLM asserts they do: heads, KV heads, MLP, split towers."""
-    kv = {layer.heads for layer in model.layers if layer.heads}
+    kv = {layer.heads for layer in model.layers if layer.heads and layer.kind != "latent"}
     even = [model.heads, model.intermediate]
     if model.table.split_towers and model.vision and not text_only:
         vision = section(model.checkpoint.config, "vision_config")
         heads = vision.get("num_attention_heads", vision.get("num_heads"))
         even += [heads] if type(heads) is int and heads > 0 else []
-    states = all(layer.conv_state % gpus == 0 and layer.ssm_state % gpus == 0 for layer in model.layers)
+    even += [model.experts.width] if model.experts else []
+    states = all(layer.state.splits(gpus) for layer in model.layers if layer.state)
     return all(n % gpus == 0 for n in even) and all(n % gpus == 0 or gpus % n == 0 for n in kv) and states
 
 
@@ -227,7 +229,7 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
     if case.tensor_parallel < len(gpus):
         yield (
             f"only {case.tensor_parallel} of {len(gpus)} GPUs can be used: tensor parallelism must divide "
-            f"{model.heads} attention heads, the KV heads and the MLP"
+            f"{model.heads} attention heads, the KV heads, the MLP, experts and states"
         )
     if asked > model.max_context:
         yield f"the model's longest context is {model.max_context:,} tokens"
@@ -238,6 +240,7 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
     scheme = detect(model.checkpoint.config)
     if scheme.method != "none" and not scheme.w8a8:
         yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
+    yield from (f"not counted: {what}" for what in model.uncounted)
 
 
 def _advice(case: _Case, now: Fit) -> Iterator[str]:

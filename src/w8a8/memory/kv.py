@@ -1,32 +1,39 @@
 """Count the bytes of KV cache that a GPU needs, as vLLM 0.32 allocates it.
 
 vLLM gives every request whole blocks out of one pool, and all blocks have the same number of bytes. Where layers differ
-(sliding windows next to full attention, other head sizes, linear attention), it sorts them into groups of as many
-layers as its scarcest kind has, gives the layers that are cheaper per token longer blocks, and each group takes blocks
-of its own (`v1/core/kv_cache_utils.py`). A sliding-window layer keeps its window, what the batches in flight may add to
-it, and one block because a window need not start with one (`SlidingWindowSpec`); one block of the pool is never used.
+(sliding windows next to full attention, other head sizes, states of fixed size), it sorts them into groups of as many
+layers as its scarcest kind has, gives the layers that are cheaper per token longer blocks, pads the rest, and each
+group takes blocks of its own (`v1/core/kv_cache_utils.py`). A sliding-window layer keeps its window, what the batches
+in flight may add to it, and one block because a window need not start with one (`SlidingWindowSpec`); a layer that
+attends within chunks keeps a chunk and what is in flight; one block of the pool is never used. Next to states, a block
+of attention is made so long that it holds a layer's state (`platforms/interface.py`, `_align_hybrid_block_size`).
 """
 
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from w8a8.memory.model import Layer
+from w8a8.memory.layers import Layer
 
 BLOCK_TOKENS = 16
 CONCURRENT_BATCHES = 2
 """With asynchronous scheduling, the default, one batch is prepared while another runs."""
 
-MAMBA_STATES = 2
-"""With prefix caching, the default, a sequence holds its running state and the last one that was cached."""
+LATENT_TOKENS = 128
+"""Next to states, blocks of latents hold a multiple of so many tokens, which kernels need."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Spec:
-    """A layer's cache: `page` bytes hold `block` tokens (all of a sequence if `block` is 0)."""
+    """A layer's cache: `page` bytes hold `block` tokens; or (0) a state, of which a sequence has `copies`.
+
+    `window` tokens are kept, in blocks that start anywhere or, `chunked`, where a chunk does.
+    """
 
     page: int
     block: int
     window: int = 0
+    chunked: bool = False
+    copies: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +41,7 @@ class KvCache:
     """One GPU's pool: bytes of a block, and the groups of layers that each take blocks of their own.
 
     `per_token`: bytes of a token in all layers; `beyond_window`: in those that keep every token; `per_sequence`: bytes
-    of linear attention's states.
+    of all layers' states, one copy.
     """
 
     block_bytes: int
@@ -55,47 +62,41 @@ class KvCache:
 
 def kv_cache(layers: tuple[Layer, ...], tensor_parallel: int, element_bytes: int) -> KvCache:
     """The pool of one of `tensor_parallel` GPUs, with keys and values of `element_bytes`."""
-    kept = [layer for layer in layers if not layer.shared]
-    costs = {layer: _token_bytes(layer, tensor_parallel, element_bytes) for layer in kept}
-    states = [_state_bytes(layer, tensor_parallel) for layer in kept if layer.kind == "linear"]
-    block = _block_tokens(costs, max(states, default=0))
-    specs = [
-        _Spec(_state_bytes(layer, tensor_parallel), 0)
-        if layer.kind == "linear"
-        else _Spec(block * costs[layer], block, layer.window)
-        for layer in kept
-    ]
-    block_bytes, groups = _group(specs)
+    costs = {layer: layer.token_bytes(tensor_parallel, element_bytes) for layer in layers}
+    states = [layer.state for layer in layers if layer.state]
+    pages = [state.nbytes(tensor_parallel) for state in states]
+    step = LATENT_TOKENS if states and any(layer.kind == "latent" for layer in layers) else BLOCK_TOKENS
+    block = _block_tokens(max(costs.values(), default=0), max(pages, default=0), step)
+    block_bytes, groups = _group(
+        [_tokens(layer, costs[layer], block) for layer in layers if costs[layer]]
+        + [_Spec(page, 0, copies=state.copies) for state, page in zip(states, pages, strict=True)]
+    )
     return KvCache(
         block_bytes,
         groups,
-        per_token=sum(costs[layer] for layer in kept),
-        beyond_window=sum(costs[layer] for layer in kept if layer.kind == "full"),
-        per_sequence=sum(states),
+        per_token=sum(costs[layer] for layer in layers),
+        beyond_window=sum(costs[layer] for layer in layers if not layer.window),
+        per_sequence=sum(pages),
     )
 
 
-def _token_bytes(layer: Layer, gpus: int, element_bytes: int) -> int:
-    """Bytes of one token's keys and values in one layer; every GPU holds one head at least."""
-    return 2 * max(1, layer.heads // gpus) * layer.head_dim * element_bytes if layer.heads else 0
+def _tokens(layer: Layer, cost: int, block: int) -> _Spec:
+    return _Spec(block * cost, block, layer.window, chunked=layer.kind == "chunked")
 
 
-def _state_bytes(layer: Layer, gpus: int) -> int:
-    return (layer.conv_state * 2 + layer.ssm_state * layer.ssm_bytes) // gpus
-
-
-def _block_tokens(costs: dict[Layer, int], state: int) -> int:
-    """Tokens per block: 16, or next to linear attention enough for a page to hold one layer's state."""
-    dearest = max((cost for layer, cost in costs.items() if layer.kind != "linear"), default=0)
-    pages = -(-state // (BLOCK_TOKENS * dearest)) if dearest else 1
-    return BLOCK_TOKENS * max(1, pages)
+def _block_tokens(dearest: int, state: int, step: int) -> int:
+    """Tokens per block: 16, or next to states enough for a page of the dearest layer to hold a state."""
+    pages = -(-state // (step * dearest)) if dearest and state else 1
+    return (step if state else BLOCK_TOKENS) * max(1, pages)
 
 
 def _group(specs: list[_Spec]) -> tuple[int, tuple[_Spec, ...]]:
     """The bytes of a block, and the groups (`get_kv_cache_groups`)."""
     if not specs:
         return 0, ()
-    if len({(spec.block, spec.window) for spec in specs}) == 1:  # pages may differ, the number of blocks does not
+    if (
+        len({(spec.block, spec.window, spec.copies) for spec in specs}) == 1
+    ):  # pages may differ, the number of blocks does not
         return sum(spec.page for spec in specs), (specs[0],)
     page = max(spec.page for spec in specs)
     kinds = Counter(_stretch(spec, page) for spec in specs)
@@ -114,7 +115,7 @@ def _stretch(spec: _Spec, page: int) -> _Spec:
 
 def _blocks(group: _Spec, context: int, in_flight: int) -> int:
     if not group.block:
-        return MAMBA_STATES
-    if group.window:
+        return group.copies
+    if group.window and not group.chunked:
         return -(-min(group.window - 1 + in_flight, context) // group.block) + 1
-    return -(-context // group.block)
+    return -(-min(group.window + in_flight if group.window else context, context) // group.block)

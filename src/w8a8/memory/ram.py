@@ -8,7 +8,8 @@ from pathlib import Path
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.remote import open_headers
-from w8a8.memory.model import Layer, Model
+from w8a8.memory.layers import Layer
+from w8a8.memory.model import Model
 from w8a8.memory.weights import weights_per_gpu
 
 PROCESS_BYTES = 1000 * 2**20
@@ -23,10 +24,11 @@ def ram_needed(checkpoint: str | Path | Checkpoint, context: int, concurrency: i
     model = Model.read(checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint))
     context = min(context, model.max_context)
     cache = concurrency * sum(_cache_bytes(layer, context) for layer in model.layers)
-    working = context * (6 * model.hidden + 7 * model.intermediate) + concurrency * 6 * model.vocabulary
+    wide = model.intermediate + (model.experts.width * model.experts.per_token if model.experts else 0)
+    working = context * (6 * model.hidden + 7 * wide) + concurrency * 6 * model.vocabulary
     return PROCESS_BYTES + weights_per_gpu(model, 1) + cache + working
 
 
 def _cache_bytes(layer: Layer, context: int) -> int:
     tokens = min(context, layer.window or context)
-    return tokens * layer.heads * layer.head_dim * 4 + layer.conv_state * 2 + layer.ssm_state * layer.ssm_bytes
+    return tokens * layer.token_bytes(1, 2) + (layer.state.nbytes(1) if layer.state else 0)

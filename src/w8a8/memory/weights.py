@@ -1,17 +1,20 @@
 """Count the bytes of weights that one GPU holds under vLLM's tensor parallelism.
 
-From the source of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`, `models/*.py`), and
-tested against what its models allocate (`tests/memory/test_against_vllm.py`):
+From the source of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel_embedding.py`, `fused_moe/`, `mamba/`,
+`models/*.py`), and tested against what its models allocate (`tests/memory/test_against_vllm.py`):
 
 - projections into heads or into the MLP are split by rows, with their scales and biases; those back are split by
-  columns, and every GPU keeps all their scales and the bias;
-- key and value heads are copied where there are more GPUs than heads;
+  columns, and every GPU keeps their bias and their scales, but for scales that have columns themselves;
+- so is every routed or shared expert: each GPU holds a part of all of them (no expert parallelism); routers are whole;
+- key and value heads are copied where there are more GPUs than heads, and so are the groups of a Mamba-2 layer;
 - a layer whose keys serve as values (no `v_proj`) gets a `v_proj` all the same, a copy of its `k_proj`;
+- latent attention (MLA) holds what leads to the latent on every GPU, and splits what leads back; where the latter is
+  quantized, vLLM keeps a copy of it in 2 bytes an element (`MLAAttention.process_weights_after_loading`);
 - embeddings and `lm_head` are split by vocabulary, padded to a multiple of 64; a tied `lm_head` takes nothing;
-- everything else is whole on every GPU: norms, routers, projectors. So is the vision tower of Gemma 4, which is
-  transformers' own module; those of Gemma 3, Mistral 3 and Qwen3.5 are split like the decoder;
+- everything else is whole on every GPU: norms, projectors. So is the vision tower of Gemma 4, which is transformers'
+  own module; those of Gemma 3, Mistral 3 and Qwen3.5 are split like the decoder;
 - not loaded at all: MTP heads, keys and values of layers that use another layer's cache, and with `--text-only` towers;
-- weights that are not quantized take 2 bytes each, even if the file has 4; the decays of linear attention take 4.
+- weights that are not quantized take 2 bytes each, even if the file has 4; decays of states and routers' biases take 4.
 """
 
 import re
@@ -21,14 +24,24 @@ from w8a8.checkpoint import TensorSpec
 from w8a8.memory.model import Model, layer_of
 
 VOCABULARY_PADDING = 64
+UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})
 
 _TOWERS = frozenset({"vision tower", "audio tower", "projector"})
-_SUFFIX = re.compile(r"\.(weight|bias|weight_scale)$")
+_SUFFIX = re.compile(r"(\.(weight|bias|weight_scale|weight_scale_inv|weight_packed)|(?<=_proj)_(bias|blocks|scales))$")
+_SCALE = re.compile(r"_(scale|scales|scale_inv)$")
 
 
 def weights_per_gpu(model: Model, tensor_parallel: int, *, text_only: bool = False) -> int:
     """Bytes of parameters on the GPU that holds the most (the first)."""
-    return sum(_share(model, tensor, tensor_parallel) for tensor in loaded(model, text_only=text_only))
+    held = sum(_share(model, tensor, tensor_parallel) for tensor in loaded(model, text_only=text_only))
+    return held + _copies(model, tensor_parallel)
+
+
+def _copies(model: Model, gpus: int) -> int:
+    """Bytes of the copies in 2 bytes that vLLM keeps of quantized projections from latents to heads."""
+    up = f".{model.table.latent.up}.weight"
+    quantized = (t for t in model.checkpoint.tensors.values() if t.name.endswith(up) and t.dtype not in UNQUANTIZED)
+    return sum(2 * tensor.numel // gpus for tensor in quantized if model.components[tensor.name] != "mtp head")
 
 
 def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
@@ -52,42 +65,50 @@ def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
 def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
     """The bytes of `tensor` on the first GPU."""
     table, leaf, part = model.table, _leaf(tensor.name), model.components[tensor.name]
+    scale = _SCALE.search(tensor.name) is not None
     nbytes = tensor.nbytes
     if leaf in table.in_fp32:
         nbytes = tensor.numel * 4
-    elif tensor.dtype in {"F32", "F64"} and not tensor.name.endswith("_scale"):
+    elif tensor.dtype in {"F32", "F64"} and not scale:
         nbytes = tensor.numel * 2
-    kv = {table.attention.key, table.attention.value}
     if gpus == 1 and leaf not in table.by_vocabulary:
         return nbytes
+    if tensor.name in model.routed:
+        return _split(tensor, nbytes, gpus, columns=leaf in table.by_columns)
     if part == "router" or (part in _TOWERS and not table.split_towers):
         return nbytes
     if leaf in table.by_vocabulary and tensor.shape:
         rows = -(-tensor.shape[0] // VOCABULARY_PADDING) * VOCABULARY_PADDING
         return nbytes // max(tensor.shape[0], 1) * -(-rows // gpus)
-    if part == "experts":
+    place = None if part in _TOWERS else layer_of(tensor.name)
+    layer = model.layers[place[0]] if place and place[0] < len(model.layers) else None
+    if leaf in {table.attention.key, table.attention.value} and layer and not (layer.state and layer.kind == "none"):
+        return nbytes // min(gpus, max(1, layer.heads))
+    if leaf in {"in_proj", "conv1d"} and layer and layer.state and layer.state.groups and tensor.shape:
+        copied = layer.state.groups_on(gpus) - layer.state.groups
+        return nbytes // max(tensor.shape[0], 1) * (tensor.shape[0] + copied * layer.state.per_group) // gpus
+    if place and place[1].endswith(".norm.weight") and layer and layer.state and layer.state.groups:
         return -(-nbytes // gpus)
-    if leaf in kv and part not in _TOWERS and (place := layer_of(tensor.name)):
-        return nbytes // min(gpus, _kv_heads(model, place[0]))
     if leaf in table.by_rows:
         return _fused_share(model, leaf, part, nbytes, gpus)
-    if leaf in table.by_columns and len(tensor.shape) == 2 and not tensor.name.endswith("_scale"):
-        return -(-nbytes // gpus)
+    if leaf in table.by_columns and len(tensor.shape) <= 2:
+        return _split(tensor, nbytes, gpus, columns=True)
     return nbytes
+
+
+def _split(tensor: TensorSpec, nbytes: int, gpus: int, *, columns: bool) -> int:
+    """The share of a tensor that is split by rows or `columns`; what has no columns to split is whole."""
+    flat = len(tensor.shape) < 2 or tensor.name.endswith("bias") or tensor.shape[-1] == 1
+    return nbytes if columns and flat else -(-nbytes // gpus)
 
 
 def _fused_share(model: Model, leaf: str, part: str, nbytes: int, gpus: int) -> int:
     """The bytes of a tensor split by rows; of a fused projection's KV heads, each GPU has one at least."""
-    if leaf == model.table.attention.fused and part not in _TOWERS:
+    if leaf in model.table.attention.fused and part not in _TOWERS:
         layer = model.layers[0]
         heads = model.heads + 2 * layer.heads
         return nbytes // heads * (-(-model.heads // gpus) + 2 * max(1, layer.heads // gpus))
     return -(-nbytes // gpus)
-
-
-def _kv_heads(model: Model, index: int) -> int:
-    layer = model.layers[index] if index < len(model.layers) else None
-    return max(1, layer.heads) if layer else 1
 
 
 def _leaf(name: str) -> str:

@@ -8,7 +8,9 @@ KV cache. The largest of three things counts, because each is freed before the n
 - the logits of all sequences that may run at once, in the model's dtype and in FP32, probabilities and noise;
 - the vision tower over as many patches as fill a batch with image tokens.
 
-Hidden states and per-layer embeddings of a batch stay beside them.
+Hidden states and per-layer embeddings of a batch stay beside them, and where there are experts, the two workspaces of
+their kernel, which vLLM sizes for the largest batch, all at once, and never frees
+(`fused_moe/experts/triton_moe.py`, `workspace_shapes`).
 """
 
 from collections.abc import Mapping
@@ -59,7 +61,18 @@ def activation_bytes(model: Model, gpus: int, batch: Batch, *, text_only: bool) 
     logits = batch.sequences * model.vocabulary * (2 + 2 * (gpus > 1) + 3 * 4)
     vision = 0 if text_only or not model.vision else batch.tokens * _patch_bytes(model)
     per_layer = _size(model.text, "hidden_size_per_layer_input", 0) * len(model.layers)
-    return max(layer, logits, vision) + 2 * batch.tokens * (model.hidden + per_layer)
+    kept = 2 * batch.tokens * (model.hidden + per_layer) + expert_bytes(model, gpus, batch.tokens)
+    return max(layer, logits, vision) + kept
+
+
+def expert_bytes(model: Model, gpus: int, tokens: int) -> int:
+    """Bytes of the workspaces of routed experts: for each token and each of its experts, the inputs of the second
+    matrix, the outputs of either, in 2 bytes; and both inputs in INT8."""
+    if not model.experts:
+        return 0
+    width, chosen = -(-model.experts.width // gpus), model.experts.per_token
+    workspaces = 2 * (max(width, model.hidden) + max(2 * width, model.hidden))
+    return tokens * (chosen * (workspaces + width) + model.hidden)
 
 
 def engine_bytes(gpus: int) -> int:
@@ -72,14 +85,19 @@ def rotary_bytes(model: Model) -> int:
 
     Raises `NoConfigError` for rotary parameters of types that they cannot have.
     """
-    if not model.table.rotary_tables:
+    table = model.table
+    silent = not any(key.startswith(("rope", "rotary")) for key in model.text)
+    if not table.rotary_tables or (silent and any(layer.state for layer in model.layers)):
+        return 0
+    if any(model.text.get(key, True) not in (True, "rope") for key in table.rotary_only_if):
         return 0
     ropes = {sliding: _rope(model.text, sliding=sliding) for sliding in (False, True)}
-    kinds = {(layer.head_dim, layer.kind == "sliding") for layer in model.layers if layer.kind != "linear"}
+    kinds = {(layer.rotary, layer.kind == "sliding") for layer in model.layers if layer.rotary}
     if ropes[False] == ropes[True]:
         kinds = {(head_dim, False) for head_dim, _ in kinds}
     try:
-        return sum(_table_bytes(convert(ropes[kind], _Rope), width, model.max_context) for width, kind in kinds)
+        elements = sum(_table_size(convert(ropes[kind], _Rope), width, model.max_context) for width, kind in kinds)
+        return elements * table.rotary_bytes
     except UnfitError as error:
         raise NoConfigError(
             f"{model.checkpoint.path}: config.json has rotary parameters of a wrong type ({error})"
@@ -108,7 +126,7 @@ class _Rope:
     original_max_position_embeddings: float | None = None
 
 
-def _table_bytes(rope: _Rope, head_dim: int, positions: int) -> int:
+def _table_size(rope: _Rope, head_dim: int, positions: int) -> int:
     kind = rope.rope_type or rope.type
     if rope.partial_rotary_factor and 0 < rope.partial_rotary_factor < 1 and kind != "proportional":
         head_dim = int(head_dim * rope.partial_rotary_factor)
@@ -117,7 +135,7 @@ def _table_bytes(rope: _Rope, head_dim: int, positions: int) -> int:
         positions = int(original)
     if kind in {"linear", "yarn"} and rope.factor and 1 <= rope.factor <= 1024:
         positions = int(positions * rope.factor)
-    return positions * head_dim * 2
+    return positions * head_dim
 
 
 def _patch_bytes(model: Model) -> int:

@@ -34,24 +34,35 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The last parts of the names of attention's projections, and of the norm of its keys."""
+    """The last parts of the names of attention's projections (`fused`: those that make keys along with others), and of
+    the norm of its keys."""
 
     query: str
     key: str
     value: str
-    fused: str
+    fused: tuple[str, ...]
     key_norm: str
 
 
 @dataclass(frozen=True, slots=True)
-class LinearAttention:
-    """Linear attention: its module in a layer, three of its tensors, and the config's key for a key head's size."""
+class Latent:
+    """Multi-head latent attention: the last parts of the names of the projection to what is kept of a token and what
+    rotates of it, of the norm of what is kept, and of the projection back to heads. Empty names: there is none."""
 
-    module: str
-    conv: str
-    decay: str
-    gate: str
-    key_dim: str
+    down: str
+    norm: str
+    up: str
+
+
+@dataclass(frozen=True, slots=True)
+class StateRules:
+    """States of fixed size: keys of config.json for groups, for a key head's size, and for the recurrent state's dtype,
+    and the bytes of its elements where the config does not say."""
+
+    groups: tuple[str, ...]
+    key_dim: tuple[str, ...]
+    dtype: tuple[str, ...]
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +77,17 @@ class MemoryRules:
     mlp_fused: tuple[str, ...]
     head_norms: tuple[str, ...]
     attention: Attention
-    linear_attention: LinearAttention
+    latent: Latent
+    state: StateRules
+    experts: tuple[str, ...]
+    experts_per_token: tuple[str, ...]
     by_vocabulary: tuple[str, ...]
     by_rows: tuple[str, ...]
     by_columns: tuple[str, ...]
     in_fp32: tuple[str, ...]
     rotary_tables: bool
+    rotary_only_if: tuple[str, ...]
+    rotary_bytes: int
     split_towers: bool
     video_tokens: int
 
