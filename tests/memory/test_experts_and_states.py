@@ -118,3 +118,20 @@ def test_layers_behind_the_last_one_are_not_loaded() -> None:
     whole = family("deepseek_v3", num_hidden_layers=1, num_nextn_predict_layers=1)
     assert weights_per_gpu(Model.read(whole), 1) < weights_per_gpu(Model.read(family("deepseek_v3")), 1)
     assert len(Model.read(whole).layers) == 1
+
+
+def test_a_source_in_blocks_of_fp8_is_counted_as_it_is_stored_and_split_with_its_scales() -> None:
+    dense, tensors = family("deepseek_v3"), {}
+    for name, tensor in dense.tensors.items():
+        matrix = "proj" in name
+        tensors[name] = ("F8_E4M3" if matrix else "BF16", tensor.shape)
+        if matrix:
+            tensors[f"{name}_scale_inv"] = ("F32", tuple(-(-side // 16) for side in tensor.shape))
+    blocks = {"quant_method": "fp8", "weight_block_size": [16, 16], "fmt": "e4m3", "activation_scheme": "dynamic"}
+    model = Model.read(headers(tensors, {**dense.config, "quantization_config": blocks}))
+    assert (model.experts, model.layers) == (Experts(32, 2), Model.read(dense).layers)
+    experts = sum(t.nbytes for t in model.checkpoint.tensors.values() if t.name in model.routed)
+    assert experts == 8 * 3 * (64 * 32 + 2 * 4 * 4)
+    whole, half = (weights_per_gpu(model, gpus) for gpus in (1, 2))
+    kept = [t for t in model.checkpoint.tensors.values() if re.search(r"norm|_a_proj|mlp\.gate\.", t.name)]
+    assert whole - half == (whole - sum(t.numel * 4 if "bias" in t.name else t.nbytes for t in kept)) // 2

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from w8a8.checkpoint import TensorSpec
 from w8a8.plan.architectures import MemoryRules
+from w8a8.sources.view import LogicalTensor
 
 Kind = Literal["full", "sliding", "chunked", "latent", "none"]
 """How a layer attends: to all tokens, to the last `window`, within chunks of `window`, to all by way of one compressed
 vector per token (MLA); or not at all."""
 
-Tensors = Mapping[str, TensorSpec]
+Tensors = Mapping[str, LogicalTensor]
 """A layer's tensors by the rest of their names."""
 
 CONVOLUTIONS = ("conv1d", "q_conv1d", "k_conv1d", "v_conv1d", "conv")
@@ -133,7 +133,7 @@ def state(
     return None
 
 
-def find(tensors: Tensors, leaf: str) -> TensorSpec | None:
+def find(tensors: Tensors, leaf: str) -> LogicalTensor | None:
     """The weight of the module, or the parameter, whose name ends so."""
     endings = (f".{leaf}.weight", f".{leaf}", f".{leaf}.linear.weight")
     return next((tensor for name, tensor in tensors.items() if f".{name}".endswith(endings)), None)

@@ -1,25 +1,28 @@
 """Read a model's decoder layers, and what each keeps per token and per sequence, from headers and config.
 
-The shapes in the headers are the truth: published configs leave out what their class has as a default (Gemma 3's do not
-even say how many heads there are), and a head is as wide as its norm. The config is asked for what shapes do not show:
-which layers look at a window only, which reuse another layer's cache, how long a context may be. The names of tensors
-and of the config's keys are in the architecture's table (`memory` in `architectures.toml`). What is found but cannot be
-counted is said in `Model.uncounted`.
+The shapes in the headers are the truth (those of the logical tensors, where a checkpoint is quantized already):
+published configs leave out what their class has as a default (Gemma 3's do not even say how many heads there are), and
+a head is as wide as its norm. The config is asked for what shapes do not show: which layers look at a window only,
+which reuse another layer's cache, how long a context may be. The names of tensors and of the config's keys are in the
+architecture's table (`memory` in `architectures.toml`). What is found but cannot be counted is said in
+`Model.uncounted`.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.errors import NoConfigError
+from w8a8.errors import NoConfigError, W8A8Error
 from w8a8.formats.detect import section
 from w8a8.memory.layers import Layer, Tensors, attends, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules
+from w8a8.sources.opening import view
+from w8a8.sources.view import LogicalTensor, plain
 
 LARGEST = 2**40
 """No number that makes sense in a config is larger."""
@@ -38,6 +41,7 @@ _WINDOWS = {"sliding": "sliding_window", "chunked": "attention_chunk_size"}
 _RECURRENT = (".A_log", ".dt_bias", "conv1d.weight", ".time_decay", ".time_mix_k", ".rg_lru.recurrent_param", ".decay")
 """Endings of parameters that only layers with a state have."""
 
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 _SCALE = re.compile(r"\.weight_(scale|scale_inv|zero_point)$")
 
 
@@ -53,7 +57,8 @@ class Experts:
 class Model:
     """A checkpoint's decoder; numbers are those of the whole model, before tensor parallelism.
 
-    `components`: the component of every tensor by name, as in `w8a8.plan`; a scale belongs to its weight's.
+    `owners`: by the name of a stored tensor, the logical tensor that it is a part of. `components`: the component of
+    every stored tensor by name, as in `w8a8.plan`; a scale belongs to its weight's.
     `uncounted`: what is found but not counted, each for a person to read.
     """
 
@@ -61,6 +66,7 @@ class Model:
     rules: Rules
     table: MemoryRules
     text: Mapping[str, Any]
+    owners: Mapping[str, LogicalTensor]
     components: Mapping[str, str]
     layers: tuple[Layer, ...]
     hidden: int
@@ -76,13 +82,19 @@ class Model:
         """Read the headers and the config. Raises `NoConfigError` where they do not describe a decoder."""
         rules, table = Rules.for_config(checkpoint.config), architecture_of(checkpoint.config).memory
         text = text_config(checkpoint.config, table.defaults)
-        components = {name: component(rules, tensor, text) for name, tensor in checkpoint.tensors.items()}
-        parts = _Parts(checkpoint, components, table, text)
+        owners = _owners(checkpoint)
+        kinds = {kind: component(rules, kind) for kind in {kind_of(tensor.name) for tensor in owners.values()}}
+        components = {
+            name: "mtp head" if _is_behind(owner.name, text) else kinds[kind_of(owner.name)]
+            for name, owner in owners.items()
+        }
+        parts = _Parts(checkpoint, owners, components, table, text)
         return cls(
             checkpoint=checkpoint,
             rules=rules,
             table=table,
             text=text,
+            owners=owners,
             components=components,
             layers=tuple(parts.layer(index) for index in sorted(parts.tensors)),
             hidden=parts.hidden,
@@ -101,8 +113,17 @@ class Model:
 
     @cached_property
     def routed(self) -> frozenset[str]:
-        """The names of the tensors of routed experts."""
-        return frozenset(name for name in self.components if is_expert(self.table, name))
+        """The names of the stored tensors of routed experts."""
+        return frozenset(name for name, owner in self.owners.items() if is_expert(self.table, owner.name))
+
+
+def _owners(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
+    """The logical tensor of every stored one; itself, where the checkpoint cannot be read otherwise."""
+    try:
+        tensors = tuple(view(checkpoint).tensors.values())
+    except W8A8Error:
+        tensors = tuple(plain(spec) for spec in checkpoint.tensors.values())
+    return {spec.name: tensor for tensor in tensors for spec in (tensor.stored, *tensor.beside)}
 
 
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -111,30 +132,41 @@ def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mappi
     return {**text, **{key: value for key, value in defaults.items() if text.get(key) is None}}
 
 
-def component(rules: Rules, tensor: TensorSpec, text: Mapping[str, Any]) -> str:
-    """The component of `tensor`. A tower's own embeddings count as the tower: they go where it goes.
-
-    Layers behind the last one that the config counts are MTP heads, which DeepSeek's and GLM's files number on.
-    """
-    name, place, last = _SCALE.sub(".weight", tensor.name), layer_of(tensor.name), text.get("num_hidden_layers")
-    if place and text.get("num_nextn_predict_layers") and type(last) is int and 0 < last <= place[0]:
-        return "mtp head"
+def component(rules: Rules, name: str) -> str:
+    """The component of a tensor. A tower's own embeddings count as the tower: they go where it goes."""
+    name = _SCALE.sub(".weight", name)
     part = next(
         (part for part in OUTSIDE if part in rules.keep and rules.keep[part].fullmatch("." + module_name(name))), None
     )
-    return part or rules.judge(TensorSpec(name, tensor.dtype, tensor.shape, tensor.shard, 0, 0)).component
+    return part or rules.judge(TensorSpec(name, "BF16", (1, 1), "", 0, 0)).component
+
+
+@lru_cache(maxsize=2**17)
+def kind_of(name: str) -> str:
+    """A tensor's name with 0 for every number: what is counted alike in all layers, and for all experts."""
+    return _NUMBER.sub("0", name)
 
 
 def is_expert(table: MemoryRules, name: str) -> bool:
     """Whether a tensor belongs to routed experts."""
-    return any(_glob(pattern).fullmatch("." + name) for pattern in table.experts)
+    return _is_expert(table.experts, kind_of(name))
 
 
 @cache
-def _glob(pattern: str) -> re.Pattern[str]:
-    return re.compile(translate(pattern))
+def _is_expert(globs: tuple[str, ...], name: str) -> bool:
+    return any(re.fullmatch(translate(pattern), "." + name) for pattern in globs)
 
 
+def _is_behind(name: str, text: Mapping[str, Any]) -> bool:
+    """Whether a tensor is in a layer behind the last one that the config counts: an MTP head, as DeepSeek has it."""
+    last = text.get("num_hidden_layers")
+    if not text.get("num_nextn_predict_layers") or type(last) is not int or last <= 0:
+        return False
+    place = layer_of(name)
+    return place is not None and place[0] >= last
+
+
+@lru_cache(maxsize=2**17)
 def layer_of(name: str) -> tuple[int, str] | None:
     """The number of the decoder layer in a tensor's name, and the rest of the name."""
     match = _LAYER.fullmatch(name)
@@ -145,20 +177,25 @@ class _Parts:
     """The decoder's tensors, sorted by layer."""
 
     def __init__(
-        self, checkpoint: Checkpoint, components: Mapping[str, str], table: MemoryRules, text: Mapping[str, Any]
+        self,
+        checkpoint: Checkpoint,
+        owners: Mapping[str, LogicalTensor],
+        components: Mapping[str, str],
+        table: MemoryRules,
+        text: Mapping[str, Any],
     ) -> None:
         self.where, self.table, self.text = checkpoint.path, table, text
-        self.tensors: dict[int, dict[str, TensorSpec]] = {}
-        self.routed: dict[str, TensorSpec] = {}
-        self.tables: dict[str, TensorSpec] = {}
-        for tensor in checkpoint.tensors.values():
-            if components[tensor.name] in OUTSIDE:
+        self.tensors: dict[int, dict[str, LogicalTensor]] = {}
+        self.routed: dict[str, LogicalTensor] = {}
+        self.tables: dict[str, LogicalTensor] = {}
+        for name, tensor in owners.items():
+            if components[name] in OUTSIDE or name != tensor.stored.name:
                 continue
             place = layer_of(tensor.name)
             if place is None:
                 self.tables[tensor.name.removesuffix(".weight").rpartition(".")[2]] = tensor
             elif is_expert(table, tensor.name):
-                self.routed[tensor.name] = tensor
+                self.routed[kind_of(tensor.name)] = tensor
                 self.tensors.setdefault(place[0], {})
             else:
                 self.tensors.setdefault(place[0], {})[place[1]] = tensor
@@ -215,7 +252,7 @@ class _Parts:
             yield "the cache of the indexer that chooses which tokens are attended to"
         if self.routed and not any(self.text.get(key) for key in self.table.experts_per_token):
             yield "working memory of more than one expert for a token: the config does not say how many it uses"
-        if any(name.endswith("_blocks") for name in self.routed):
+        if any(tensor.stored.name.endswith("_blocks") for tensor in self.routed.values()):
             yield "what an engine adds to experts in MXFP4 so that they suit the GPU's kernel"
 
     def _unknown(self, index: int) -> bool:
@@ -251,7 +288,7 @@ class _Parts:
         said = next((str(self.text[key]) for key in self.table.state.dtype if self.text.get(key)), "")
         return {"bfloat16": 2, "float16": 2, "float32": 4}.get(said, self.table.state.bytes)
 
-    def _expert_width(self, name: str, tensor: TensorSpec) -> int:
+    def _expert_width(self, name: str, tensor: LogicalTensor) -> int:
         """How wide an expert is, by one of its tensors that leads into it; else 0."""
         leaf = module_name(name).rpartition(".")[2].removesuffix("_blocks")
         if leaf in self.table.mlp and len(tensor.shape) == 2:

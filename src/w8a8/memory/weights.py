@@ -19,9 +19,12 @@ From the source of vLLM 0.32 (`model_executor/layers/linear.py`, `vocab_parallel
 
 import re
 from collections.abc import Iterable
+from typing import Any
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.memory.model import Model, layer_of
+from w8a8.memory.layers import Layer
+from w8a8.memory.model import Model, kind_of, layer_of
+from w8a8.sources.view import LogicalTensor
 
 VOCABULARY_PADDING = 64
 UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})
@@ -29,19 +32,32 @@ UNQUANTIZED = frozenset({"BF16", "F16", "F32", "F64"})
 _TOWERS = frozenset({"vision tower", "audio tower", "projector"})
 _SUFFIX = re.compile(r"(\.(weight|bias|weight_scale|weight_scale_inv|weight_packed)|(?<=_proj)_(bias|blocks|scales))$")
 _SCALE = re.compile(r"_(scale|scales|scale_inv)$")
+_INNER_NORM = (".mamba.norm.weight", ".mixer.norm.weight")
+"""Ends of the names of norms inside a Mamba-2 layer, which are as wide as its convolution's values."""
 
 
 def weights_per_gpu(model: Model, tensor_parallel: int, *, text_only: bool = False) -> int:
     """Bytes of parameters on the GPU that holds the most (the first)."""
-    held = sum(_share(model, tensor, tensor_parallel) for tensor in loaded(model, text_only=text_only))
+    shares: dict[tuple[Any, ...], int] = {}
+    held = 0
+    for tensor in loaded(model, text_only=text_only):
+        layer = _layer(model, tensor)
+        alike = (kind_of(tensor.name), tensor.dtype, tensor.shape, layer)
+        if alike not in shares:
+            shares[alike] = _share(model, tensor, layer, tensor_parallel)
+        held += shares[alike]
     return held + _copies(model, tensor_parallel)
 
 
 def _copies(model: Model, gpus: int) -> int:
     """Bytes of the copies in 2 bytes that vLLM keeps of quantized projections from latents to heads."""
     up = f".{model.table.latent.up}.weight"
-    quantized = (t for t in model.checkpoint.tensors.values() if t.name.endswith(up) and t.dtype not in UNQUANTIZED)
-    return sum(2 * tensor.numel // gpus for tensor in quantized if model.components[tensor.name] != "mtp head")
+    return sum(
+        2 * owner.numel // gpus
+        for name, owner in model.owners.items()
+        if owner.name.endswith(up) and name == owner.stored.name and model.components[name] != "mtp head"
+        if not owner.plain or owner.dtype not in UNQUANTIZED
+    )
 
 
 def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
@@ -49,56 +65,58 @@ def loaded(model: Model, *, text_only: bool) -> Iterable[TensorSpec]:
     tensors, names = model.checkpoint.tensors, model.table.attention
     tied = model.text.get("tie_word_embeddings", model.checkpoint.config.get("tie_word_embeddings")) is True
     for tensor in tensors.values():
-        part, place = model.components[tensor.name], layer_of(tensor.name)
-        leaf = _leaf(tensor.name)
+        part, leaf, layer = model.components[tensor.name], _leaf(model.owners[tensor.name].name), _layer(model, tensor)
         if part == "mtp head" or (text_only and part in _TOWERS) or (leaf == "lm_head" and tied):
             continue
-        if part not in _TOWERS and place is not None:
-            layer = model.layers[place[0]] if place[0] < len(model.layers) else None
-            if layer is not None and layer.shared and leaf in {names.key, names.value, names.key_norm}:
+        if layer is not None:
+            if layer.shared and leaf in {names.key, names.value, names.key_norm}:
                 continue
             if leaf == names.key and tensor.name.replace(f".{names.key}.", f".{names.value}.") not in tensors:
                 yield tensor
         yield tensor
 
 
-def _share(model: Model, tensor: TensorSpec, gpus: int) -> int:
-    """The bytes of `tensor` on the first GPU."""
-    table, leaf, part = model.table, _leaf(tensor.name), model.components[tensor.name]
-    scale = _SCALE.search(tensor.name) is not None
-    nbytes = tensor.nbytes
+def _layer(model: Model, tensor: TensorSpec) -> Layer | None:
+    """The decoder layer that a tensor is in."""
+    place = None if model.components[tensor.name] in _TOWERS else layer_of(model.owners[tensor.name].name)
+    return model.layers[place[0]] if place and place[0] < len(model.layers) else None
+
+
+def _share(model: Model, tensor: TensorSpec, layer: Layer | None, gpus: int) -> int:
+    """The bytes of `tensor`, which is in `layer`, on the first GPU."""
+    table, owner, part = model.table, model.owners[tensor.name], model.components[tensor.name]
+    leaf, state, nbytes = _leaf(owner.name), layer.state if layer else None, tensor.nbytes
     if leaf in table.in_fp32:
         nbytes = tensor.numel * 4
-    elif tensor.dtype in {"F32", "F64"} and not scale:
+    elif tensor.dtype in {"F32", "F64"} and owner.plain and not _SCALE.search(tensor.name):
         nbytes = tensor.numel * 2
     if gpus == 1 and leaf not in table.by_vocabulary:
         return nbytes
     if tensor.name in model.routed:
-        return _split(tensor, nbytes, gpus, columns=leaf in table.by_columns)
+        return _split(tensor, owner, nbytes, gpus, columns=leaf in table.by_columns)
     if part == "router" or (part in _TOWERS and not table.split_towers):
         return nbytes
     if leaf in table.by_vocabulary and tensor.shape:
         rows = -(-tensor.shape[0] // VOCABULARY_PADDING) * VOCABULARY_PADDING
         return nbytes // max(tensor.shape[0], 1) * -(-rows // gpus)
-    place = None if part in _TOWERS else layer_of(tensor.name)
-    layer = model.layers[place[0]] if place and place[0] < len(model.layers) else None
-    if leaf in {table.attention.key, table.attention.value} and layer and not (layer.state and layer.kind == "none"):
-        return nbytes // min(gpus, max(1, layer.heads))
-    if leaf in {"in_proj", "conv1d"} and layer and layer.state and layer.state.groups and tensor.shape:
-        copied = layer.state.groups_on(gpus) - layer.state.groups
-        return nbytes // max(tensor.shape[0], 1) * (tensor.shape[0] + copied * layer.state.per_group) // gpus
-    if place and place[1].endswith(".norm.weight") and layer and layer.state and layer.state.groups:
+    if leaf in {table.attention.key, table.attention.value} and layer and layer.heads:
+        return nbytes // min(gpus, layer.heads)
+    if leaf in {"in_proj", "conv1d"} and state and state.groups and tensor.shape:
+        copied = state.groups_on(gpus) - state.groups
+        return nbytes // max(tensor.shape[0], 1) * (tensor.shape[0] + copied * state.per_group) // gpus
+    if state and state.groups and owner.name.endswith(_INNER_NORM):
         return -(-nbytes // gpus)
     if leaf in table.by_rows:
         return _fused_share(model, leaf, part, nbytes, gpus)
     if leaf in table.by_columns and len(tensor.shape) <= 2:
-        return _split(tensor, nbytes, gpus, columns=True)
+        return _split(tensor, owner, nbytes, gpus, columns=True)
     return nbytes
 
 
-def _split(tensor: TensorSpec, nbytes: int, gpus: int, *, columns: bool) -> int:
-    """The share of a tensor that is split by rows or `columns`; what has no columns to split is whole."""
+def _split(tensor: TensorSpec, owner: LogicalTensor, nbytes: int, gpus: int, *, columns: bool) -> int:
+    """The share of a tensor split by rows or `columns`; what has one number for each row, or all, is whole."""
     flat = len(tensor.shape) < 2 or tensor.name.endswith("bias") or tensor.shape[-1] == 1
+    flat = flat or (tensor.name != owner.stored.name and tensor.numel in {1, owner.shape[0]})
     return nbytes if columns and flat else -(-nbytes // gpus)
 
 

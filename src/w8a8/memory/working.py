@@ -4,7 +4,8 @@ Rotary tables follow from the config. The rest is estimated, and marked so where
 it starts, by one run over the largest batch it will ever make (`GPUModelRunner.profile_run`), and keeps it out of the
 KV cache. The largest of three things counts, because each is freed before the next:
 
-- one decoder layer over a whole batch: residual, norm, INT8 copy; gate and up, their product, its INT8 copy;
+- one decoder layer over a whole batch: residual, norm, INT8 copy; gate and up, their product, its INT8 copy (or as much
+  for a state's input, gate and output);
 - the logits of all sequences that may run at once, in the model's dtype and in FP32, probabilities and noise;
 - the vision tower over as many patches as fill a batch with image tokens.
 
@@ -57,7 +58,8 @@ def largest_batch(model: Model, gpu: Gpu, context: int, *, text_only: bool) -> B
 
 def activation_bytes(model: Model, gpus: int, batch: Batch, *, text_only: bool) -> int:
     """Bytes of the largest transient, on one of `gpus` GPUs; an estimate."""
-    layer = batch.tokens * (6 * model.hidden + 7 * -(-model.intermediate // gpus))
+    widest = max([model.intermediate, *(layer.state.channels for layer in model.layers if layer.state)])
+    layer = batch.tokens * (6 * model.hidden + 7 * -(-widest // gpus))
     logits = batch.sequences * model.vocabulary * (2 + 2 * (gpus > 1) + 3 * 4)
     vision = 0 if text_only or not model.vision else batch.tokens * _patch_bytes(model)
     per_layer = _size(model.text, "hidden_size_per_layer_input", 0) * len(model.layers)
