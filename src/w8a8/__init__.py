@@ -16,6 +16,7 @@ from w8a8.version import __version__
 
 if TYPE_CHECKING:
     from w8a8.checkpoint import Checkpoint
+    from w8a8.conversion import ConvertResult, convert
     from w8a8.errors import W8A8Error
     from w8a8.inspection import Inspection, inspect
     from w8a8.memory import Fit, fit
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Checkpoint": "w8a8.checkpoint",
+    "ConvertResult": "w8a8.conversion",
     "Fit": "w8a8.memory",
     "Inspection": "w8a8.inspection",
     "Options": "w8a8.quantization",
@@ -33,6 +35,7 @@ _HOME = {
     "QuantizeResult": "w8a8.quantization",
     "VerifyResult": "w8a8.verification.result",
     "W8A8Error": "w8a8.errors",
+    "convert": "w8a8.conversion",
     "dry_run": "w8a8.quantization",
     "fit": "w8a8.memory",
     "inspect": "w8a8.inspection",
@@ -42,6 +45,7 @@ _HOME = {
 
 __all__ = [
     "Checkpoint",
+    "ConvertResult",
     "Fit",
     "Inspection",
     "Options",
@@ -50,6 +54,7 @@ __all__ = [
     "VerifyResult",
     "W8A8Error",
     "__version__",
+    "convert",
     "dry_run",
     "fit",
     "inspect",

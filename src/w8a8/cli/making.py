@@ -1,4 +1,4 @@
-"""`quantize`, `verify`, `inspect`: from a checkpoint to a W8A8 checkpoint."""
+"""`quantize`, `convert`, `verify`, `inspect`: from a checkpoint to a W8A8 checkpoint."""
 
 from functools import partial
 from pathlib import Path
@@ -147,6 +147,56 @@ def quantize(
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
     with showing(f"{out} is whole"):
         show_quantized(terminal, result)
+
+
+def _targets() -> list[str]:
+    from w8a8.conversion import TARGETS
+
+    return list(TARGETS)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 convert ./gemma-W8A8 ./gemma-W8A8-ct --format compressed-tensors`
+- `w8a8 convert ./deepseek-fp8 ./deepseek-bf16 --format bf16`
+"""
+)
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or Hub id `org/name[@revision]`.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    format: Annotated[  # noqa: A002
+        str,
+        typer.Option(
+            help="`quark` or `compressed-tensors`: W8A8 spelled differently; `bf16`: not quantized.",
+            autocompletion=_targets,
+        ),
+    ],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
+    workers: Workers = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a quantized checkpoint in another format, or not quantized.
+
+    Between `quark` and `compressed-tensors` no code and no scale changes. `bf16` decodes whatever `quantize` can read:
+    FP8, MXFP4, AWQ, GPTQ and others. OUT appears when it is whole; give the same command again to resume.
+    """
+    from w8a8.cli.tables import show_converted
+    from w8a8.conversion import prepare, run
+    from w8a8.terminal.output import Terminal
+    from w8a8.terminal.progress import live
+
+    terminal = Terminal(json=json, quiet=quiet)
+    job = prepare(source, format)
+    with (
+        interruptible("give the same command again to go on from here"),
+        live("converting", sum(s.size for s in job.view.shards), quiet=quiet) as advance,
+    ):
+        result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
+    with showing(f"{out} is whole"):
+        show_converted(terminal, result)
 
 
 @app.command(

@@ -10,6 +10,7 @@ from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.wording import clean, count, first_few, plural, size
 
 if TYPE_CHECKING:
+    from w8a8.conversion import ConvertResult
     from w8a8.inspection import Inspection
     from w8a8.memory import Fit
     from w8a8.plan import Plan
@@ -33,6 +34,8 @@ def show_plan(terminal: Terminal, plan: "Plan") -> None:
         f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), "
         f"{plural(len(plan.shards), 'shard')}; needs {size(plan.bytes_out)} of disk"
     )
+    if plan.quantized_source:
+        terminal.say(f"SRC is quantized already ({clean(plan.quantized_source)}); the table has its sizes dequantized")
     terminal.say(f"config.json will exclude {plural(len(plan.exclude), 'linear layer')}: {first_few(plan.exclude)}")
     _not_copied(terminal, plan)
     for warning in plan.warnings:
@@ -64,6 +67,27 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
     terminal.say(
         f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
         f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
+    )
+
+
+def show_converted(terminal: Terminal, result: "ConvertResult") -> None:
+    """Print what `convert` did."""
+    plan = result.plan
+    if terminal.json:
+        values = {
+            "out": str(result.out),
+            "source": plan.source,
+            "revision": plan.revision,
+            "format": plan.format,
+            "seconds": round(result.seconds, 3),
+            "resumed_shards": result.resumed,
+            "bytes_out": plan.bytes_out,
+        }
+        terminal.print_json(values)
+        return
+    terminal.say(
+        f"[bold]{clean(str(result.out))}[/bold]: {plural(sum(1 for _ in plan.writes()), 'tensor')}, "
+        f"{size(plan.bytes_out)} in {plan.format}, in {result.seconds:.1f} s"
     )
 
 

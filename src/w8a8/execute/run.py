@@ -7,6 +7,7 @@ small files follow; then the whole folder is opened again as any reader would, a
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ from w8a8.sources.view import View
 from w8a8.storage.writer import SequentialWriter, disk_errors, write_json
 from w8a8.version import __version__
 
+Describe = Callable[[Mapping[str, ShardFile], Mapping[str, SmallFile]], Provenance | None]
+"""Makes the content of w8a8.json, given the output shards and the other files."""
+
 SLACK_BYTES = 16 << 20
 """Room to leave for the small files, and for a file system's own bookkeeping."""
 
@@ -49,10 +53,12 @@ def execute(
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
     finished: Mapping[str, Finished] | None = None,
+    provenance: Describe | None = None,
 ) -> int:
     """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
     Returns how many shards an earlier run had finished. Tensors of the result in `finished` are taken from there.
+    `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
@@ -78,7 +84,7 @@ def execute(
             carry_out(jobs, workers, advance=advance, record=staging.record)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
-            _write_small_files(plan, view, records, staging.folder)
+            _write_small_files(plan, view, records, staging.folder, provenance)
             _self_check(plan, staging.folder)
         except (NonFiniteWeightError, SelfCheckError):
             staging.discard()  # going on from here would end here again
@@ -123,17 +129,19 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) 
         )
 
 
-def _write_small_files(plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path) -> None:
+def _write_small_files(
+    plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path, describe: Describe | None
+) -> None:
     files = {name: _copy(inside(view.path, name), folder / name) for name in plan.sidecars}
     made = {"config.json": plan.config, **({INDEX: _index(plan)} if plan.indexed else {})}
     for name, value in made.items():
         write_json(folder / name, value, resumable=True)
         files[name] = SmallFile((folder / name).stat().st_size, file_sha256(folder / name))
-    sources = {record.name: record.source_sha256 for record in records}
-    rest = (shard.name for shard in view.shards if shard.name not in sources)  # scales of other shards' tensors alone
-    sources |= {name: file_sha256(view.path / name) for name in rest}
-    provenance = _provenance(plan, sources, records, dict(sorted(files.items())))
-    write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
+    shards = {record.name: ShardFile(record.size, record.sha256) for record in records}
+    describe = describe or partial(_provenance, plan, view, records)
+    provenance = describe(shards, dict(sorted(files.items())))
+    if provenance is not None:
+        write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -144,8 +152,15 @@ def _index(plan: Plan) -> dict[str, Any]:
 
 
 def _provenance(
-    plan: Plan, sources: Mapping[str, str], records: tuple[ShardRecord, ...], files: Mapping[str, SmallFile]
+    plan: Plan,
+    view: View,
+    records: tuple[ShardRecord, ...],
+    shards: Mapping[str, ShardFile],
+    files: Mapping[str, SmallFile],
 ) -> Provenance:
+    sources = {record.name: record.source_sha256 for record in records}
+    rest = (shard.name for shard in view.shards if shard.name not in sources)  # scales of other shards' tensors alone
+    sources |= {name: file_sha256(view.path / name) for name in rest}
     return Provenance(
         version=__version__,
         source=SourceFiles(plan.source, plan.revision, sources, plan.quantized_source),
@@ -159,7 +174,7 @@ def _provenance(
         ),
         bytes=TensorBytes(plan.bytes_in, sum(shard.data_bytes for shard in plan.shards)),
         quantized_tensors=sum(decision.quantize for decision in plan.decisions),
-        shards={record.name: ShardFile(record.size, record.sha256) for record in records},
+        shards=shards,
         files=files,
     )
 

@@ -50,7 +50,8 @@ class ComponentSummary:
 class Plan:
     """All that a run will do: `execute` needs nothing else but the source.
 
-    `quantized_source` says how the source is quantized itself, or is empty.
+    `bytes_in` are those of all source tensors as they are stored; `quantized_source` says how the source is quantized
+    itself, or is empty.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Plan:
     architecture: str
     format: str
     recipe: str
+    bytes_in: int
     decisions: tuple[Decision, ...]
     shards: tuple[ShardPlan, ...]
     exclude: tuple[str, ...]
@@ -69,11 +71,6 @@ class Plan:
     warnings: tuple[str, ...]
     calibration: CalibrationRecord | None = None
     quantized_source: str = ""
-
-    @property
-    def bytes_in(self) -> int:
-        """Bytes of all source tensors, in their dtypes as logical tensors."""
-        return sum(decision.tensor.nbytes for decision in self.decisions)
 
     @property
     def bytes_out(self) -> int:
@@ -140,11 +137,7 @@ def make_plan(
     # 1) Judge each tensor by the rules; then the user's globs and calibration have their say.
     refuse_w8a8(view)
     rules = Rules.for_config(view.config)
-    if fmt.label.partition(" ")[0] not in rules.spellings:
-        raise UsageError(
-            f"{view.path}: vLLM does not load {rules.architecture} in the format {fmt.label}; give --format "
-            f"{rules.spellings[0]}"
-        )
+    check_spelling(view, fmt)
     decisions = [_decide(tensor.spec, rules) for shard in view.shards for tensor in shard.tensors]
     decisions = _kept_whole(decisions, rules)
     decisions = _override(decisions, include, quantize=True)
@@ -158,13 +151,14 @@ def make_plan(
         raise NothingToQuantizeError(f"{view.path}: {_nothing(view, rules, decisions)}")
     _check_new_names(view, quantized)
     # 3) Lay the output out, and write the config.
-    selection = _selection(decisions, rules)
+    selection = select(decisions, rules)
     return Plan(
         source=source,
         revision=revision,
         architecture=rules.architecture,
         format=fmt.label,
         recipe=recipe,
+        bytes_in=view.stored_bytes,
         decisions=tuple(decisions),
         shards=tuple(
             lay_out(shard.name, shard.tensors, quantized)
@@ -181,6 +175,16 @@ def make_plan(
         calibration=calibration,
         quantized_source=view.quantized,
     )
+
+
+def check_spelling(view: View, fmt: Format) -> None:
+    """Raise `UsageError` where engines do not load the architecture in this format."""
+    rules = Rules.for_config(view.config)
+    if fmt.label.partition(" ")[0] not in rules.spellings:
+        raise UsageError(
+            f"{view.path}: vLLM does not load {rules.architecture} in the format {fmt.label}; give --format "
+            f"{rules.spellings[0]}"
+        )
 
 
 def _metadata(calibration: CalibrationRecord | None) -> dict[str, str]:
@@ -314,7 +318,7 @@ def _check_new_names(view: View, quantized: Mapping[str, ScaleSpec]) -> None:
             raise AlreadyQuantizedError(f"{view.path}: {spec.name} exists already; quantize the BF16 original")
 
 
-def _selection(decisions: Sequence[Decision], rules: Rules) -> Selection:
+def select(decisions: Sequence[Decision], rules: Rules) -> Selection:
     """The quantized layers by name, and every linear layer that is left alone.
 
     The second list has layers that the file does not hold: a tied lm_head, which engines still build as a layer, and

@@ -56,6 +56,12 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
     return View(checkpoint, config, tuple(shards), ", ".join(sorted(labels)), whole)
 
 
+def as_stored(checkpoint: Checkpoint) -> View:
+    """See every tensor of `checkpoint` as it is stored, whatever it means."""
+    shards = tuple(ViewShard(shard, tuple(map(plain, shard.tensors))) for shard in checkpoint.shards)
+    return View(checkpoint, checkpoint.config, shards)
+
+
 def with_stacks(seen: View, names: Collection[str]) -> View:
     """The view with the stacks called `names` as one tensor each, not as experts."""
     chosen = {expert: stack for expert, stack in seen.stacks.items() if stack.name in names}

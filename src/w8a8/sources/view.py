@@ -196,6 +196,11 @@ class View:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(spec.nbytes for shard in self.shards for spec in shard.stored.tensors)
+
+    @property
     def numel(self) -> int:
         """Elements of all logical tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())

@@ -55,7 +55,7 @@ def render(context: Mapping[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.globals.update(code=_code)
-    environment.filters.update(size=size, count=count, plural=plural)
+    environment.filters.update(size=size, count=count, plural=plural, printable=printable)
     template = files("w8a8.publish.card").joinpath("card.md.jinja").read_text(encoding="utf-8")
     return environment.from_string(template).render(context)
 

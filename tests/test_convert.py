@@ -1,0 +1,54 @@
+"""`convert`: from one spelling to the other and back, and to BF16."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import w8a8
+from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.command import cli as run
+from w8a8.errors import TargetExistsError, UsageError
+from w8a8.formats import FORMATS
+from w8a8.quantization import Options
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in two shards, with a tokenizer beside them, quantized in both formats."""
+    folder = tmp_path_factory.mktemp("convert")
+    source = write_checkpoint(folder / "source", llama_tensors(), shards=2)
+    (source / "tokenizer.json").write_text("{}")
+    for name in FORMATS:
+        w8a8.quantize(source, folder / name, Options(format=name))
+    return folder
+
+
+@pytest.mark.parametrize(("before", "after"), [FORMATS, FORMATS[::-1]])
+def test_a_spelling_converted_is_that_spelling(llama: Path, tmp_path: Path, before: str, after: str) -> None:
+    w8a8.convert(llama / before, tmp_path / "out", after)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(llama / after)
+    assert w8a8.verify(tmp_path / "out", llama / "source").ok
+
+
+def test_what_cannot_be_converted_is_refused(llama: Path, tmp_path: Path) -> None:
+    for source, target, reason in [
+        ("source", "bf16", "is not quantized"),
+        ("source", "quark", "only INT8 W8A8"),
+        ("quark", "quark", "is quark already"),
+        ("quark", "gguf", "unknown format"),
+    ]:
+        with pytest.raises(UsageError, match=reason):
+            w8a8.convert(llama / source, tmp_path / "out", target)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    with pytest.raises(TargetExistsError):
+        w8a8.convert(llama / "quark", tmp_path / "out", "compressed-tensors")
+
+
+def test_the_command_says_what_it_made(llama: Path, tmp_path: Path) -> None:
+    made = run("convert", llama / "quark", tmp_path / "out", "--format", "compressed-tensors", "--json")
+    assert json.loads(made.stdout)["format"] == "compressed-tensors"
+    refused = run("convert", llama / "quark", tmp_path / "out", "--format", "compressed-tensors")
+    assert refused.returncode == TargetExistsError.exit_code
