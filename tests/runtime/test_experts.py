@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from tests.runtime.moe import EXPERTS, FAMILIES, make, quantize, tensors_of
+from tests.runtime.conftest import Mixtures
+from tests.runtime.moe import EXPERTS, FAMILIES, quantize, tensors_of
 from w8a8.errors import MissingTensorError, UnsupportedSchemeError
 from w8a8.runtime.experts import Experts, W8A8Experts, in_int8
 from w8a8.runtime.linear import W8A8Linear
@@ -22,19 +23,19 @@ pytestmark = pytest.mark.slow
 INPUT = torch.arange(3, 40)[None] * 5 % 128
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="module")
-def source(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("moe") / family, family)
+@pytest.fixture
+def source(family: str, mixtures: Mixtures) -> Path:
+    return mixtures(family)[0]
 
 
-@pytest.fixture(scope="module")
-def out(source: Path) -> Path:
-    return quantize(source, source.with_name("out"))
+@pytest.fixture
+def out(family: str, mixtures: Mixtures) -> Path:
+    return mixtures(family)[1]
 
 
 def exact(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -134,10 +135,9 @@ def test_the_model_computes_what_its_source_does(source: Path, out: Path) -> Non
     assert 0 < ((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.1  # a few choose other experts
 
 
-@pytest.fixture(scope="module")
-def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = make(tmp_path_factory.mktemp("refused") / "mixtral", "mixtral")
-    return quantize(source, source.with_name("out"))
+@pytest.fixture
+def mixtral(mixtures: Mixtures) -> Path:
+    return mixtures("mixtral")[1]
 
 
 EXPERT = "model.layers.1.block_sparse_moe.experts.2.w3"

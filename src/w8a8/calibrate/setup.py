@@ -12,14 +12,13 @@ import torch
 from w8a8.calibrate.activations import Activations
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Request
-from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import StreamedModel
-from w8a8.sources.view import View
+from w8a8.sources.view import LogicalTensor, View
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
 from w8a8.version import __version__
@@ -73,7 +72,7 @@ class Setup:
         """The groups of the `layer`th layer."""
         return groups_of(self.view.config, self.model.hollow(layer))
 
-    def weight(self, layer: int, path: str) -> TensorSpec:
+    def weight(self, layer: int, path: str) -> LogicalTensor:
         """The weight of the module `path` inside the `layer`th layer."""
         return self.model.tensor(layer, f"{path}.weight")
 

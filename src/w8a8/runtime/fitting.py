@@ -14,12 +14,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_renamings, rename_source_key
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_renamings,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import MissingTensorError, UnsupportedSchemeError
 from w8a8.runtime.experts import holds_experts, in_int8
 from w8a8.runtime.linear import W8A8Linear, frozen
+from w8a8.sources.view import LogicalTensor
+
+Tensor = TensorSpec | LogicalTensor
+"""What a checkpoint has, as stored or as a view has it."""
 
 EXPERT = re.compile(r"(?P<place>.+)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)")
 """The name of one expert's linear layer, in a file."""
@@ -43,52 +54,68 @@ class Names(WeightRenaming):  # type: ignore[misc]
 
 @dataclass(frozen=True)
 class Fitted:
-    """The files' tensors by their names in the model; `names` is the renaming that their loader must apply last."""
+    """Where a file's tensors go: `places` has each one's name in the model, several the same where they are merged.
 
-    tensors: Mapping[str, TensorSpec]
+    `mapping` is what transformers' loader does to them, `names` what it must do besides, last of its renamings.
+    """
+
+    places: Mapping[str, str]
+    mapping: Sequence[Any]
     names: Names
 
+    def load(self, model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Mapping[str, str]:
+        """Give `model` those weights that are made of `tensors`, by name in the file; `tensor[...]` reads one.
 
-def fit_to(model: PreTrainedModel, tensors: Sequence[TensorSpec]) -> Fitted:
+        Returns what could not be loaded into the model, and why, by name in the model.
+        """
+        config = LoadStateDictConfig(device_map={"": device}, weight_mapping=[*self.mapping, self.names])
+        with torch.no_grad():
+            info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+        wrong = {name: f"has shape {list(found)} in the checkpoint" for name, found, _ in info.mismatched_keys}
+        wrong |= {name: f"cannot be converted: {error}" for name, error in info.conversion_errors.items()}
+        return wrong | dict.fromkeys(info.missing_keys - wrong.keys(), "is not in the checkpoint")
+
+
+def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     """Replace the layers and experts of `model` that `tensors` hold as INT8, by modules without weights.
 
     Raises `UnsupportedSchemeError` or `MissingTensorError` where something does not fit.
     """
     naming = _Naming(model)
     quantized = {t.name.removesuffix(".weight") for t in tensors if t.dtype == "I8" and t.name.endswith(".weight")}
-    named: dict[str, TensorSpec] = {}
+    places: dict[str, str] = {}
     table: dict[str, str] = {}
-    layers: dict[str, TensorSpec] = {}
-    places: set[str] = set()
+    layers: dict[str, Tensor] = {}
+    experts: set[str] = set()
     for tensor in tensors:
         module, _, parameter = tensor.name.rpartition(".")
         if module not in quantized:
-            named[naming.full(tensor.name)] = tensor
+            places[tensor.name] = naming.full(tensor.name)
             continue
-        place, layer = naming.layer(module)  # a scale goes where its weight goes
-        named[f"{layer}.{parameter}"] = tensor
-        table[naming.renamed(tensor.name)] = f"{layer}.{parameter}"
+        stack, layer = naming.layer(module)  # a scale goes where its weight goes
+        places[tensor.name] = table[naming.renamed(tensor.name)] = f"{layer}.{parameter}"
         if parameter == "weight":
             layers[layer] = tensor
-        if place:
-            places.add(place)
-    for place in sorted(places):
-        split = f"{place}.down_proj.0.bias" in named
-        model.set_submodule(place, in_int8(place, model.get_submodule(place), split=split))
-        _check_whole(place, model.get_submodule(place), named)
+        if stack:
+            experts.add(stack)
+    named = {places[tensor.name]: tensor for tensor in tensors}
+    for stack in sorted(experts):
+        split = f"{stack}.down_proj.0.bias" in named
+        model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split))
+        _check_whole(stack, model.get_submodule(stack), named)
     for layer, weight in layers.items():
         _fit(model, layer, weight, named.get(f"{layer}.weight_scale"))
-    return Fitted(named, Names(table))
+    return Fitted(places, naming.mapping, Names(table))
 
 
 class _Naming:
     """How transformers' loader renames a file's tensors, for a model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        mapping = get_model_conversion_mapping(model)
+        self.mapping = get_model_conversion_mapping(model)
         self._model, self._known = model, model.state_dict()
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamings = [entry for entry in self.mapping if isinstance(entry, WeightRenaming)]
+        self._converters = [entry for entry in self.mapping if isinstance(entry, WeightConverter)]
 
     def renamed(self, name: str) -> str:
         """The name before tensors are converted, which `Names` sees."""
@@ -110,7 +137,7 @@ class _Naming:
         return "", self.full(f"{module}.weight").removesuffix(".weight")
 
 
-def _check_whole(place: str, experts: nn.Module, named: Mapping[str, TensorSpec]) -> None:
+def _check_whole(place: str, experts: nn.Module, named: Mapping[str, Tensor]) -> None:
     """Check that a file has each tensor of INT8 experts, and no other in their place."""
     wanted = {f"{place}.{name}" for name in experts.state_dict()}
     for name, tensor in named.items():
@@ -126,7 +153,7 @@ def _check_whole(place: str, experts: nn.Module, named: Mapping[str, TensorSpec]
         )
 
 
-def _fit(model: PreTrainedModel, name: str, weight: TensorSpec, scale: TensorSpec | None) -> None:
+def _fit(model: PreTrainedModel, name: str, weight: Tensor, scale: Tensor | None) -> None:
     """Put an INT8 layer in the place `name` for a `weight` and its `scale`, where there is none already."""
     layer = _submodule(model, name)
     if type(layer) not in (nn.Linear, W8A8Linear):

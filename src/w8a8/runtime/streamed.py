@@ -9,20 +9,24 @@ reading of a sample by the hollow model gives all the arguments that the real la
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.checkpoint.stream import tensor_bytes
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import UnsupportedModelError
-from w8a8.runtime.fitting import fit_to
+from w8a8.formats import detect
+from w8a8.runtime.fitting import fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
-from w8a8.sources.rows import rows
+from w8a8.sources.opening import view
+from w8a8.sources.rows import RowReader
+from w8a8.sources.view import LogicalTensor, plain
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 """The dtypes that the tensors of a streamed model may have."""
@@ -37,10 +41,13 @@ class StreamedModel:
     def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
         """Build it in `dtype`, by default that of the checkpoint. Raises EngineError or UnsupportedModelError."""
         # 1) The model without weights, which must be a stack of layers that can be run one at a time.
-        self.name, self._checkpoint = name, checkpoint
+        self.name, self.folder = name, checkpoint.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _hollow(name, checkpoint, dtype)
-        self._named = fit_to(self.model, list(checkpoint.tensors.values())).tensors
+        stored = map(plain, checkpoint.tensors.values())
+        tensors = list(stored if detect(checkpoint.config).w8a8 else view(checkpoint).tensors.values())
+        self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self.folder)
+        self._named = {self._fitted.places[tensor.name]: tensor for tensor in tensors}
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
@@ -54,23 +61,22 @@ class StreamedModel:
         # 2) Layers that note their arguments, and the weights around them.
         places = {id(module): place for place, module in self.model.named_modules()}
         self._prefix = places[id(self._layers)]
+        self._parts: dict[int, list[LogicalTensor]] = {number: [] for number in range(self.count)}
+        for tensor in tensors:
+            below, _, _ = self._fitted.places[tensor.name].removeprefix(f"{self._prefix}.").partition(".")
+            self._parts.get(int(below) if below.isdecimal() else -1, []).append(tensor)
         self._calls: list[tuple[Tensor, dict[str, Any]]] = []
         for layer in self._layers:
             self._hollow_out(layer)
         self._fill_surroundings(decoder, places[id(decoder)])
 
     @property
-    def folder(self) -> Path:
-        """The checkpoint's folder."""
-        return self._checkpoint.path
-
-    @property
     def count(self) -> int:
         """The number of decoder layers."""
         return len(self._layers)
 
-    def tensor(self, layer: int, name: str) -> TensorSpec:
-        """Find the file's tensor that is `name` inside the `layer`th decoder layer."""
+    def tensor(self, layer: int, name: str) -> LogicalTensor:
+        """Find the checkpoint's tensor that is `name` inside the `layer`th decoder layer."""
         return self._named[f"{self._prefix}.{layer}.{name}"]
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -104,15 +110,23 @@ class StreamedModel:
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
         """Give the `number`th layer its weights, in evaluation mode, until the context ends."""
-        layer = self._layers[number]
-        hollow = layer.state_dict()
-        tensors = {name: self._read(f"{self._prefix}.{number}.{name}", value) for name, value in hollow.items()}
-        layer.load_state_dict(tensors, assign=True)
-        del layer.forward, tensors
+        layer, prefix = self._layers[number], f"{self._prefix}.{number}."
+        hollow = [
+            (module, name, value)
+            for module in layer.modules()
+            for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        ]
         try:
+            tensors = {tensor.name: _Lazy(self.folder, tensor) for tensor in self._parts[number]}
+            wrong = self._fitted.load(self.model, tensors, self.device)
+            for name in filter(wrong.__contains__, (prefix + name for name in layer.state_dict())):
+                raise UnsupportedModelError(f"{self.name}: the layer's {name} {wrong[name]}")
+            settle(layer)
+            del layer.forward
             yield layer
         finally:
-            layer.load_state_dict(hollow, assign=True)
+            for module, name, value in hollow:
+                setattr(module, name, value)
             self._hollow_out(layer)
 
     def fill_head(self) -> None:
@@ -123,12 +137,11 @@ class StreamedModel:
 
     def head_rows(self, rows: int) -> Iterator[Tensor]:
         """Yield the head's weight [vocabulary, hidden] in the model's dtype, `rows` rows at a time."""
-        dtype, spec = self.model.get_output_embeddings().weight.dtype, self._named[self._head_tensor("weight")]
-        width = spec.nbytes // spec.shape[0]
-        for start in range(0, spec.shape[0], rows):
-            end = min(start + rows, spec.shape[0])
-            data = tensor_bytes(self.folder, spec, start * width, end * width)
-            yield self._tensor(data, spec, [end - start, *spec.shape[1:]], dtype)
+        dtype, tensor = self.model.get_output_embeddings().weight.dtype, self._named[self._head_tensor("weight")]
+        for start in range(0, tensor.shape[0], rows):
+            end = min(start + rows, tensor.shape[0])
+            data = bytearray(self._rows.part(tensor, start, end))
+            yield self._tensor(data, tensor, [end - start, *tensor.shape[1:]], dtype)
 
     def _head_tensor(self, name: str) -> str:
         """Return the full name of the head's `name`; a head without a weight of its own has the embedding's."""
@@ -170,24 +183,35 @@ class StreamedModel:
                 module, _, leaf = name.rpartition(".")
                 setattr(decoder.get_submodule(module), leaf, frozen(self._read(prefix + name, value)))
 
-    def rows(self, spec: TensorSpec, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Read the given rows of a matrix of the file, as `dtype`."""
-        width = spec.nbytes // spec.shape[0]
-        parts = [tensor_bytes(self.folder, spec, row * width, (row + 1) * width) for row in rows]
-        return self._tensor(bytearray().join(parts), spec, [len(rows), *spec.shape[1:]], dtype)
+    def rows(self, tensor: LogicalTensor, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Read the given rows of a matrix of the checkpoint, as `dtype`."""
+        data = bytearray().join(self._rows.part(tensor, row, row + 1) for row in rows)
+        return self._tensor(data, tensor, [len(rows), *tensor.shape[1:]], dtype)
 
-    def _tensor(self, data: bytearray, spec: TensorSpec, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return as_tensor(spec, data).reshape(shape).to(self.device, dtype)
+    def _tensor(self, data: bytearray, tensor: LogicalTensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.frombuffer(data, dtype=DTYPES[tensor.dtype]).reshape(shape).to(self.device, dtype)
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         """Read the tensor called `name` in the model, in the dtype and shape of `like`."""
-        spec = self._named.get(name)
-        if spec is None or spec.dtype not in DTYPES or spec.numel != like.numel():
-            found = "nothing" if spec is None else f"{spec.dtype} {list(spec.shape)}"
+        tensor = self._named.get(name)
+        if tensor is None or tensor.dtype not in DTYPES or tensor.numel != like.numel():
+            found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise UnsupportedModelError(
                 f"{self.name}: the layer's {name} is {list(like.shape)}, and the checkpoint has {found} in its place"
             )
-        return self._tensor(tensor_bytes(self.folder, spec), spec, like.shape, like.dtype)
+        return self._tensor(self._rows.read(tensor), tensor, like.shape, like.dtype)
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A tensor that transformers' loader reads by `tensor[...]`, in any thread."""
+
+    folder: Path
+    tensor: LogicalTensor
+
+    def __getitem__(self, _: Any) -> Tensor:
+        data = RowReader(self.folder).read(self.tensor)
+        return torch.frombuffer(data, dtype=DTYPES[self.tensor.dtype]).reshape(self.tensor.shape)
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -198,13 +222,6 @@ def _same(one: Any, other: Any) -> bool:
     return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
 
 
-def as_tensor(spec: TensorSpec, data: bytearray) -> Tensor:
-    """View the stored bytes of whole rows of `spec` as a tensor of its dtype, without a copy."""
-    if spec.dtype == "I8":
-        return torch.frombuffer(data, dtype=torch.int8)
-    return torch.from_numpy(rows(spec, data)).view(DTYPES[spec.dtype])
-
-
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Run a decoder layer on `states` [samples, tokens, hidden]."""
     return states_of(layer(states, **kwargs))
@@ -213,6 +230,7 @@ def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tens
 def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
     """Build the model without weights: parameters on the meta device, buffers as computed."""
     quiet()
+    transformers.logging.disable_progress_bar()  # it would draw one for each layer
     with engine_errors(f"{name}: transformers cannot build it"):
         config = load_config(name, checkpoint.path)
         kind = model_class(name, config)
@@ -221,13 +239,13 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
         return model.eval().requires_grad_(requires_grad=False)
 
 
-def _by_rows(embedding: nn.Embedding, model: StreamedModel, spec: TensorSpec) -> Any:
+def _by_rows(embedding: nn.Embedding, model: StreamedModel, tensor: LogicalTensor) -> Any:
     """Make a `forward` for `embedding` that reads only the rows it looks up."""
     hollow, embedding.padding_idx = embedding.weight, None
 
     def look_up(ids: Tensor) -> Tensor:
         rows, places = ids.unique(return_inverse=True)
-        embedding.weight = frozen(model.rows(spec, rows.tolist(), hollow.dtype))
+        embedding.weight = frozen(model.rows(tensor, rows.tolist(), hollow.dtype))
         try:
             found: Tensor = type(embedding).forward(embedding, places)
             return found

@@ -16,7 +16,7 @@ from w8a8.checkpoint.stream import read_block, tensor_bytes
 from w8a8.formats.arithmetic import Buffer, decode
 from w8a8.kernels.cpu.bits import BITS, Bits
 from w8a8.reading import open_file, reading
-from w8a8.sources.blocks import RowBlock, grid, tensor_blocks
+from w8a8.sources.blocks import RowBlock, grid, stretch, tensor_blocks
 from w8a8.sources.view import LogicalTensor
 
 ARRAYS = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | {
@@ -65,6 +65,20 @@ class RowReader:
                 read_block(file.fileno(), data, block, path)
                 found[block.at * size : (block.at + block.numel) * size] = self.content(block, data)
         return found
+
+    def part(self, matrix: LogicalTensor, begin: int, end: int) -> bytes:
+        """Read rows `begin` to `end` of a matrix: the bytes of a dense one."""
+        step, width = matrix.decoder.step, matrix.nbytes // matrix.shape[0]
+        first, last = begin // step * step, min(-(-end // step) * step, matrix.shape[0])
+        place, path = stretch(matrix, first, last), inside(self._folder, matrix.shard)
+        offset = matrix.stored.offset + place.offset
+        block = RowBlock(
+            offset, place.nbytes, place.runs, place.stride, tensor=matrix, matrix=matrix, begin=first, end=last
+        )
+        data = memoryview(bytearray(block.size))
+        with reading(path), open_file(path) as file:
+            read_block(file.fileno(), data, block, path)
+        return bytes(self.content(block, data)[(begin - first) * width : (end - first) * width])
 
     def values(self, tensor: LogicalTensor) -> NDArray[np.float32]:
         """Read a whole tensor as float32, in its shape."""
