@@ -110,7 +110,7 @@ def numbers(spec: TensorSpec, array: NDArray[Any]) -> Float32s:
     elif spec.dtype == "F8_E4M3":
         values = E4M3[array]
     elif spec.dtype in {"F8_E8M0", "U8"}:
-        values = np.ldexp(np.float32(1), array.astype(np.int32) - 127).astype(np.float32)
+        values = np.ldexp(np.float32(1), np.minimum(array, 254).astype(np.int32) - 127).astype(np.float32)
         values[array == 255] = np.nan
     else:
         values = array.astype(np.float32)
@@ -151,6 +151,22 @@ def groups(spec: TensorSpec, array: NDArray[Any], count: int, size: int) -> NDAr
     if order.min() < 0 or order.max() >= count:
         raise wrong(spec, f"names groups from {order.min()} to {order.max()}, where there are {count}")
     return order
+
+
+Block = tuple[int, int]
+"""Rows and columns that share a scale; 0 means all of them."""
+
+
+def whole(block: Block, rows: int, columns: int) -> Block:
+    """The block of a matrix with no 0 in it."""
+    return block[0] or rows, block[1] or columns
+
+
+def said(block: Block) -> str:
+    """How users call a way of sharing scales."""
+    named = {(0, 0): "per tensor", (1, 0): "per row", (0, 1): "per column"}
+    groups = f"in groups of {block[1]}" if block[0] == 1 else f"in blocks of {block[0]} x {block[1]}"
+    return named.get(block, groups)
 
 
 def blocks(size: int, block: int) -> int:

@@ -32,6 +32,7 @@ from w8a8.sources.beside import (
     named,
     positive,
     row_bytes,
+    said,
     shown,
     wrong,
 )
@@ -43,11 +44,19 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, slots=True)
 class Gptq(Decoder):
-    """Words whose codes follow each other down the inputs. `group`: inputs of a scale; `more`: what zeros lack."""
+    """Words whose codes follow each other down the inputs.
+
+    `group`: inputs of a scale, 0 for all; `more`: what stored zero points lack.
+    """
 
     bits: int
     group: int
     more: int
+
+    @property
+    def label(self) -> str:
+        """The method, the bits, and how scales are shared."""
+        return f"GPTQ INT{self.bits} {said((1, self.group))}"
 
     def stretch(self, tensor: LogicalTensor, begin: int, end: int) -> Stretch:
         """The words of the outputs, in each row of words."""
@@ -63,7 +72,7 @@ class Gptq(Decoder):
         points = decoding.unpacked(tensors["qzeros"][1].view(np.uint32), self.bits, scale.shape[1])
         zero = (points.astype(np.int32) + self.more) & ((1 << self.bits) - 1)
         order = tensors.get("g_idx")
-        known = groups(*order, scale.shape[0], self.group) if order else None
+        known = groups(*order, scale.shape[0], self.group or tensor.shape[1]) if order else None
         return decoding.turned(scale), decoding.turned(zero), known
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
@@ -72,16 +81,21 @@ class Gptq(Decoder):
         words = decoding.turned(np.frombuffer(data, np.uint32).reshape(-1, len(out)))
         codes = decoding.unpacked(words, self.bits, out.shape[1])
         if order is None:
-            decoding.integers(codes, scale, zero, (1, self.group), begin, out)
+            decoding.integers(codes, scale, zero, (1, self.group or out.shape[1]), begin, out)
         else:
             decoding.ordered(codes, scale, zero, order, begin, out)
 
 
 @dataclass(frozen=True, slots=True)
 class Awq(Decoder):
-    """Words of eight outputs each. `group`: inputs of a scale."""
+    """Words of eight outputs each. `group`: inputs of a scale, 0 for all."""
 
     group: int
+
+    @property
+    def label(self) -> str:
+        """The method, the bits, and how scales are shared."""
+        return f"AWQ INT4 {said((1, self.group))}"
 
     @property
     def step(self) -> int:
@@ -103,7 +117,9 @@ class Awq(Decoder):
         """Turn the words, unpack, subtract, multiply."""
         scale, zero = prepared
         words = decoding.turned(np.frombuffer(data, np.uint32).reshape(out.shape[1], -1))
-        decoding.integers(decoding.unpacked_down(words, ORDER), scale, zero, (1, self.group), begin, out)
+        decoding.integers(
+            decoding.unpacked_down(words, ORDER), scale, zero, (1, self.group or out.shape[1]), begin, out
+        )
 
 
 def find(tensors: Tensors, declared: Mapping[str, Any]) -> Iterator[LogicalTensor]:
@@ -135,9 +151,8 @@ def _weight(tensors: Tensors, spec: TensorSpec, declared: Mapping[str, Any], mod
     if bits not in {2, 3, 4, 8}:
         raise wrong(zeros, f"has the shape {list(zeros.shape)}, which gives {outputs} outputs no zero points")
     expect(zeros, spec, ("I32",), (count, blocks(outputs * bits, 32)))
-    said = declared.get("bits", declared.get("w_bit", bits))
-    if said != bits:
-        raise wrong(spec, f"has {bits} bits a weight by its shape and {said} by the config")
+    if (stated := declared.get("bits", declared.get("w_bit", bits))) != bits:
+        raise wrong(spec, f"has {bits} bits a weight by its shape and {stated} by the config")
     # 2) The inputs and their groups.
     inputs = spec.shape[0] if awq else 32 * spec.shape[0] // bits
     group = _group(declared, scales, inputs)
@@ -153,11 +168,13 @@ def _weight(tensors: Tensors, spec: TensorSpec, declared: Mapping[str, Any], mod
 
 def _group(declared: Mapping[str, Any], scales: TensorSpec, inputs: int) -> int:
     """The inputs of a scale: those that the config declares, or equal shares. Raises `SourceError`."""
-    count, said = scales.shape[0], declared.get("group_size", declared.get("q_group_size"))
-    if isinstance(said, int) and said > 0 and said < inputs:
-        if blocks(inputs, said) != count:
-            raise wrong(scales, f"has {count} groups for {inputs} inputs; the config's groups of {said} do not give it")
-        return said
+    count, size = scales.shape[0], declared.get("group_size", declared.get("q_group_size"))
+    if isinstance(size, int) and 0 < size < inputs:
+        if blocks(inputs, size) != count:
+            raise wrong(scales, f"has {count} groups for {inputs} inputs; the config's groups of {size} do not give it")
+        return size
+    if count == 1:
+        return 0
     if inputs % count:
         raise wrong(scales, f"has {count} groups, which do not divide {inputs} inputs")
     return inputs // count

@@ -18,6 +18,7 @@ from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     FLOATS,
+    Block,
     Rows,
     Tensors,
     blocks,
@@ -32,6 +33,8 @@ from w8a8.sources.beside import (
     module_of,
     named,
     positive,
+    said,
+    whole,
     wrong,
 )
 from w8a8.sources.view import Beside, LogicalTensor
@@ -42,16 +45,22 @@ class Packed(Rows):
     """Codes of `bits` in words; `block`: rows and columns that share a scale; `columns`: the inputs."""
 
     bits: int
-    block: tuple[int, int]
+    block: Block
     columns: int
 
+    @property
+    def label(self) -> str:
+        """The bits, and how scales are shared."""
+        return f"INT{self.bits} {said(self.block)}"
+
     def prepare(self, tensor: LogicalTensor, beside: Beside) -> Any:
-        """Scales and zero points [rows, groups], and the group of each input where they are not in order.
+        """Scales and zero points [rows, groups], the block, and the group of each input where they are not in order.
 
         Raises `SourceError`.
         """
         rows, tensors = tensor.stored.shape[0], named(tensor, beside)
-        grid = blocks(rows, self.block[0]), blocks(self.columns, self.block[1])
+        block = whole(self.block, rows, self.columns)
+        grid = blocks(rows, block[0]), blocks(self.columns, block[1])
         shape = tensors.get("weight_shape")
         if shape and tuple(map(int, shape[1].reshape(-1)[-2:])) != (rows, self.columns):
             says = f"says {shape[1].tolist()}, where {self.bits} bits a weight make {[rows, self.columns]}"
@@ -61,7 +70,7 @@ class Packed(Rows):
         if points := tensors.get("weight_zero_point"):
             zero = self._zero(*points, grid)
         order = tensors.get("weight_g_idx")
-        return scale, zero, groups(*order, grid[1], self.block[1]) if order else None
+        return scale, zero, block, groups(*order, grid[1], block[1]) if order else None
 
     def _zero(self, spec: TensorSpec, array: Any, grid: tuple[int, int]) -> Any:
         if spec.dtype == "I8":
@@ -71,10 +80,10 @@ class Packed(Rows):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Unpack, subtract, multiply."""
-        scale, zero, order = prepared
+        scale, zero, block, order = prepared
         codes = decoding.unpacked(np.frombuffer(data, np.uint32).reshape(len(out), -1), self.bits, self.columns)
         if order is None:
-            decoding.integers(codes, scale, zero, self.block, begin, out)
+            decoding.integers(codes, scale, zero, block, begin, out)
         else:
             decoding.ordered(codes, scale, zero, order, begin, out)
 
@@ -103,12 +112,14 @@ def _packed(tensors: Tensors, spec: TensorSpec, weights: Mapping[str, Any], mode
         columns = own[1] * size
     # 2) The rows and columns of a scale.
     if all(count == 1 for count in own):
-        block = rows, columns
+        block = 0, 0
+    elif own == (rows, 1):
+        block = 1, 0
     elif len(own) == 2 and own[0] == rows and own[1] and columns % own[1] == 0:
         block = 1, columns // own[1]
     else:
         raise wrong(scale, f"has the shape {list(scale.shape)}, which divides {columns} inputs into no groups")
-    if size and block[1] != size:
+    if size and whole(block, rows, columns)[1] != size:
         raise wrong(scale, f"has the shape {list(scale.shape)}; the config's groups of {size} do not give it")
     # 3) What lies beside it.
     beside = [scale]

@@ -22,6 +22,7 @@ from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     FLOATS,
+    Block,
     Rows,
     Tensors,
     blocks,
@@ -35,7 +36,9 @@ from w8a8.sources.beside import (
     module_of,
     positive,
     row_bytes,
+    said,
     shown,
+    whole,
     wrong,
 )
 from w8a8.sources.view import Beside, LogicalTensor, Stretch
@@ -57,10 +60,15 @@ class Scaled(Rows):
     """
 
     codes: str
-    block: tuple[int, int]
+    block: Block
     zeros: bool = False
     factor: float = 1.0
     across: bool = False
+
+    @property
+    def label(self) -> str:
+        """FP8 or INT8, and how scales are shared."""
+        return f"{'INT8' if self.codes == 'I8' else 'FP8'} {said(self.block)}"
 
     def transposed(self) -> "Scaled":
         """The same bytes, rows for columns."""
@@ -73,18 +81,21 @@ class Scaled(Rows):
         return Rows.stretch(self, tensor, begin, end)
 
     def prepare(self, tensor: LogicalTensor, beside: Beside) -> Any:
-        """The grid of scales and the grid of zero points. Raises `SourceError`."""
-        grid = tuple(map(blocks, tensor.stored.shape, self.block))
+        """The grid of scales, that of zero points, and the rows and columns of a block. Raises `SourceError`."""
+        block = whole(self.block, *tensor.stored.shape)
+        grid = tuple(map(blocks, tensor.stored.shape, block))
         scale = positive(tensor.beside[0], beside[0]).reshape(grid)
         zero = beside[1].astype(np.int32).reshape(grid) if self.zeros else np.zeros(grid, np.int32)
-        return (np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T)) if self.across else (scale, zero)
+        if self.across:
+            return np.ascontiguousarray(scale.T), np.ascontiguousarray(zero.T), block[::-1]
+        return scale, zero, block
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Multiply codes and scales."""
-        scale, zero = prepared
-        codes, block = np.frombuffer(data, np.uint8), self.block
+        scale, zero, block = prepared
+        codes: Any = np.frombuffer(data, np.uint8)
         if self.across:
-            codes, block = decoding.turned(codes.reshape(-1, len(out))), block[::-1]
+            codes = decoding.turned(codes.reshape(-1, len(out)))
         codes = codes.reshape(out.shape)
         if self.codes == "I8":
             decoding.integers(codes.view(np.int8), scale, zero, block, begin, out, factor=self.factor)
@@ -129,20 +140,20 @@ def _scaled(
 def _from_bitsandbytes(tensors: Tensors, spec: TensorSpec, scb: TensorSpec, model: str) -> LogicalTensor:
     expect(scb, spec, ("F32",), spec.shape[:1])
     layout = tensors.get(f"{module_of(spec.name)}.weight_format")
-    decoder = Scaled("I8", (1, spec.shape[1]), factor=_ONE_127TH)
+    decoder = Scaled("I8", (1, 0), factor=_ONE_127TH)
     return LogicalTensor(spec.name, model, spec.shape, spec, decoder, (scb, *([layout] if layout else [])))
 
 
-def _block(spec: TensorSpec, scale: TensorSpec, declared: tuple[int, int] | None) -> tuple[int, int]:
+def _block(spec: TensorSpec, scale: TensorSpec, declared: Block | None) -> Block:
     """The rows and columns that share one scale. Raises `SourceError` where the shapes do not say it."""
     rows, columns = spec.shape[-2:]
     own = matrix_shape(scale, spec)
     if all(size == 1 for size in own):
-        return rows, columns
+        return 0, 0
     if own in {(rows,), (rows, 1)}:
-        return 1, columns
+        return 1, 0
     if own == (1, columns):
-        return rows, 1
+        return 0, 1
     block = declared or BLOCK
     if own == (blocks(rows, block[0]), blocks(columns, block[1])):
         return block
@@ -154,7 +165,7 @@ def _block(spec: TensorSpec, scale: TensorSpec, declared: tuple[int, int] | None
     raise wrong(scale, f"{found}, which divides {spec.name}, {shown(spec)}, into no blocks")
 
 
-def _declared_block(declared: Mapping[str, Any], spec: TensorSpec) -> tuple[int, int] | None:
+def _declared_block(declared: Mapping[str, Any], spec: TensorSpec) -> Block | None:
     """The blocks that a config declares for a weight, if any."""
     weights = declared_weights(declared, module_of(spec.name))
     found = declared.get("weight_block_size") or weights.get("block_structure")

@@ -68,6 +68,16 @@ def _fp4(codes, scale, columns, out):  # type: ignore[no-untyped-def]
 
 
 @jit(fastmath={"nnan"})
+def _fp4_down(codes, scale, group, first, out):  # type: ignore[no-untyped-def]
+    for i in range(codes.shape[0]):
+        s = scale[(first + 2 * i) // group]
+        low, high = out[2 * i], out[2 * i + 1]
+        for j in range(codes.shape[1]):
+            low[j] = rounded_bits(low[j], e2m1(codes[i, j]) * s[j])
+            high[j] = rounded_bits(high[j], e2m1(codes[i, j] >> np.uint8(4)) * s[j])
+
+
+@jit(fastmath={"nnan"})
 def _ordered(codes, scale, zero, group, first, out):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         for j in range(out.shape[1]):
@@ -137,6 +147,11 @@ def integers(
 def fp4(codes: Bytes, scale: Float32s, out: Bits) -> None:
     """Decode FP4 E2M1, two codes a byte [rows, columns / 2], the lower four bits first; `scale` is [rows, blocks]."""
     _fp4(codes, scale, out.shape[1] // scale.shape[1], out)
+
+
+def fp4_down(codes: Bytes, scale: Float32s, group: int, first: int, out: Bits) -> None:
+    """Decode FP4 E2M1, two rows in each row of `codes` [rows / 2, columns]; `group` rows share a row of `scale`."""
+    _fp4_down(codes, scale, group, first, out)
 
 
 def ordered(
