@@ -20,25 +20,46 @@ from w8a8.errors import (
     SourceNotFoundError,
     W8A8Error,
 )
+from w8a8.plan.viewing import view_of
 
 LAYER = "model.layers.0.self_attn.q_proj"
 Tensors = dict[str, tuple[str, tuple[int, ...]]]
 
-QUANTIZED: dict[str, Tensors] = {
-    "GPTQ": {"qweight": ("I32", (2, 16)), "scales": ("F16", (1, 16)), "g_idx": ("I32", (16,))},
-    "AWQ": {"qweight": ("I32", (16, 2)), "qzeros": ("I32", (1, 2)), "scales": ("F16", (1, 16))},
-    "packed INT4": {"weight_packed": ("I32", (16, 2)), "weight_shape": ("I64", (2,))},
-    "4-bit weights": {"weight": ("U8", (128, 1)), "weight.absmax": ("F32", (4,)), "weight.quant_map": ("F32", (16,))},
-    "bitsandbytes: 8-bit": {"weight": ("I8", (16, 16)), "SCB": ("F32", (16,))},
+READ: dict[str, Tensors] = {
+    "GPTQ INT4": {"qweight": ("I32", (2, 16)), "scales": ("F16", (1, 16)), "qzeros": ("I32", (1, 2))},
+    "AWQ INT4": {"qweight": ("I32", (16, 2)), "qzeros": ("I32", (1, 2)), "scales": ("F16", (1, 16))},
+    "INT4 per row": {"weight_packed": ("I32", (16, 2)), "weight_scale": ("BF16", (16, 1))},
+    "INT8 per row": {"weight": ("I8", (16, 16)), "SCB": ("F32", (16,))},
     "FP8 in blocks": {"weight": ("F8_E4M3", (16, 16)), "weight_scale_inv": ("F32", (1, 1))},
-    "FP4, FP6 or FP8": {"weight": ("F8_E5M2", (16, 16))},
+    "FP8 per tensor": {"weight": ("F8_E5M2", (16, 16)), "weight_scale": ("F32", ())},
     "NVFP4": {"weight": ("U8", (16, 8)), "weight_scale": ("F8_E4M3", (16, 1)), "weight_scale_2": ("F32", ())},
     "MXFP4": {"gate_up_proj_blocks": ("U8", (4, 16, 1, 16)), "gate_up_proj_scales": ("U8", (4, 16, 1))},
+}  # fmt: skip
+QUANTIZED: dict[str, Tensors] = {
+    "GPTQ": {"g_idx": ("I32", (16,))},
+    "AWQ or GPTQ": {"qweight": ("I16", (16, 2)), "qzeros": ("I32", (1, 2)), "scales": ("F16", (1, 16))},
+    "packed INT4": {"weight_packed": ("I64", (16, 2)), "weight_shape": ("I64", (2,))},
+    "4-bit weights": {"weight": ("U8", (128, 1)), "weight.absmax": ("F32", (4,)), "weight.quant_map": ("F32", (16,))},
+    "bitsandbytes: 8-bit": {"SCB": ("F32", (16,))},
+    "FP8 in blocks": {"weight": ("BF16", (16, 16)), "weight_scale_inv": ("F32", (1, 1))},
+    "FP4, FP6 or FP8": {"weight": ("F8_E4M3FNUZ", (16, 16))},
+    "NVFP4": {"weight_scale_2": ("F32", ())},
+    "MXFP4": {"gate_up_proj_blocks": ("U8", (4, 16))},
     "EXL2": {"q_weight": ("I32", (16, 2)), "q_invperm": ("I32", (16,)), "q_scale": ("I32", (1, 2))},
     "EXL3": {"trellis": ("I16", (1, 1, 64)), "suh": ("F16", (16,)), "svh": ("F16", (16,))},
+    "HQQ": {"W_q": ("U8", (8, 16)), "meta": ("F16", (1,))},
+    "AQLM": {"codes": ("I16", (16, 2, 1)), "codebooks": ("F16", (1, 256, 1, 8)), "scales": ("F16", (16, 1, 1, 1))},
+    "quanto": {"weight._data": ("I8", (16, 16)), "weight._scale": ("F32", (16, 1))},
     "MLX": {"weight": ("U32", (16, 2)), "scales": ("BF16", (16, 1)), "biases": ("BF16", (16, 1))},
     "8-bit integers": {"weight": ("I8", (16, 16))},
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_what_can_be_read_is_named_and_seen_as_dense(kind: str) -> None:
+    seen = view_of(headers({f"{LAYER}.{leaf}": value for leaf, value in READ[kind].items()}, LLAMA))
+    assert seen.quantized.startswith(kind)
+    assert {(tensor.dtype, tensor.shape[-1]) for tensor in seen.tensors.values()} <= {("BF16", 16), ("F16", 16)}
 
 
 @pytest.mark.parametrize("kind", QUANTIZED)

@@ -35,6 +35,11 @@ def written(folder: Path, tensors: Tensors, shards: int = 1) -> Checkpoint:
     return Checkpoint.open(write_checkpoint(folder, arrays, shards=shards))
 
 
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The dtype of a tensor as safetensors calls it."""
+    return _DTYPES[tensor.dtype]
+
+
 def bits(tensor: torch.Tensor) -> NDArray[Any]:
     """The bit patterns of a tensor, as integers."""
     numbers: NDArray[Any] = tensor.contiguous().view(_BITS[tensor.itemsize]).numpy()

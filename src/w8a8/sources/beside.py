@@ -18,7 +18,7 @@ Tensors = Mapping[str, TensorSpec]
 Float32s = NDArray[np.float32]
 
 FLOATS = ("BF16", "F16", "F32")
-REPAIR = "download the checkpoint again, or take the BF16 original"
+REPAIR = "download the checkpoint again, or quantize the BF16 original"
 
 _DROPPED = (
     "input_scale", "input_scale_inv", "input_scale_ub", "input_global_scale", "input_zero_point", "activation_scale",

@@ -131,7 +131,7 @@ def find(tensors: Tensors, declared: Mapping[str, Any]) -> Iterator[LogicalTenso
     for spec in tensors.values():
         if spec.name.endswith(".qweight") and spec.dtype == "I32" and len(spec.shape) == 2:
             if (version := declared.get("version", "gemm")) in {"gemv", "gemv_fast", "marlin", "exllama", "ipex"}:
-                raise AlreadyQuantizedError(f"{spec.shard}: AWQ {version} is not read; take the BF16 original")
+                raise AlreadyQuantizedError(f"{spec.shard}: AWQ {version} is not read; quantize the BF16 original")
             yield _weight(tensors, spec, declared, model)
 
 

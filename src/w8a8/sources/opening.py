@@ -12,12 +12,13 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import AlreadyQuantizedError
 from w8a8.formats.detect import declared, detect, undeclared, without_empty
 from w8a8.formats.foreign import quantized_as
+from w8a8.sources import fp4, gptq, packed, scaled
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
 
 Find = Callable[[Mapping[str, TensorSpec], Mapping[str, Any]], Iterator[LogicalTensor]]
 
-SPELLINGS: tuple[Find, ...] = ()
+SPELLINGS: tuple[Find, ...] = (scaled.find, fp4.find, packed.find, gptq.find)
 """`find(tensors, declared)` of every spelling; `declared` is the `quantization_config`, or empty."""
 
 

@@ -147,19 +147,21 @@ def _from_bitsandbytes(tensors: Tensors, spec: TensorSpec, scb: TensorSpec, mode
 def _block(spec: TensorSpec, scale: TensorSpec, declared: Block | None) -> Block:
     """The rows and columns that share one scale. Raises `SourceError` where the shapes do not say it."""
     rows, columns = spec.shape[-2:]
-    own = matrix_shape(scale, spec)
+    own, found = matrix_shape(scale, spec), f"has the shape {list(scale.shape)}"
+    height, width = declared or BLOCK
+    fits = own == (blocks(rows, height), blocks(columns, width))
+    if declared and not fits:
+        raise wrong(scale, f"{found}; the config's blocks of {height} x {width} of {shown(spec)} do not give it")
+    if fits and (declared or scale.name.endswith("_scale_inv")):
+        return height, width
     if all(size == 1 for size in own):
         return 0, 0
     if own in {(rows,), (rows, 1)}:
         return 1, 0
     if own == (1, columns):
         return 0, 1
-    block = declared or BLOCK
-    if own == (blocks(rows, block[0]), blocks(columns, block[1])):
-        return block
-    found = f"has the shape {list(scale.shape)}"
-    if declared:
-        raise wrong(scale, f"{found}; the config's blocks of {block[0]} x {block[1]} of {shown(spec)} do not give it")
+    if fits:
+        return height, width
     if len(own) == 2 and all(own) and not (rows % own[0] or columns % own[1]):
         return rows // own[0], columns // own[1]
     raise wrong(scale, f"{found}, which divides {spec.name}, {shown(spec)}, into no blocks")
