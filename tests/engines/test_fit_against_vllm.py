@@ -10,14 +10,15 @@ from tests.memory.reference import family, gemma4_31b
 from tests.memory.test_against_vllm import UNNAMED, counted
 
 CONTEXT = 8192
-SMALL = ("gemma3", "gemma4_e2b", "llama", "qwen3")
+SMALL = ("qwen3_next", "deepseek_v3", "falcon_h1", "gemma3", "gemma4_e2b", "llama", "qwen3")
+"""One with experts comes first: the first model decides whether vLLM makes a group of GPUs for experts."""
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
 def test_weights_and_kv_cache_are_what_the_installed_vllm_allocates(
     vllm_python: Path, tmp_path: Path, gpus: int
 ) -> None:
-    checkpoints = {"gemma4_31b": gemma4_31b("quark"), **{name: family(name, context=CONTEXT) for name in SMALL}}
+    checkpoints = {**{name: family(name, context=CONTEXT) for name in SMALL}, "gemma4_31b": gemma4_31b("quark")}
     for name, checkpoint in checkpoints.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(checkpoint.config))

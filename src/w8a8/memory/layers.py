@@ -95,6 +95,12 @@ def attends(tensors: Tensors, table: MemoryRules) -> bool:
     return any(find(tensors, leaf) for leaf in (table.attention.key, *table.attention.fused))
 
 
+def caches(tensors: Tensors, table: MemoryRules) -> int:
+    """The number of attention modules in a layer that have keys or a latent of their own."""
+    endings = tuple(f".{leaf}.weight" for leaf in (table.attention.key, table.latent.down))
+    return sum(f".{name}".endswith(endings) for name in tensors)
+
+
 def state(
     tensors: Tensors, table: MemoryRules, number: Callable[[tuple[str, ...], int], int], width: int
 ) -> State | None:

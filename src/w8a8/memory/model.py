@@ -18,7 +18,7 @@ from typing import Any, Literal
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import NoConfigError, W8A8Error
 from w8a8.formats.detect import section
-from w8a8.memory.layers import Layer, Tensors, attends, find, latent, state
+from w8a8.memory.layers import Layer, Tensors, attends, caches, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules
 from w8a8.sources.opening import view
@@ -102,7 +102,7 @@ class Model:
             experts=parts.experts,
             heads=parts.heads,
             vocabulary=parts.vocabulary,
-            max_context=parts.number("max_position_embeddings", 8192),
+            max_context=parts.max_context,
             uncounted=tuple(parts.uncounted()),
         )
 
@@ -206,7 +206,6 @@ class _Parts:
             raise NoConfigError(f"{self.where}: no token embeddings among its tensors ({table.tables[0]})")
         self.vocabulary, self.hidden = embeddings.shape
         self.attending = [i for i in sorted(self.tensors) if attends(self.tensors[i], table)]
-        self.compressed = any(latent(tensors, table) for tensors in self.tensors.values())
         self.heads = self.number("num_attention_heads", 0) or self._heads_by_shape()
         self.intermediate = max(self._rows(table.mlp), self._rows(table.mlp_fused) // 2)
 
@@ -237,6 +236,11 @@ class _Parts:
         return Layer(kind, 0 if shared else heads, head_dim, window, shared, head_dim, kept)
 
     @property
+    def max_context(self) -> int:
+        """The longest context; 8,192 tokens where the config names none."""
+        return self._first(("max_position_embeddings", "n_positions", "model_max_length", "max_seq_len"), 8192)
+
+    @property
     def experts(self) -> Experts | None:
         """The routed experts; where the config does not say how many a token uses, one."""
         widths = [self._expert_width(name, tensor) for name, tensor in self.routed.items()]
@@ -248,6 +252,9 @@ class _Parts:
         odd = [i for i in sorted(self.tensors) if self._unknown(i)]
         if odd:
             yield f"what {_layers(odd)} keep of a sequence: layers of a kind this version cannot size"
+        several = [i for i, tensors in sorted(self.tensors.items()) if caches(tensors, self.table) > 1]
+        if several:
+            yield f"all but one of the caches of {_layers(several)}: more than one attention module each"
         if any(".indexer." in f".{name}" for tensors in self.tensors.values() for name in tensors):
             yield "the cache of the indexer that chooses which tokens are attended to"
         if self.routed and not any(self.text.get(key) for key in self.table.experts_per_token):
