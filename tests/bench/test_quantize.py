@@ -84,3 +84,11 @@ def test_the_table_compares_with_cp_and_names_the_peers_that_failed() -> None:
         ["cp -r", "w8a8 quantize"],
     ]
     assert markup.render(said[2]).plain == "AMD Quark did not run: no room for [torch]"
+
+
+@pytest.mark.slow
+def test_experts_stand_beside_a_dense_model(folder: Path) -> None:
+    done = cli("bench", "quantize", "--experts", "--gib", "0.1", "--runs", "1", "--dir", folder, "--json", check=True)
+    result = json.loads(done.stdout)
+    assert [row["ratio_to_dense"] == 1 for row in result["rows"]] == [True, False, False, False]
+    assert all(result["bytes"][row["name"]] > LAYER_BYTES and row["peak_mib"] > 30 for row in result["rows"])

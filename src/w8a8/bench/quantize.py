@@ -8,12 +8,13 @@ copy with a sync, and reading and hashing the source.
 """
 
 import json
+import math
 import os
 import shutil
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,7 @@ def bench(
                 failed[peer.name] = str(error)
         # 3) The race.
         try:
-            rows = _race(contenders, runs, out, failed, notice)
+            rows = race(contenders, runs, out, failed, notice)
         finally:
             shutil.rmtree(out, ignore_errors=True)
     return BenchResult(size, len(os.sched_getaffinity(0)), rows, failed)
@@ -156,7 +157,7 @@ def _contenders(source: Path, out: Path, caches: str) -> list[Contender]:
     ]
 
 
-def _race(
+def race(
     contenders: Sequence[Contender], runs: int, out: Path, failed: dict[str, str], notice: Callable[[str], None]
 ) -> tuple[Row, ...]:
     """Time every contender `runs` times by turns. A peer that fails gets its reason in `failed`; the others go on."""
@@ -188,12 +189,25 @@ def _shards(source: Path) -> list[Path]:
 
 def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = lambda _: None) -> None:
     """Write a BF16 checkpoint of as many Gemma 4 31B decoder layers as fit into `gib` GiB (at least one)."""
-    layers = max(1, int(gib * 2**30 // LAYER_BYTES))
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
-              "intermediate_size": INTERMEDIATE, "num_hidden_layers": layers, "w8a8_bench": 1}  # fmt: skip
+              "intermediate_size": INTERMEDIATE}  # fmt: skip
+    layer = {f"{leaf}.weight": shape for leaf, shape in LAYER.items()}
+    write_checkpoint(folder, config, layer, max(1, int(gib * 2**30 // LAYER_BYTES)), notice)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: dict[str, Any],
+    layer: Mapping[str, tuple[int, ...]],
+    layers: int,
+    notice: Callable[[str], None],
+) -> None:
+    """Write a BF16 checkpoint of random numbers: `layers` times the tensors of `layer`, shapes by name; once."""
+    config = {**config, "num_hidden_layers": layers, "w8a8_bench": 1}
     if (folder / "config.json").is_file() and json.loads((folder / "config.json").read_text()) == config:
         return
-    notice(f"making {layers} layers, {layers * LAYER_BYTES / 2**30:.2f} GiB, in {folder}")
+    nbytes = layers * sum(2 * math.prod(shape) for shape in layer.values())
+    notice(f"making {layers} layers, {nbytes / 2**30:.2f} GiB, in {folder}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     values = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32) * 0.02
@@ -202,20 +216,20 @@ def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = la
     weight_map = {}
     for i, members in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {f"model.layers.{layer}.{leaf}.weight": shape for layer in members for leaf, shape in LAYER.items()}
+        tensors = {f"model.layers.{number}.{leaf}": shape for number in members for leaf, shape in layer.items()}
         _write_shard(folder / name, tensors, pool)
         weight_map.update(dict.fromkeys(tensors, name))
-    index = {"metadata": {"total_size": layers * LAYER_BYTES}, "weight_map": weight_map}
+    index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps(config))
     os.sync()
 
 
-def _write_shard(path: Path, tensors: dict[str, tuple[int, int]], pool: NDArray[np.uint16]) -> None:
+def _write_shard(path: Path, tensors: Mapping[str, tuple[int, ...]], pool: NDArray[np.uint16]) -> None:
     """Fill the tensors with random BF16 numbers: pieces of 2 MiB, each from a random place in `pool`."""
     rows, position = [], 0
     for name, shape in tensors.items():
-        end = position + 2 * shape[0] * shape[1]
+        end = position + 2 * math.prod(shape)
         rows.append((name, "BF16", shape, position, end))
         position = end
     rng = np.random.default_rng(len(path.name) + position)

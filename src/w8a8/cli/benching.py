@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from w8a8.cli.common import Json, Quiet, bench_app
+from w8a8.errors import UsageError
 
 Vllm = Annotated[
     Path | None,
@@ -27,12 +28,16 @@ Examples:
 - `w8a8 bench quantize`
 - `w8a8 bench quantize --gib 16 --runs 3`
 - `w8a8 bench quantize --peers`
+- `w8a8 bench quantize --experts`
 """,
 )
 def bench_quantize(
     gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
     runs: Runs = 5,
     peers: Peers = False,
+    experts: Annotated[
+        bool, typer.Option("--experts", help="Compare with mixtures of 128 experts instead; needs 5 times the size.")
+    ] = False,
     folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
         ".cache/bench"
     ),
@@ -40,10 +45,19 @@ def bench_quantize(
     quiet: Quiet = False,
 ) -> None:
     """Time quantizing a checkpoint of Gemma 4 31B's layers, against `cp -r` of the same files."""
-    from w8a8.bench.quantize import bench, show
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
+    if experts:
+        from w8a8.bench import experts as mixtures
+
+        if peers:
+            raise UsageError("--experts and --peers: give one of them")
+        found = mixtures.bench(gib, runs=runs, folder=folder, notice=terminal.notice)
+        terminal.table(found, mixtures.show)
+        return
+    from w8a8.bench.quantize import bench, show
+
     terminal.table(bench(gib, runs=runs, peers=peers, folder=folder, notice=terminal.notice), show)
 
 
