@@ -11,7 +11,7 @@ import io
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -138,13 +138,14 @@ def read_gguf(path: Path, shard: str | None = None) -> GgufHeader:
     return GgufHeader(found, tuple(specs), cursor.size)
 
 
-def write_outline(source: Path, header: GgufHeader, names: Iterable[str], target: Path) -> None:
+def write_outline(source: Path, header: GgufHeader, target: Path, without: Container[str] = ()) -> None:
     """Write a GGUF file with the fields of `source`, whose header is `header`, and tensors of one element each.
 
-    What reads only fields and the tensors' `names` sees the same model in it, and no weight can be read by mistake.
+    What reads only fields and the tensors' names sees the same model in it, and no weight can be read by mistake.
+    `without` are keys of fields to leave out.
     """
-    names = list(names)
-    kept = [field for field in header.fields.values() if field.key != "general.alignment"]
+    names = [tensor.name for tensor in header.tensors]
+    kept = [field for key, field in header.fields.items() if key != "general.alignment" and key not in without]
     with reading(source), open_file(source) as file, target.open("wb") as out:
         out.write(MAGIC + struct.pack("<IQQ", VERSIONS[-1], len(names), len(kept)))
         for field in kept:

@@ -1,0 +1,95 @@
+"""Finds the GGUF files that are meant: one, or a set that `llama-gguf-split` made; and opens them.
+
+A set's files are called NAME-00001-of-00003.gguf; the first has the fields, all have tensors. Files called mmproj hold
+the part of a model that sees or hears, in llama.cpp's own names; they stay behind.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from w8a8.checkpoint.gguf import GgufHeader, read_gguf
+from w8a8.checkpoint.mapping import Mapped, map_model
+from w8a8.checkpoint.sidecars import LeftOut
+from w8a8.errors import DuplicateTensorError, InvalidIndexError, MissingShardError, UsageError
+from w8a8.reading import show
+
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+_PROJECTOR = re.compile(r"(?i).*mmproj.*\.gguf")
+_MAX_FILES = 1000
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """Opened GGUF files: their headers by name, in order, and the model that they hold."""
+
+    headers: dict[str, GgufHeader]
+    model: Mapped
+    unused: tuple[LeftOut, ...]
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is called as GGUF files are."""
+    return path.name.lower().endswith(".gguf")
+
+
+def stem(name: str) -> str:
+    """A model's name, as its file is called."""
+    found = _SPLIT.fullmatch(name)
+    return found[1] if found else name[: -len(".gguf")]
+
+
+def choose(folder: Path, names: Iterable[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Choose the model among a folder's files `names`: the files that hold it, and those that stay behind.
+
+    Raises `UsageError` where there are several.
+    """
+    files = sorted(name for name in names if is_gguf(Path(name)))
+    behind = [name for name in files if _PROJECTOR.fullmatch(name)]
+    models = sorted({parts_of(name) for name in files if name not in behind})
+    if len(models) > 1:
+        said = ", ".join(show(parts[0])[1:-1] for parts in models[:6]) + (", ..." if len(models) > 6 else "")
+        raise UsageError(f"{folder}: holds {len(models)} GGUF models ({said}); give the path of one")
+    return (models[0] if models else ()), behind
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """The names of all files of the set that a file called `name` belongs to; or that one."""
+    found = _SPLIT.fullmatch(name)
+    count = int(found[3]) if found else 0
+    if found is None or not 0 < count <= _MAX_FILES:
+        return (name,)
+    return tuple(f"{found[1]}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1))
+
+
+def open_gguf(folder: Path, names: Sequence[str]) -> Gguf:
+    """Open the GGUF files `names` of a folder, which are one model.
+
+    Raises what `read_gguf` and `map_model` raise; `MissingShardError`, `InvalidIndexError` or `DuplicateTensorError`
+    where files are no set.
+    """
+    if missing := next((name for name in names if not (folder / name).exists()), None):
+        raise MissingShardError(f"{folder / missing}: belongs to the same model, but it is not there; download it too")
+    headers = {name: read_gguf(folder / name, name) for name in names}
+    first = headers[names[0]]
+    for number, (name, header) in enumerate(headers.items()):
+        own = header.number("split.no") or 0, header.number("split.count") or 1
+        if own != (number, len(names)):
+            raise InvalidIndexError(
+                f"{folder / name}: says that it is part {own[0] + 1} of {own[1]}, not {number + 1} of {len(names)}; "
+                "give its files the names that they had"
+            )
+    tensors = [tensor for header in headers.values() for tensor in header.tensors]
+    home = {tensor.name: tensor.shard for tensor in reversed(tensors)}
+    if twice := next((tensor for tensor in tensors if home[tensor.name] != tensor.shard), None):
+        raise DuplicateTensorError(
+            f"{folder}: {show(twice.name)} is in {home[twice.name]} and in {twice.shard}; download them again"
+        )
+    model = map_model(folder / names[0], replace(first, tensors=tuple(tensors)))
+    unused = tuple(
+        LeftOut(tensor.name, "transformers has no place for this tensor")
+        for tensor in tensors
+        if tensor.name not in model.parameters
+    )
+    return Gguf(headers, model, unused)
