@@ -55,7 +55,7 @@ def calibrated(
     """
     # 1) Fail now for whatever would fail after hours: the target, the text, the model, the disk
     out = Path(os.path.realpath(out))
-    check_apart(view.path, out)
+    check_apart(view, out)
     with Staging.claim(out, overwrite=overwrite):
         pass
     setup = Setup.of(name, view, request, notice)

@@ -4,16 +4,18 @@ A set's files are called NAME-00001-of-00003.gguf; the first has the fields, all
 the part of a model that sees or hears, in llama.cpp's own names; they stay behind.
 """
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from w8a8.checkpoint.gguf import GgufHeader, read_gguf
+from w8a8.checkpoint.header import DTYPE_BYTES, TensorSpec
 from w8a8.checkpoint.mapping import Mapped, map_model
 from w8a8.checkpoint.sidecars import LeftOut
-from w8a8.errors import DuplicateTensorError, InvalidIndexError, MissingShardError, UsageError
-from w8a8.reading import show
+from w8a8.errors import DuplicateTensorError, InvalidIndexError, MissingShardError, NoWeightsError, UsageError
+from w8a8.reading import brief, show
 
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _PROJECTOR = re.compile(r"(?i).*mmproj.*\.gguf")
@@ -24,9 +26,22 @@ _MAX_FILES = 1000
 class Gguf:
     """Opened GGUF files: their headers by name, in order, and the model that they hold."""
 
-    headers: dict[str, GgufHeader]
+    headers: Mapping[str, GgufHeader]
     model: Mapped
-    unused: tuple[LeftOut, ...]
+
+    def tensors(self, name: str) -> Iterator[TensorSpec]:
+        """The tensors that those in the file `name` become, as a dense checkpoint would have them."""
+        for stored in self.headers[name].tensors:
+            for made in self.model.parameters.get(stored.name, ()):
+                nbytes = math.prod(made.shape) * DTYPE_BYTES[self.model.dtype]
+                yield TensorSpec(made.name, self.model.dtype, made.shape, name, stored.offset, nbytes)
+
+    def unused(self) -> Iterator[LeftOut]:
+        """The tensors that become none."""
+        for header in self.headers.values():
+            for tensor in header.tensors:
+                if tensor.name not in self.model.parameters:
+                    yield LeftOut(tensor.name, "transformers has no place for this tensor")
 
 
 def is_gguf(path: Path) -> bool:
@@ -34,24 +49,20 @@ def is_gguf(path: Path) -> bool:
     return path.name.lower().endswith(".gguf")
 
 
-def stem(name: str) -> str:
-    """A model's name, as its file is called."""
-    found = _SPLIT.fullmatch(name)
-    return found[1] if found else name[: -len(".gguf")]
+def choose(folder: Path, names: Iterable[str]) -> Sequence[str]:
+    """Choose the files that hold the model among a folder's files `names`.
 
-
-def choose(folder: Path, names: Iterable[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Choose the model among a folder's files `names`: the files that hold it, and those that stay behind.
-
-    Raises `UsageError` where there are several.
+    Raises `UsageError` where there are several, `NoWeightsError` where there is none.
     """
-    files = sorted(name for name in names if is_gguf(Path(name)))
-    behind = [name for name in files if _PROJECTOR.fullmatch(name)]
-    models = sorted({parts_of(name) for name in files if name not in behind})
-    if len(models) > 1:
-        said = ", ".join(show(parts[0])[1:-1] for parts in models[:6]) + (", ..." if len(models) > 6 else "")
+    models = sorted({parts_of(name) for name in names if is_gguf(Path(name)) and not _PROJECTOR.fullmatch(name)})
+    if len(models) == 1:
+        return models[0]
+    if models:
+        said = ", ".join(brief(parts[0]) for parts in models[:6]) + (", ..." if len(models) > 6 else "")
         raise UsageError(f"{folder}: holds {len(models)} GGUF models ({said}); give the path of one")
-    return (models[0] if models else ()), behind
+    raise NoWeightsError(
+        f"{folder}: holds the vision part of a GGUF model (mmproj) alone; the model's own file is missing"
+    )
 
 
 def parts_of(name: str) -> tuple[str, ...]:
@@ -86,10 +97,4 @@ def open_gguf(folder: Path, names: Sequence[str]) -> Gguf:
         raise DuplicateTensorError(
             f"{folder}: {show(twice.name)} is in {home[twice.name]} and in {twice.shard}; download them again"
         )
-    model = map_model(folder / names[0], replace(first, tensors=tuple(tensors)))
-    unused = tuple(
-        LeftOut(tensor.name, "transformers has no place for this tensor")
-        for tensor in tensors
-        if tensor.name not in model.parameters
-    )
-    return Gguf(headers, model, unused)
+    return Gguf(headers, map_model(folder / names[0], replace(first, tensors=tuple(tensors))))

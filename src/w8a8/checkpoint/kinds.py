@@ -15,7 +15,8 @@ _KINDS = tuple(
             r"model_index\.json",
             "this is a diffusers pipeline, whose models lie in its subfolders; w8a8 quantizes language models",
         ),
-        (r"(?i).*\.(gguf|ggml|llamafile)", f"{{}} is GGUF, llama.cpp's format; {_ORIGINAL}"),
+        (r"(?i).*\.gguf", "{} is GGUF: download it (`hf download REPOSITORY FILE --local-dir .`) and give its path"),
+        (r"(?i).*\.(ggml|llamafile)", f"{{}} is an older or a wrapped form of GGUF, llama.cpp's format; {_ORIGINAL}"),
         (r"(?i)(onnx/)?.*\.onnx(_data)?", f"{{}} is an ONNX model; {_ORIGINAL}"),
         (
             r"params\.json|consolidated\..+",

@@ -29,12 +29,13 @@ _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_
 
 
 class Swap(NamedTuple):
-    """Rows from `first` on, seen as [.., a, b, width], are to become [.., b, a, width]."""
+    """Rows from `first` on, seen as [.., a, b, width], are to become [.., b, a, width]; `far`: [1, a, b, width]."""
 
     a: int
     b: int
     width: int
     first: int = 0
+    far: bool = False
 
 
 class Change(NamedTuple):
@@ -280,7 +281,8 @@ class _Namer:
             case "TiledToGroupedRows" | "TiledToGroupedInputs" as name:
                 keys = text.linear_num_key_heads
                 each = text.linear_num_value_heads // keys
-                swap = Swap(each, keys, len(operation.permutation) // (each * keys), getattr(operation, "offset", 0))
+                width = len(operation.permutation) // (each * keys)
+                swap = Swap(each, keys, width, getattr(operation, "offset", 0), far=True)
                 return change._replace(rows=swap) if name == "TiledToGroupedRows" else change._replace(columns=swap)
             case name:
                 raise self._refusal(f"it changes their tensors ({name}) as this version does not")
@@ -324,7 +326,7 @@ def _mamba(name: str, _shape: tuple[int, ...], _config: Mapping[str, Any]) -> Ch
 def _bloom(name: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> Change:
     """All queries, all keys, all values; transformers has the three of each head together."""
     heads = config["n_head"]
-    return Change(rows=Swap(3, heads, shape[0] // heads // 3)) if "attn_qkv" in name else UNCHANGED
+    return Change(rows=Swap(3, heads, shape[0] // heads // 3, far=True)) if "attn_qkv" in name else UNCHANGED
 
 
 _PROCESSORS: Mapping[str, _Processor] = {

@@ -8,12 +8,14 @@ same repository.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+from w8a8.checkpoint.gguf import read_gguf
+from w8a8.checkpoint.ggufs import Gguf, choose, is_gguf, open_gguf, parts_of
 from w8a8.checkpoint.header import TensorSpec, read_header
 from w8a8.checkpoint.kinds import instead
 from w8a8.checkpoint.sidecars import LeftOut, sort_files
@@ -50,7 +52,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder, opened by its headers; no weight is read."""
+    """A checkpoint folder, opened by its headers; no weight is read.
+
+    Of a GGUF file, `path` is the folder it lies in, and `shards` have the tensors that a dense checkpoint of the same
+    model would have; `gguf` says what they are made from.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -58,15 +64,23 @@ class Checkpoint:
     sidecars: tuple[str, ...]
     left_out: tuple[LeftOut, ...]
     indexed: bool
+    gguf: Gguf | None = field(default=None, compare=False)
 
     @classmethod
     def open(cls, folder: str | Path) -> Self:
-        """Open the checkpoint in `folder`. Raises the source errors of `w8a8.errors`, each naming file and cause."""
+        """Open the checkpoint in `folder`, or a GGUF file, or the only one in a folder.
+
+        Raises the source errors of `w8a8.errors`, each naming file and cause.
+        """
         path = Path(folder)
         with reading(path):
+            if is_gguf(path) and path.is_file():
+                return cls._of_gguf(path.parent, parts_of(path.name))
             if not path.is_dir():
                 raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
             names = {entry.name for entry in path.iterdir()}
+        if any(map(is_gguf, map(Path, names))) and not any(name.endswith(".safetensors") for name in names):
+            return cls._of_gguf(path, choose(path, names), names)
         config = _read_config(path, names)
         index, shard_names = weight_files(path, names)
         shards = tuple(_open_shard(path, name) for name in shard_names)
@@ -76,6 +90,31 @@ class Checkpoint:
         for name in sidecars:
             _check_copyable(inside(path, name))
         return cls(path, config, shards, sidecars, (*left_out, *tied), index is not None)
+
+    @classmethod
+    def _of_gguf(cls, path: Path, files: Sequence[str], names: Iterable[str] = ()) -> Self:
+        """Open the GGUF `files` of a folder, of whose other files, among `names`, none is needed."""
+        for name in files:
+            inside(path, name)
+        gguf = open_gguf(path, files)
+        shards = tuple(
+            Shard(name, header.file_size, tuple(gguf.tensors(name))) for name, header in gguf.headers.items()
+        )
+        home = gguf.model.folder.path
+        made = sorted(entry.name for entry in home.iterdir())
+        others = (LeftOut(name, "beside a GGUF file, which says itself what is needed") for name in sorted(names))
+        left_out = (*gguf.unused(), *(other for other in others if other.name not in files))
+        return cls(path, _read_config(home, set(made)), shards, tuple(made), left_out, len(shards) > 1, gguf)
+
+    @property
+    def home(self) -> Path:
+        """The folder of config.json and the sidecars."""
+        return self.gguf.model.folder.path if self.gguf else self.path
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """What must be left alone: the folder, or the GGUF files."""
+        return tuple(self.path / name for name in self.gguf.headers) if self.gguf else (self.path,)
 
     @cached_property
     def tensors(self) -> Mapping[str, TensorSpec]:
@@ -91,6 +130,11 @@ class Checkpoint:
     def numel(self) -> int:
         """Elements of all tensors."""
         return sum(tensor.numel for tensor in self.tensors.values())
+
+
+def stored_tensors(path: Path, shard: str) -> tuple[TensorSpec, ...]:
+    """Read what is stored in the weight file at `path`, which goes by the name `shard`. Raises `HeaderError`s."""
+    return (read_gguf if is_gguf(path) else read_header)(path, shard).tensors
 
 
 def weight_files(path: Path, names: set[str]) -> tuple[Mapping[str, str] | None, Sequence[str]]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
 from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, require_config, weight_files
 from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
@@ -28,14 +29,14 @@ WORKERS = 8
 
 
 def open_headers(source: str | Path) -> Checkpoint:
-    """Open a folder, or a Hub id `org/name[@revision]` from the cache if it is there whole, else by its headers.
+    """Open a folder or a GGUF file; or a Hub id `org/name[@revision]`, from the cache or by its headers.
 
     The `path` of a checkpoint from the Hub is its id: there may be no folder. Raises what `Checkpoint.open` and
     `resolve` raise.
     """
     path = Path(source)
     with reading(path):
-        if path.is_dir():
+        if path.is_dir() or (is_gguf(path) and path.is_file()):
             return Checkpoint.open(path)
     repo, revision = hub_id(source)
     try:

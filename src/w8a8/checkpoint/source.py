@@ -1,4 +1,4 @@
-"""Finds SRC as a user types it: a local folder, or a Hub id `org/name[@revision]`.
+"""Finds SRC as a user types it: a local folder, a GGUF file, or a Hub id `org/name[@revision]`.
 
 A folder that exists wins. A Hub id is looked up first and downloaded only if it holds safetensors; of its files, only
 those the result needs are fetched. Where the Hub cannot be reached, what an earlier run fetched serves. The token,
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.kinds import instead
 from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, W8A8Error
 from w8a8.reading import reading
@@ -27,7 +28,7 @@ _NOT_FETCHED = (
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint's folder, its name, and its Hub commit if it has one."""
+    """A checkpoint's folder or GGUF file, its name, and its Hub commit if it has one."""
 
     path: Path
     name: str
@@ -43,6 +44,8 @@ def resolve(source: str | Path) -> Source:
     with reading(path):
         if path.is_dir():
             return _local(path)
+        if is_gguf(path) and path.is_file():
+            return Source(path, path.name)
         exists = path.exists()
     repo, revision = hub_id(source, exists=exists)
     return _download(repo, revision)

@@ -17,7 +17,7 @@ from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256
 from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
-from w8a8.execute.workers import carry_out, worker_count
+from w8a8.execute.workers import carry_out, each, worker_count
 from w8a8.formats import Arithmetic
 from w8a8.formats.provenance import (
     PROVENANCE,
@@ -66,7 +66,7 @@ def execute(
     """
     # 1) a place for the unfinished result, and what an earlier run left there
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
-    check_apart(view.path, out)
+    check_apart(view, out)
     view = with_stacks(view, {decision.tensor.name for decision in plan.decisions})
     with Staging.claim(out, overwrite=overwrite) as staging:
         workers = workers or worker_count()
@@ -111,15 +111,15 @@ def _job(plan: Plan, view: View) -> Job:
     return Job(__version__, plan.format, plan.recipe, plan.fingerprint(), sources)
 
 
-def check_apart(source: Path, out: Path) -> None:
-    """Raise `UsageError` where one of the folders lies in the other."""
-    source = source.resolve()
-    if source.is_relative_to(out) or out.is_relative_to(source):
-        raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
+def check_apart(view: View, out: Path) -> None:
+    """Raise `UsageError` where one of source and target lies in the other."""
+    for source in (root.resolve() for root in view.checkpoint.roots):
+        if source.is_relative_to(out) or out.is_relative_to(source):
+            raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
 def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) -> None:
-    sidecars = sum(Identity.of(view.path / name).size for name in plan.sidecars)
+    sidecars = sum(Identity.of(view.home / name).size for name in plan.sidecars)
     needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + SLACK_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -132,7 +132,7 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) 
 def _write_small_files(
     plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path, describe: Describe | None
 ) -> None:
-    files = {name: _copy(inside(view.path, name), folder / name) for name in plan.sidecars}
+    files = {name: _copy(inside(view.home, name), folder / name) for name in plan.sidecars}
     made = {"config.json": plan.config, **({INDEX: _index(plan)} if plan.indexed else {})}
     for name, value in made.items():
         write_json(folder / name, value, resumable=True)
@@ -142,6 +142,19 @@ def _write_small_files(
     provenance = describe(shards, dict(sorted(files.items())))
     if provenance is not None:
         write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
+
+
+def _digests(view: View, records: Sequence[ShardRecord]) -> dict[str, str]:
+    """The SHA-256 of each source file, as its shard's pass found it; of those that no shard saw whole, found now."""
+    passed = {record.name: record.source_sha256 for record in records}
+    found = {shard.name: "" for shard in view.checkpoint.shards}
+    found |= {shard.stored.name: passed.get(shard.name, "") for shard in view.shards}
+
+    def add(name: str, stopped: Callable[[], bool]) -> None:
+        found[name] = file_sha256(view.path / name, stopped)
+
+    each([name for name, digest in found.items() if not digest], add, worker_count())
+    return dict(sorted(found.items()))
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -158,12 +171,9 @@ def _provenance(
     shards: Mapping[str, ShardFile],
     files: Mapping[str, SmallFile],
 ) -> Provenance:
-    sources = {record.name: record.source_sha256 for record in records}
-    rest = (shard.name for shard in view.shards if shard.name not in sources)  # scales of other shards' tensors alone
-    sources |= {name: file_sha256(view.path / name) for name in rest}
     return Provenance(
         version=__version__,
-        source=SourceFiles(plan.source, plan.revision, sources, plan.quantized_source),
+        source=SourceFiles(plan.source, plan.revision, _digests(view, records), plan.quantized_source),
         architecture=plan.architecture,
         format=plan.format,
         recipe=plan.recipe,

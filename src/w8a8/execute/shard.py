@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import DTYPE_BYTES, TensorSpec, read_header
+from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
+from w8a8.checkpoint.reader import stored_tensors
 from w8a8.checkpoint.stream import Identity, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
@@ -37,7 +38,7 @@ Scales = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A finished output shard, and the SHA-256 of the source shard it was made from."""
+    """A finished output shard, and the SHA-256 of the source file it was made from; "" where it was a part of one."""
 
     name: str
     size: int
@@ -88,7 +89,8 @@ def quantize_shard(
     """
     # 1) the source has to be what the plan was made from
     before = Identity.of(job.source)
-    if before.size != job.shard.size or read_header(job.source, job.shard.name).tensors != job.shard.stored.tensors:
+    found = stored_tensors(job.source, job.shard.stored.name)
+    if before.size != job.shard.stored.size or not set(job.shard.stored.tensors) <= set(found):
         raise SourceChangedError(f"{job.source}: changed since its header was read; run the same command again")
     run = _ShardRun(job, stopped)
     with SequentialWriter(job.target, run.largest) as writer:
@@ -101,7 +103,8 @@ def quantize_shard(
         # 3) nobody may have written to the source meanwhile
         if Identity.of(job.source) != before:
             raise SourceChangedError(f"{job.source}: changed while it was being read; run the same command again")
-        return ShardRecord(job.plan.name, writer.size, writer.sha256, run.source_digest.hexdigest())
+        source = run.source_digest.hexdigest() if job.shard.whole else ""
+        return ShardRecord(job.plan.name, writer.size, writer.sha256, source)
 
 
 class _ShardRun:

@@ -211,7 +211,8 @@ def _difference(before: Job, now: Job, source: Path, records: Mapping[str, Shard
     options = [name for name in differing(before, now) if name != "sources"]
     if not changed and not options:
         doubted = {name for name in records if before.sources[name] != now.sources[name]}
-        same = _those(doubted, lambda name, s: file_sha256(source / name, s) == records[name].source_sha256, workers)
+        whole = {name for name in doubted if records[name].source_sha256}
+        same = _those(whole, lambda name, s: file_sha256(source / name, s) == records[name].source_sha256, workers)
         changed = doubted - same
     if changed:
         return f"an interrupted run was made from another {', '.join(sorted(changed))}"

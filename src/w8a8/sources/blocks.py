@@ -54,14 +54,16 @@ def tensor_blocks(tensor: LogicalTensor, *, hashed: bool = False) -> Iterator[Ro
     """Cut a tensor into blocks of whole rows, of at most `BLOCK_BYTES` as numbers unless a single row has more."""
     if tensor.numel == 0:
         return
-    stack = len(tensor.shape) == 3 and not tensor.plain
+    stack = len(tensor.shape) == len(tensor.stored.shape) == 3 and not tensor.plain
     for index in range(tensor.shape[0] if stack else 1):
         matrix = tensor.matrix(index) if stack else tensor
         rows, columns = grid(matrix)
         step = matrix.decoder.step
         count = max(1, streaming.BLOCK_BYTES * rows // max(matrix.nbytes, 1) // step) * step
-        for begin in range(0, rows, count):
-            end = min(begin + count, rows)
+        end, border = 0, matrix.decoder.border
+        while end < rows:
+            begin, end = end, min(end + count, rows)
+            end = border if begin < border < end else end
             place = stretch(matrix, begin, end)
             at = (index * rows + begin) * columns
             offset = matrix.stored.offset + place.offset
@@ -69,19 +71,21 @@ def tensor_blocks(tensor: LogicalTensor, *, hashed: bool = False) -> Iterator[Ro
 
 
 def shard_blocks(shard: ViewShard) -> Iterator[RowBlock]:
-    """Cut a whole file into blocks: its header, then its tensors, which tile the rest."""
-    stored = shard.stored.tensors
-    yield from _passing(0, stored[0].offset if stored else shard.size)
+    """Cut a whole file, or a part of one, into blocks: its tensors, and what lies before, between and behind them."""
+    stored, position = shard.stored.tensors, shard.begin
     own: dict[str, list[LogicalTensor]] = {spec.name: [] for spec in stored}
     for tensor in shard.tensors:
         own[tensor.stored.name].append(tensor)
     for spec in stored:
+        yield from _passing(position, spec.offset)
+        position = spec.offset + spec.nbytes
         blocks = [block for tensor in own[spec.name] for block in tensor_blocks(tensor, hashed=True)]
         if _tile(blocks, spec):
             yield from blocks
         else:
             yield from _passing(spec.offset, spec.offset + spec.nbytes)
             yield from (block for tensor in own[spec.name] for block in tensor_blocks(tensor))
+    yield from _passing(position, shard.begin + shard.size)
 
 
 def _tile(blocks: Sequence[RowBlock], spec: TensorSpec) -> bool:

@@ -12,7 +12,7 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import AlreadyQuantizedError
 from w8a8.formats.detect import declared, detect, undeclared, without_empty
 from w8a8.formats.foreign import quantized_as
-from w8a8.sources import fp4, gptq, packed, scaled
+from w8a8.sources import fp4, gguf, gptq, packed, scaled
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
 
@@ -23,11 +23,13 @@ SPELLINGS: tuple[Find, ...] = (scaled.find, fp4.find, packed.find, gptq.find)
 
 
 def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
-    """See `checkpoint` as logical tensors, and its `stacks` as experts.
+    """See `checkpoint` as logical tensors, and its `stacks` as experts; a GGUF file has its own names for these.
 
     Raises `AlreadyQuantizedError` where it is quantized in a way that cannot be read, and what the spellings raise
     where something does not fit.
     """
+    if checkpoint.gguf:
+        return gguf.view(checkpoint, checkpoint.gguf)
     # 1) What each spelling knows
     tensors = dict(checkpoint.tensors)
     found: dict[str, LogicalTensor] = {}

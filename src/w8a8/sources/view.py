@@ -51,6 +51,11 @@ class Decoder:
         """What users call the spelling: "FP8 in blocks of 128 x 128"; "" for what is not quantized."""
         return ""
 
+    @property
+    def border(self) -> int:
+        """A row that begins what is asked for: no rows before it are asked for together with it; 0 where none does."""
+        return 0
+
     def transposed(self) -> "Decoder":
         """The decoder of the same bytes' transposed matrix. Raises NotImplementedError where there is none."""
         raise NotImplementedError
@@ -134,20 +139,31 @@ class LogicalTensor:
 
 @dataclass(frozen=True, slots=True)
 class ViewShard:
-    """One file of a checkpoint: what is stored in it, and the logical tensors made from that, in the file's order."""
+    """One file of a checkpoint: what is stored in it, and the logical tensors made from that, in the file's order.
+
+    Or a part of a file, from byte `begin` to byte `end`; and where the result is to have another name, `target`.
+    """
 
     stored: Shard
     tensors: tuple[LogicalTensor, ...]
+    target: str = ""
+    begin: int = 0
+    end: int | None = None
 
     @property
     def name(self) -> str:
-        """The file's name."""
-        return self.stored.name
+        """The name of what is made from it."""
+        return self.target or self.stored.name
 
     @property
     def size(self) -> int:
-        """The file's bytes."""
-        return self.stored.size
+        """Its bytes."""
+        return (self.stored.size if self.end is None else self.end) - self.begin
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of a file."""
+        return self.size == self.stored.size
 
 
 @dataclass(frozen=True)
@@ -171,6 +187,11 @@ class View:
         return self.checkpoint.path
 
     @property
+    def home(self) -> Path:
+        """The folder of config.json and the sidecars."""
+        return self.checkpoint.home
+
+    @property
     def sidecars(self) -> tuple[str, ...]:
         """The small files that a copy of the checkpoint needs."""
         return self.checkpoint.sidecars
@@ -183,7 +204,7 @@ class View:
     @property
     def indexed(self) -> bool:
         """Whether an index names the shards."""
-        return self.checkpoint.indexed
+        return len(self.shards) > 1 if self.checkpoint.gguf else self.checkpoint.indexed
 
     @cached_property
     def tensors(self) -> Mapping[str, LogicalTensor]:

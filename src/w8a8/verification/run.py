@@ -72,6 +72,9 @@ def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> Co
         tasks += [
             pool.submit(_check_sum, job, shard, stop.is_set) for shard in job.out.shards if job.provenance is not None
         ]
+        if job.provenance is not None:
+            parts = {s.name for s in job.source.checkpoint.shards} - {s.stored.name for s in shards if s.whole}
+            tasks += [pool.submit(_check_source, job, name, stop.is_set) for name in parts]
         try:
             for task in as_completed(tasks):
                 found.add(task.result())
@@ -89,12 +92,23 @@ def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Compariso
     return Comparison([f"{shard.name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"], [])
 
 
+def _check_source(job: Job, name: str, stopped: Callable[[], bool]) -> Comparison:
+    """Compare a source file of which no shard is made from all with its checksum in w8a8.json."""
+    return _source_sum(job, name, file_sha256(job.source.path / name, stopped))
+
+
+def _source_sum(job: Job, name: str, sha256: str) -> Comparison:
+    if job.provenance and sha256 == job.provenance.source.sha256.get(name):
+        return Comparison([], [], checksums=1)
+    return Comparison([f"source {name}: is not the file this was made from (SHA-256 differs)"], [])
+
+
 def _compare_shard(
     job: Job, shard: ViewShard, stopped: Callable[[], bool], advance: Callable[[int], None]
 ) -> Comparison:
     """Compare one source shard, block by block, with its tensors wherever they are in the result."""
     found = Comparison([], [])
-    digest = hashlib.sha256() if job.provenance is not None else None
+    digest = hashlib.sha256() if job.provenance is not None and shard.whole else None
     tallies = {t.name: held for t in shard.tensors if (held := tally(t, job)) is not None}
     files: dict[str, int] = {}
     buffer, reader = memoryview(bytearray(1)), RowReader(job.source.path)
@@ -118,10 +132,7 @@ def _compare_shard(
     for held in tallies.values():
         held.conclude(found, job)
     if digest is not None:
-        if job.provenance and digest.hexdigest() == job.provenance.source.sha256.get(shard.name):
-            found.checksums += 1
-        else:
-            found.problems.append(f"source {shard.name}: is not the file this was made from (SHA-256 differs)")
+        found.add(_source_sum(job, shard.stored.name, digest.hexdigest()))
     return found
 
 

@@ -73,7 +73,7 @@ def bookkeeping_problems(job: Job) -> Iterator[str]:
     for name in job.source.sidecars:
         if name != "config.json" and name not in job.out.sidecars:
             yield f"{name}: beside the source, missing beside the result"
-        elif name != "config.json" and file_sha256(job.source.path / name) != file_sha256(job.out.path / name):
+        elif name != "config.json" and file_sha256(job.source.home / name) != file_sha256(job.out.path / name):
             yield f"{name}: is not the source's"
 
 
