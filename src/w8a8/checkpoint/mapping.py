@@ -23,6 +23,12 @@ from w8a8.reading import brief, show
 
 OUTLINE = "model.gguf"
 _VOCABULARY = tuple(f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges"))
+_WIDTHS = {
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+}
+"""What some of transformers' configs leave at the size of one published model."""
+
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -98,6 +104,10 @@ def map_model(source: Path, header: GgufHeader) -> Mapped:
         embeddings = next((t.shape for t in header.tensors if t.name == "token_embd.weight"), ())
         if len(embeddings) == 2:
             config.vocab_size = embeddings[0]
+        for key, name in _WIDTHS.items():
+            width = header.number(f"{header.text('general.architecture')}.{key}")
+            if width and hasattr(config, name):
+                setattr(config, name, width)
         # 2) The model, without weights
         dtype = _dtype(header)
         number = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
