@@ -200,8 +200,8 @@ def write_gguf(path: Path, architecture: str, kinds: tuple[str, ...] = MIXED, *,
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small")
     for key, value in {**COMMON, **fields}.items():
-        add = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}[type(value)]
-        add(f"{architecture}.{key}", value)
+        adders: Mapping[type, Any] = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
+        adders[type(value)](f"{architecture}.{key}", value)
     add_tokenizer(writer)
     for number, (name, shape) in enumerate(shapes()):
         if name == skip:
