@@ -13,6 +13,7 @@ from w8a8.checkpoint import resolve
 from w8a8.checkpoint.source import refuse_pickles
 from w8a8.errors import (
     AlreadyQuantizedError,
+    HeaderError,
     NoConfigError,
     NothingToQuantizeError,
     NoWeightsError,
@@ -104,8 +105,8 @@ def test_an_adapter_with_a_models_file_names_is_named() -> None:
 
 FOLDERS: dict[str, tuple[list[str], type[W8A8Error], str]] = {
     "adapter": (["adapter_config.json", "adapter_model.safetensors"], NoConfigError, "LoRA adapter; merge it"),
-    "gguf": (["model-Q4_K_M.gguf"], NoConfigError, "model-Q4_K_M.gguf is GGUF"),
-    "gguf with a config": (["config.json", "model.gguf"], NoWeightsError, "model.gguf is GGUF"),
+    "gguf": (["model-Q4_K_M.gguf"], HeaderError, "model-Q4_K_M.gguf: no GGUF"),
+    "ggml": (["model.ggml"], NoConfigError, "model.ggml is an older or a wrapped form of GGUF"),
     "onnx": (["config.json", "model.onnx", "model.onnx_data"], NoWeightsError, "ONNX"),
     "diffusers": (["model_index.json"], NoConfigError, "diffusers pipeline"),
     "mistral": (["params.json", "consolidated.safetensors"], NoConfigError, "transformers files"),
@@ -127,14 +128,14 @@ def test_a_folder_of_another_format_is_named(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
-    for name, said in (("model.gguf", "is a file; model.gguf is GGUF"), ("model.bin", "give the folder it lies in")):
+    for name, said in (("model.onnx", "is a file; model.onnx is an ONNX"), ("model.bin", "give the folder it lies in")):
         (tmp_path / name).write_bytes(b"GGUF")
         with pytest.raises(SourceNotFoundError, match=said):
             resolve(tmp_path / name)
 
 
 def test_a_repository_of_another_format_is_named_before_anything_is_fetched() -> None:
-    with pytest.raises(NoWeightsError, match=r"org/x: the repository has no safetensors; x\.gguf is GGUF"):
+    with pytest.raises(NoWeightsError, match=r"org/x: the repository has no safetensors; x\.gguf is GGUF: download it"):
         refuse_pickles("org/x", ["README.md", "x.gguf"])
     with pytest.raises(PickleOnlyError, match=r"only pytorch_model\.bin"):
         refuse_pickles("org/x", ["pytorch_model.bin", "tf_model.h5"])
