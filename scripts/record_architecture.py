@@ -59,27 +59,23 @@ def build(model_type: str, settings: Mapping[str, Any]) -> Any:
 def tensors(made: Any) -> dict[str, Any]:
     """What it would save: every tensor by name, with its shape, its kind, and whether to quantize it."""
     tied = set(made.all_tied_weights_keys)
+    state = {name: value for name, value in made.state_dict().items() if name not in tied}
+    names = {id(value): name for name, value in state.items()}
     found = {}
-    for name, value in made.state_dict().items():
-        if name in tied:
-            continue
-        kind = _kind(made.get_submodule(name.rpartition(".")[0]), name)
-        quantize = kind == "linear" and ".layers." in name
-        found[name] = {"shape": list(value.shape), "kind": kind, "quantize": quantize}
+    for name, value in revert_weight_conversion(made, state).items():
+        kind = _kind(made, name, names.get(id(value), name))
+        found[name] = {"shape": list(value.shape), "kind": kind, "quantize": kind == "linear" and ".layers." in name}
     return dict(sorted(found.items()))
 
 
-def saved(made: Any) -> dict[str, list[int]]:
-    """The shape of every tensor that it would save, by name."""
-    tied = set(made.all_tied_weights_keys)
-    state = {name: value for name, value in made.state_dict().items() if name not in tied}
-    return {name: list(value.shape) for name, value in sorted(revert_weight_conversion(made, state).items())}
-
-
-def _kind(module: nn.Module, name: str) -> str:
+def _kind(made: nn.Module, name: str, in_memory: str) -> str:
+    """The kind of the module that a tensor belongs to; experts are linear layers, however they are stored."""
+    if ".experts." in in_memory:
+        return "other" if name.endswith("bias") else "linear"
     if not name.endswith(".weight"):
         return "other"
     kinds = {nn.Linear: "linear", nn.Embedding: "embedding", nn.Conv1d: "conv", nn.Conv2d: "conv"}
+    module = made.get_submodule(in_memory.rpartition(".")[0])
     found = next((kind for of, kind in kinds.items() if isinstance(module, of)), None)
     return found or ("norm" if "Norm" in type(module).__name__ else "other")
 
@@ -120,7 +116,8 @@ def main() -> None:
     # 2) Its tensors' names.
     if options.sizes_only:
         path = TESTS / "memory" / "tensors.json"
-        path.write_text(lines({**json.loads(path.read_text()), options.model_type: saved(made)}))
+        shapes = {name: entry["shape"] for name, entry in tensors(made).items()}
+        path.write_text(lines({**json.loads(path.read_text()), options.model_type: shapes}))
     else:
         head = {key: config[key] for key in ("model_type", "architectures")}
         path = TESTS / "plan" / "names" / f"{options.model_type}.json"

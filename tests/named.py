@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from w8a8.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorSpec
-from w8a8.formats import Selection, get_format
+from w8a8.formats import Selection
 from w8a8.plan import Plan, make_plan, module_name
-from w8a8.plan.viewing import view_of
+from w8a8.plan.viewing import format_for, view_of
 
 NAMES = sorted(path.stem for path in (Path(__file__).parent / "plan" / "names").glob("*.json"))
 """`names/*.json`: what transformers saves for each family, every tensor with its kind and the verdict expected."""
@@ -35,8 +35,9 @@ def plan_of(
     compat: str | None = None,
     **options: Any,
 ) -> Plan:
-    """`make_plan` with a format's name."""
-    return make_plan(view_of(checkpoint), get_format(format, compat, checkpoint.config), source="test", **options)
+    """`make_plan` with a format's name, or the one that is written where none is asked for."""
+    seen = view_of(checkpoint)
+    return make_plan(seen, format_for(seen, format, compat), source="test", **options)
 
 
 def plan_from(values: Mapping[str, Any]) -> Plan:
@@ -55,9 +56,13 @@ class Family:
     @classmethod
     def load(cls, name: str) -> "Family":
         values = json.loads((Path(__file__).parent / "plan" / "names" / f"{name}.json").read_text())
-        tensors = values["tensors"]
+        checkpoint = headers(
+            {name: ("BF16", tuple(t["shape"])) for name, t in values["tensors"].items()}, values["config"]
+        )
+        seen = view_of(checkpoint)
+        tensors = {name: values["tensors"][seen.stacks.get(name, tensor).name] for name, tensor in seen.tensors.items()}
         return cls(
-            headers({name: ("BF16", tuple(t["shape"])) for name, t in tensors.items()}, values["config"]),
+            checkpoint,
             {name: t["kind"] for name, t in tensors.items()},
             frozenset(name for name, t in tensors.items() if t["quantize"]),
         )

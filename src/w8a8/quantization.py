@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.errors import MissingExtraError
-from w8a8.formats import Format, get_format
+from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
-from w8a8.plan.viewing import view_of
+from w8a8.plan.viewing import format_for, view_of
 from w8a8.sources.view import View
 from w8a8.version import __version__
 
@@ -32,7 +32,8 @@ class Options:
     """What decides the bytes of a result, besides its source.
 
     Attributes:
-        format: `quark` (the default) or `compressed-tensors`: the same codes and scales, spelled differently.
+        format: `quark` or `compressed-tensors`: the same codes and scales, spelled differently. Default: `quark`;
+            `compressed-tensors` for mixtures of experts.
         compat: reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`.
         include: globs over tensor or module names to quantize although the rules would not.
         exclude: globs to leave unquantized; they win over `include`.
@@ -96,7 +97,7 @@ def prepare(source: str | Path, options: Options = Options()) -> Job:
     found = resolve(source)
     view = view_of(Checkpoint.open(found.path))
     # 3) the plan
-    fmt = get_format(options.format, options.compat, view.config)
+    fmt = format_for(view, options.format, options.compat)
     recipe = asked.recipe if asked else "rtn"
     make = partial(
         make_plan,

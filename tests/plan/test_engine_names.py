@@ -7,21 +7,28 @@ stock vLLM.
 import pytest
 
 from tests.named import headers, plan_of
-from w8a8.errors import UsageError
+from w8a8.errors import FusedGroupError, UsageError
 from w8a8.formats import FORMATS, detect
 from w8a8.plan import Plan, module_name
+from w8a8.plan.rules import NEVER
 
 LAYERS = "model.layers.0", "model.layers.1"
 
 
-def plan(model_type: str, *matrices: str, format: str = "quark", **stacks: int) -> Plan:  # noqa: A002
+def plan(
+    model_type: str,
+    *matrices: str,
+    format: str = "quark",  # noqa: A002
+    exclude: tuple[str, ...] = (),
+    stacks: tuple[str, ...] = (),
+) -> Plan:
     """The plan for `matrices`, named from the layer on or whole, each once a layer; `stacks` have three dimensions."""
-    shapes = dict.fromkeys(matrices, (16, 16)) | {name.replace("__", "."): (4, 16, 16) for name in stacks}
+    shapes = dict.fromkeys(matrices, (16, 16)) | dict.fromkeys(stacks, (4, 16, 16))
     tensors = {}
     for name, shape in shapes.items():
         for layer in LAYERS if not name.startswith("model.") else ("",):
             tensors[f"{layer}.{name}.weight".lstrip(".")] = ("BF16", shape)
-    return plan_of(headers(tensors, {"model_type": model_type}), format)
+    return plan_of(headers(tensors, {"model_type": model_type}), format, exclude=exclude)
 
 
 def quantized(made: Plan) -> set[str]:
@@ -31,15 +38,65 @@ def quantized(made: Plan) -> set[str]:
 QKVO = tuple(f"self_attn.{p}_proj" for p in "qkvo")
 
 
+STACKS = "block_sparse_moe.input_linear", "block_sparse_moe.output_linear"
+ASKED = tuple(f"experts.{expert}.{leaf}_proj" for expert in range(4) for leaf in ("gate", "up", "down"))
+"""The names by which vLLM asks for the experts of granitemoe."""
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_experts_are_excluded_by_the_name_that_vllm_gives_them(name: str) -> None:
-    stacks = {"block_sparse_moe__input_linear": 3, "block_sparse_moe__output_linear": 3}
-    made = plan("granitemoe", *QKVO, "block_sparse_moe.router.layer", format=name, **stacks)
+def test_experts_are_quantized_by_the_names_that_vllm_gives_them(name: str) -> None:
+    made = plan("granitemoe", *QKVO, "block_sparse_moe.router.layer", format=name, stacks=STACKS)
+    scheme = detect(made.config)
+    experts = {f"{layer}.block_sparse_moe.{leaf}" for layer in "01" for leaf in ASKED}
+    assert quantized(made) == experts | {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+    assert not any(scheme.leaves_alone(f"model.layers.{module}") for module in quantized(made))
+    assert not scheme.leaves_alone("model.layers.0.block_sparse_moe.experts")
+    assert scheme.leaves_alone("model.layers.0.block_sparse_moe.router.layer")
+    assert not any("experts" in entry for entry in scheme.excludes)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_experts_are_excluded_by_the_names_that_vllm_gives_them(name: str) -> None:
+    made = plan(
+        "granitemoe", *QKVO, "block_sparse_moe.router.layer", format=name, exclude=("*.experts.*",), stacks=STACKS
+    )
     scheme = detect(made.config)
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
-    for asked in ("experts", "experts.0.gate_proj", "gate", "input_linear", "output_linear", "router.layer"):
+    for asked in ("experts", *ASKED, "input_linear", "output_linear", "router.layer"):
         assert scheme.leaves_alone(f"model.layers.0.block_sparse_moe.{asked}"), asked
     assert not any(scheme.leaves_alone(f"model.layers.{module}") for module in quantized(made))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_experts_of_one_layer_can_be_excluded(name: str) -> None:
+    made = plan("granitemoe", *QKVO, format=name, exclude=("*.layers.1.*.experts.*",), stacks=STACKS)
+    scheme = detect(made.config)
+    assert {name for name in quantized(made) if "experts" in name} == {f"0.block_sparse_moe.{leaf}" for leaf in ASKED}
+    for asked in ("experts", *ASKED):
+        assert scheme.leaves_alone(f"model.layers.1.block_sparse_moe.{asked}"), asked
+        # vLLM's name for it, where a model has a vision tower besides.
+        assert scheme.leaves_alone(f"language_model.model.layers.1.block_sparse_moe.{asked}"), asked
+        assert not scheme.leaves_alone(f"model.layers.0.block_sparse_moe.{asked}"), asked
+        assert not scheme.leaves_alone(f"model.layers.11.block_sparse_moe.{asked}"), asked
+    assert len([entry for entry in scheme.excludes if "experts" in entry]) == 2
+
+
+@pytest.mark.parametrize("excluded", ["*.layers.1.*.experts.3.*", "*.up_proj"])
+def test_excluding_some_of_a_layers_experts_is_refused_by_the_name_of_all(excluded: str) -> None:
+    with pytest.raises(FusedGroupError, match=r"load all of model\.layers\.\d\.block_sparse_moe\.experts as one layer"):
+        plan("granitemoe", *QKVO, exclude=(excluded,), stacks=STACKS)
+
+
+def test_layers_behind_the_last_one_are_mtp_heads() -> None:
+    leaves = ("self_attn.o_proj", "mlp.experts.0.up_proj", "mlp.experts.0.gate_proj", "mlp.experts.0.down_proj")
+    names = [f"model.layers.{layer}.{leaf}.weight" for layer in range(3) for leaf in (*leaves, "mlp.gate")]
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 2}
+    made = plan_of(headers(dict.fromkeys(names, ("BF16", (16, 16))), config), "compressed-tensors")
+    assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in leaves}
+    assert {d.component for d in made.decisions if ".layers.2." in d.tensor.name} == {"mtp head", "router"}
+    scheme = detect(made.config)
+    assert all(scheme.leaves_alone(f"model.layers.2.{leaf}") for leaf in (*leaves, "mlp.gate"))
+    assert not any(scheme.leaves_alone(f"model.layers.1.{leaf}") for leaf in leaves)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -90,8 +147,7 @@ def test_what_vllm_fuses_with_b_proj_stays_with_it() -> None:
     assert quantized(made) == mlp | {
         "0.self_attn.o_proj",
         "1.self_attn.o_proj",
-        "2.self_attn.q_proj",
-        "2.self_attn.o_proj",
+        *(f"2.self_attn.{leaf}" for leaf in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
     }
     reasons = {d.reason for d in made.decisions if d.tensor.name == "model.layers.0.self_attn.q_proj.weight"}
     assert reasons == {"engines fuse it with model.layers.0.self_attn.b_proj, which is kept"}
@@ -104,14 +160,10 @@ def test_one_letter_projections_that_no_one_knows_are_left_alone() -> None:
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
 
 
-def test_what_vllm_builds_without_a_name_is_quantized() -> None:
-    made = plan("minicpm3", "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.o_proj", "mlp.down_proj")
-    assert "0.self_attn.q_a_proj" in quantized(made)
-    assert "0.self_attn.q_b_proj" not in quantized(made)
-
-
-def test_gpt_oss_is_written_in_the_format_that_vllm_loads() -> None:
+def test_gpt_oss_is_written_in_the_format_that_vllm_loads_and_its_experts_as_it_takes_them() -> None:
     with pytest.raises(UsageError, match="give --format compressed-tensors"):
-        plan("gpt_oss", *QKVO, mlp__experts__gate_up_proj=3)
-    made = plan("gpt_oss", *QKVO, format="compressed-tensors", mlp__experts__gate_up_proj=3)
+        plan("gpt_oss", *QKVO, stacks=("mlp.experts.gate_up_proj",))
+    made = plan("gpt_oss", *QKVO, format="compressed-tensors", stacks=("mlp.experts.gate_up_proj",))
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
+    assert made.warnings == (f"the experts of gpt_oss are left alone: {NEVER['experts']}",)
+    assert detect(made.config).leaves_alone("model.layers.0.mlp.experts.0.gate_proj")

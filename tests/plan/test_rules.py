@@ -61,12 +61,12 @@ def test_the_generic_rules_decide_a_plain_decoder_the_same_way(name: str) -> Non
 
 def test_an_unknown_architecture_is_warned_about_with_what_was_decided() -> None:
     layers = {f"model.layers.{i}.self_attn.q_proj.weight": ("BF16", (16, 16)) for i in range(12)}
-    odd = {"model.layers.3.mixer.in_proj.weight": ("BF16", (16, 16)), "lm_head.weight": ("BF16", (32, 16))}
+    odd = {"model.layers.3.mixer.mixing.weight": ("BF16", (16, 16)), "lm_head.weight": ("BF16", (32, 16))}
     plan = plan_of(headers({**layers, **odd, "model.norm.weight": ("BF16", (16,))}, {"model_type": "brand_new"}))
     (warning,) = plan.warnings
     assert "'brand_new'" in warning
     assert "Quantized: model.layers.*.self_attn.q_proj.weight. " in warning
-    assert warning.endswith("Left alone: lm_head.weight, model.layers.*.mixer.in_proj.weight")
+    assert warning.endswith("Left alone: lm_head.weight, model.layers.*.mixer.mixing.weight")
     assert plan.architecture == "brand_new"
 
 
@@ -112,7 +112,6 @@ def test_a_verdict_says_why(tensor: TensorSpec, reason: str) -> None:
         "vision_tower.transformer.layers.0.self_attn.q_proj.weight",
         "model.visual.layers.0.mlp.up_proj.weight",
         "audio_tower.layers.0.self_attn.k_proj.weight",
-        "model.layers.0.experts.0.mlp.up_proj.weight",
     ],
 )
 def test_what_only_looks_like_the_decoder_is_kept(name: str) -> None:
@@ -126,7 +125,9 @@ def test_what_only_looks_like_the_decoder_is_kept(name: str) -> None:
         ("mlp.gate.weight", "router"),
         ("mlp.gate.e_score_correction_bias", "router"),
         ("mlp.shared_expert_gate.weight", "router"),
+        ("block_sparse_moe.gate.weight", "router"),
         ("mlp.experts.7.down_proj.weight", "experts"),
+        ("mlp.shared_experts.down_proj.weight", "mlp"),
         ("mlp.gate_proj.weight", "mlp"),
     ],
 )

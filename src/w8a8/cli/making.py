@@ -49,7 +49,8 @@ def quantize(
     format: Annotated[  # noqa: A002
         str | None,
         typer.Option(
-            help="`quark` (default) or `compressed-tensors`: the same codes, spelled differently.",
+            help="`quark` or `compressed-tensors`: the same codes, spelled differently. Default: `quark`; "
+            "`compressed-tensors` for mixtures of experts.",
             autocompletion=_formats,
         ),
     ] = None,

@@ -5,6 +5,7 @@ a pattern for each component left alone as a whole: transformers and SGLang matc
 memory, which for vision towers are not always those of the file.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,8 +40,12 @@ def compat_config(selection: Selection) -> dict[str, Any]:
 
 
 def _harmless(patterns: Sequence[str], selection: Selection) -> list[str]:
-    """Keep the patterns that match no quantized layer: a component may have been included in part."""
-    return [pattern for pattern in patterns if not any(map(Excludes([pattern]).mean, selection.quantized))]
+    """Keep the patterns that match no quantized layer: a component may have been included in part.
+
+    None of them has a number, so layers and experts that differ by one are looked at once.
+    """
+    names = {re.sub(r"\d+", "0", name) for name in selection.quantized}
+    return [pattern for pattern in patterns if not any(map(Excludes([pattern]).mean, names))]
 
 
 def _config(ignore: Sequence[str]) -> dict[str, Any]:

@@ -19,6 +19,23 @@ def whole_modules(quantized: Collection[str], left_alone: Collection[str]) -> li
     return [within(part) for part in sorted({part for part in outermost if part})]
 
 
+def experts_left(left: Collection[str], quantized: Collection[str]) -> list[str]:
+    """Patterns for the experts that are left alone: `model.layers.3.mlp.experts` means all of that layer.
+
+    Where the experts of some layers are quantized, the others are named by all that engines know alike: the part of
+    the name from the layers on; as plain text, so that engines can rename what they call otherwise.
+    """
+    if not quantized:
+        return [within("experts")] if left else []
+    ends = {name[_from_layers(name) :] for name in quantized}
+    tails = (name if name[_from_layers(name) :] in ends else name[_from_layers(name) :] for name in sorted(left))
+    return [rf"re:.*\b{tail}\b.*" for tail in tails]
+
+
+def _from_layers(name: str) -> int:
+    return max(name.find("layers."), 0)
+
+
 def within(part: str) -> str:
     """The entry for all that lies in modules called `part`, and for the module itself.
 

@@ -13,7 +13,7 @@ from typing import Any
 from w8a8.checkpoint import Checkpoint, Shard, TensorSpec
 from w8a8.checkpoint.remote import open_headers
 from w8a8.errors import NoDeviceError, UsageError, W8A8Error
-from w8a8.formats import detect, get_format
+from w8a8.formats import detect
 from w8a8.formats.detect import section
 from w8a8.machine import MAX_GPUS, Gpu, gigabytes
 from w8a8.memory.kv import KvCache, kv_cache
@@ -21,7 +21,7 @@ from w8a8.memory.model import Model
 from w8a8.memory.weights import weights_per_gpu
 from w8a8.memory.working import activation_bytes, engine_bytes, largest_batch, rotary_bytes
 from w8a8.plan import make_plan
-from w8a8.plan.viewing import view_of
+from w8a8.plan.viewing import format_for, view_of
 
 DEFAULT_CONTEXT = 8192
 DEFAULT_UTILIZATION = 0.9
@@ -282,7 +282,8 @@ def _quantized(case: _Case) -> _Case | None:
     """The case with the checkpoint that `w8a8 quantize` would write; None if the source cannot be quantized."""
     source = case.model.checkpoint
     try:
-        plan = make_plan(view_of(source), get_format(None, None, source.config), source=source.path.name)
+        seen = view_of(source)
+        plan = make_plan(seen, format_for(seen), source=source.path.name)
     except W8A8Error:
         return None
     tensors = tuple(

@@ -17,10 +17,9 @@ from typing import Any, Literal
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import NoConfigError, W8A8Error
-from w8a8.formats.detect import section
 from w8a8.memory.layers import Layer, Tensors, attends, caches, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
-from w8a8.plan.architectures import MemoryRules
+from w8a8.plan.architectures import MemoryRules, text_section
 from w8a8.sources.opening import view
 from w8a8.sources.view import LogicalTensor, plain
 
@@ -128,7 +127,7 @@ def _owners(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
 
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the decoder, with `defaults` for what it leaves out."""
-    text = next((found for key in ("text_config", "llm_config") if (found := section(config, key))), config)
+    text = text_section(config)
     return {**text, **{key: value for key, value in defaults.items() if text.get(key) is None}}
 
 

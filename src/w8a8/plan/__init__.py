@@ -5,8 +5,9 @@ places the output, `plan` puts both into a value that can be printed, saved as J
 """
 
 from w8a8.plan.architectures import architecture_of, architectures
+from w8a8.plan.decisions import Decision
 from w8a8.plan.layout import ShardPlan, Write
-from w8a8.plan.plan import Decision, Plan, make_plan
+from w8a8.plan.plan import Plan, make_plan
 from w8a8.plan.rules import QUANTIZABLE, Rules, is_linear, module_name, scale_name
 
 __all__ = [

@@ -11,11 +11,15 @@ from importlib.resources import files
 from typing import Any, Literal, get_args, get_type_hints
 
 from w8a8.formats import FORMATS
+from w8a8.formats.detect import section
 from w8a8.sources.experts import Stack
 
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
 _KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "stacks", "spellings", "groups", "memory"}
+
+_BY_KEY = ("keep", "quantize", "memory")
+"""What a table takes from another one key by key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,11 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     return next((each for each in known().values() if model_type in each.model_types), known()[GENERIC])
 
 
+def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a model's config.json that describes the decoder."""
+    return next((found for key in ("text_config", "llm_config") if (found := section(config, key))), config)
+
+
 def architectures() -> tuple[str, ...]:
     """Every `model_type` that has a table."""
     return tuple(sorted(model_type for each in known().values() for model_type in each.model_types))
@@ -128,7 +137,7 @@ def known() -> Mapping[str, Architecture]:
 def read(text: str) -> Mapping[str, Architecture]:
     """The tables of a TOML text by name. Raises `ValueError`, which says what is wrong where."""
     values = tomllib.loads(text)
-    _check_keys(values, {"stacks", "keep", "memory", "architecture"}, "the file")
+    _check_keys(values, {"stacks", "keep", "quantize", "memory", "architecture"}, "the file")
     tables: dict[str, Mapping[str, Any]] = {}
     for name, table in values["architecture"].items():
         _check_keys(table, _KEYS, name)
@@ -143,7 +152,7 @@ def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], w
     if table["like"] not in above:
         raise ValueError(f"{where}: like = {table['like']!r} names no table above this one")
     other = above[table["like"]]
-    return {**other, **table, "memory": {**other.get("memory", {}), **table.get("memory", {})}}
+    return {**other, **table, **{key: {**other.get(key, {}), **table.get(key, {})} for key in _BY_KEY}}
 
 
 def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]) -> Architecture:
@@ -157,7 +166,10 @@ def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]
             part: (*_strings(own.get(part, []), f"{name}.keep"), *_strings(kept.get(part, []), "keep"))
             for part in {**own, **kept}
         },
-        quantize={part: _strings(globs, f"{name}.quantize") for part, globs in table["quantize"].items()},
+        quantize={
+            part: _strings(globs, f"{name}.quantize")
+            for part, globs in {**common["quantize"], **table["quantize"]}.items()
+        },
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
         whole=_value(bool, table.get("whole", False), f"{name}.whole"),
         stacks=tuple(_stack(each, f"{name}.stacks") for each in (*table.get("stacks", []), *common["stacks"])),

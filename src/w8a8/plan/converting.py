@@ -7,8 +7,9 @@ from w8a8.errors import UsageError
 from w8a8.formats import Format, detect
 from w8a8.formats.detect import undeclared
 from w8a8.formats.provenance import PROVENANCE
+from w8a8.plan.decisions import Decision, select
 from w8a8.plan.layout import ShardPlan, Write, lay_out
-from w8a8.plan.plan import Decision, Plan, check_spelling, select
+from w8a8.plan.plan import Plan, check_spelling
 from w8a8.plan.rules import Rules, scale_name
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import View

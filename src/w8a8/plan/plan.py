@@ -13,25 +13,15 @@ from typing import Any
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.header import write_header
-from w8a8.errors import AlreadyQuantizedError, FusedGroupError, NothingToQuantizeError, UsageError
-from w8a8.formats import Format, Selection, detect
+from w8a8.errors import AlreadyQuantizedError, NothingToQuantizeError, UsageError
+from w8a8.formats import Format, detect
 from w8a8.formats.foreign import is_adapter
-from w8a8.formats.ignoring import whole_modules
 from w8a8.formats.provenance import CalibrationRecord
+from w8a8.plan.decisions import Decision, check_groups, kept_whole, select
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
 from w8a8.plan.rules import NEVER, QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import View
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The fate of one logical tensor of the source (`LogicalTensor.spec`), and the reason."""
-
-    tensor: TensorSpec
-    component: str
-    quantize: bool
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,19 +129,20 @@ def make_plan(
     rules = Rules.for_config(view.config)
     check_spelling(view, fmt)
     decisions = [_decide(tensor.spec, rules) for shard in view.shards for tensor in shard.tensors]
-    decisions = _kept_whole(decisions, rules)
+    decisions = kept_whole(decisions, rules)
     decisions = _override(decisions, include, quantize=True)
     decisions = _override(decisions, exclude, quantize=False)
     decisions = [_calibrated(decision, kept or {}, calibration.folded if calibration else ()) for decision in decisions]
     # 2) Check that the decisions can be carried out, and that engines can load the result.
-    _check_groups(decisions, rules)
+    check_groups(decisions, rules)
+    split = decisions
     view, decisions = _whole_stacks(view, decisions)
     quantized = {d.tensor.name: _scale_spec(d.tensor, fmt) for d in decisions if d.quantize}
     if not quantized:
         raise NothingToQuantizeError(f"{view.path}: {_nothing(view, rules, decisions)}")
     _check_new_names(view, quantized)
     # 3) Lay the output out, and write the config.
-    selection = select(decisions, rules)
+    selection = select(decisions, rules, split)
     return Plan(
         source=source,
         revision=revision,
@@ -230,19 +221,6 @@ def _decide(tensor: TensorSpec, rules: Rules) -> Decision:
     return Decision(tensor, verdict.component, verdict.quantize, verdict.reason)
 
 
-def _kept_whole(decisions: list[Decision], rules: Rules) -> list[Decision]:
-    """Leave alone what engines fuse with a layer that the rules keep."""
-    kept = {module_name(d.tensor.name) for d in decisions if d.component in rules.keep}
-
-    def judged(decision: Decision) -> Decision:
-        fused = kept.intersection(rules.group_of(module_name(decision.tensor.name)))
-        if not (decision.quantize and fused):
-            return decision
-        return replace(decision, quantize=False, reason=f"engines fuse it with {min(fused)}, which is kept")
-
-    return list(map(judged, decisions))
-
-
 def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool) -> list[Decision]:
     option = "--include" if quantize else "--exclude"
     used: set[str] = set()
@@ -251,7 +229,7 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
     for decision in decisions:
         name, dtype = decision.tensor.name, decision.tensor.dtype
         matching = [g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)]
-        never = NEVER.get(decision.component) if quantize and dtype in QUANTIZABLE else None
+        never = NEVER.get(decision.component) if quantize and not decision.quantize and dtype in QUANTIZABLE else None
         # A bias, norm or embedding that a wide --include happens to match is none of its business.
         if not matching or (
             quantize and not (is_linear(decision.tensor, decision.component) and decision.tensor.numel)
@@ -282,21 +260,6 @@ def _calibrated(decision: Decision, kept: Mapping[str, str], folded: Collection[
     return replace(decision, reason="folded") if name in folded else decision
 
 
-def _check_groups(decisions: list[Decision], rules: Rules) -> None:
-    fate = {module_name(d.tensor.name): d for d in decisions if d.tensor.name.endswith(".weight")}
-    for module, decision in fate.items():
-        if not decision.quantize:
-            continue
-        for member in rules.group_of(module):
-            other = fate.get(member)
-            if other is not None and not other.quantize:
-                group = ", ".join(m for m in rules.group_of(module) if m in fate)
-                raise FusedGroupError(
-                    f"{module} would be quantized but {member} would not ({other.reason}); engines load "
-                    f"{group} as one layer, so include or exclude them together"
-                )
-
-
 def _whole_stacks(view: View, decisions: list[Decision]) -> tuple[View, list[Decision]]:
     """See the stacks of which no expert is quantized as the tensors that they are in the source."""
     quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
@@ -318,27 +281,6 @@ def _check_new_names(view: View, quantized: Mapping[str, ScaleSpec]) -> None:
             raise AlreadyQuantizedError(f"{view.path}: {spec.name} exists already; quantize the BF16 original")
 
 
-def select(decisions: Sequence[Decision], rules: Rules) -> Selection:
-    """The quantized layers by name, and every linear layer that is left alone.
-
-    The second list has layers that the file does not hold: a tied lm_head, which engines still build as a layer, and
-    the missing member of a fused group (v_proj where keys serve as values), which engines still ask about.
-    """
-    quantized = {module_name(d.tensor.name) for d in decisions if d.quantize}
-    copied = [d for d in decisions if not d.quantize]
-    left = {module_name(d.tensor.name) for d in copied if is_linear(d.tensor, d.component) or _holds_experts(d)}
-    left = left.union(*(rules.group_of(name) for name in left))
-    if not any(name.split(".")[-1] == "lm_head" for name in left | quantized):
-        left.add("lm_head")
-    patterns = whole_modules(quantized, left) if rules.whole else ()
-    return Selection(sorted(quantized), sorted(left), [d.tensor for d in copied], patterns)
-
-
-def _holds_experts(decision: Decision) -> bool:
-    """Whether a tensor holds experts: by the rules, or as the matrices of a module that no rule knows."""
-    return decision.component == "experts" or (decision.component == "other" and len(decision.tensor.shape) == 3)
-
-
 def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
     if not rules.known:
         chosen = sorted({_pattern(d.tensor.name) for d in decisions if d.quantize})
@@ -347,6 +289,8 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
             f"no rules for architecture {rules.architecture!r}; the generic ones decided. Quantized: "
             f"{', '.join(chosen)}. Left alone: {', '.join(kept) or 'nothing else with two dimensions'}"
         )
+    if "experts" in rules.keep:
+        yield f"the experts of {rules.architecture} are left alone: {NEVER['experts']}"
     if wrong := [d for d in decisions if _of_wrong_dtype(d)]:
         dtypes = ", ".join(sorted({d.tensor.dtype for d in wrong}))
         patterns = ", ".join(dict.fromkeys(_pattern(d.tensor.name) for d in wrong))
@@ -354,7 +298,7 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
     odd = sorted(
         _pattern(d.tensor.name)
         for d in decisions
-        if d.component == "other" and not d.quantize and len(d.tensor.shape) == 2
+        if d.component == "other" and not d.quantize and is_linear(d.tensor, d.component)
     )
     if rules.known and odd:
         yield f"matrices that no rule names are left alone: {', '.join(dict.fromkeys(odd))}"

@@ -1,7 +1,9 @@
-"""`view_of`: a checkpoint as logical tensors, by what is known of its architecture."""
+"""`view_of`: a checkpoint as logical tensors, by what is known of its architecture; `format_for`: how to spell it."""
 
 from w8a8.checkpoint import Checkpoint
+from w8a8.formats import Format, get_format
 from w8a8.plan.architectures import architecture_of
+from w8a8.plan.rules import experts_of, module_name
 from w8a8.sources.opening import view
 from w8a8.sources.view import View
 
@@ -9,3 +11,15 @@ from w8a8.sources.view import View
 def view_of(checkpoint: Checkpoint) -> View:
     """See `checkpoint` as its architecture stores it. Raises what `w8a8.sources.opening.view` raises."""
     return view(checkpoint, architecture_of(checkpoint.config).stacks)
+
+
+def format_for(view: View, name: str | None = None, compat: str | None = None) -> Format:
+    """The format `name`, or the one of the tool `compat`; where neither is given, the one that engines load best.
+
+    That is quark; compressed-tensors for mixtures of experts, and where engines load no other. Raises `UsageError`.
+    """
+    if name is None and compat is None:
+        spellings = architecture_of(view.config).spellings
+        mixture = any(experts_of(module_name(tensor)) for tensor in view.tensors)
+        name = "compressed-tensors" if mixture and "compressed-tensors" in spellings else spellings[0]
+    return get_format(name, compat, view.config)
