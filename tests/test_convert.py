@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 import w8a8
-from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
 from tests.command import cli as run
 from w8a8.errors import TargetExistsError, UsageError
 from w8a8.formats import FORMATS
@@ -31,6 +33,19 @@ def test_a_spelling_converted_is_that_spelling(llama: Path, tmp_path: Path, befo
     assert w8a8.verify(tmp_path / "out", llama / "source").ok
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_bf16_is_codes_times_scales(llama: Path, tmp_path: Path, name: str) -> None:
+    w8a8.convert(llama / name, tmp_path / "out", "bf16")
+    made, before = tensors_of(tmp_path / "out"), tensors_of(llama / name)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == LLAMA
+    assert not (tmp_path / "out" / "w8a8.json").exists()
+    assert made.keys() == {name for name in before if not name.endswith("_scale")}
+    for key, value in made.items():
+        scale = before.get(f"{key}_scale")
+        wanted = before[key] if scale is None else (before[key].float() * scale.reshape(-1, 1)).bfloat16()
+        assert value.equal(wanted), key
+
+
 def test_what_cannot_be_converted_is_refused(llama: Path, tmp_path: Path) -> None:
     for source, target, reason in [
         ("source", "bf16", "is not quantized"),
@@ -44,7 +59,7 @@ def test_what_cannot_be_converted_is_refused(llama: Path, tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(TargetExistsError):
-        w8a8.convert(llama / "quark", tmp_path / "out", "compressed-tensors")
+        w8a8.convert(llama / "quark", tmp_path / "out", "bf16")
 
 
 def test_the_command_says_what_it_made(llama: Path, tmp_path: Path) -> None:
@@ -52,3 +67,11 @@ def test_the_command_says_what_it_made(llama: Path, tmp_path: Path) -> None:
     assert json.loads(made.stdout)["format"] == "compressed-tensors"
     refused = run("convert", llama / "quark", tmp_path / "out", "--format", "compressed-tensors")
     assert refused.returncode == TargetExistsError.exit_code
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    return found

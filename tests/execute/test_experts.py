@@ -12,6 +12,7 @@ import w8a8
 import w8a8.execute  # before the size of blocks is patched
 from tests.checkpoints import write_checkpoint
 from w8a8.checkpoint import stream
+from w8a8.errors import TensorSizeError
 from w8a8.formats.arithmetic import round_to
 from w8a8.quantization import Options
 
@@ -94,3 +95,13 @@ def test_experts_that_stay_are_the_stack_that_they_were(model_type: str, tmp_pat
     assert made.keys() == before.keys() | {f"{name}_scale" for name in attention}
     assert all(made[name].equal(value) for name, value in before.items() if name not in attention)
     assert w8a8.verify(tmp_path / "out", source).ok
+
+
+@pytest.mark.parametrize(("shape", "reason"), [((2, 5, 4), "5 rows cannot be"), ((4097, 2, 1), "more than 4096")])
+def test_a_stack_that_is_none_is_named(shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
+    name = LAYER + "mlp.experts.gate_up_proj"
+    write_checkpoint(
+        tmp_path / "s", {name: ("BF16", np.ones(shape, np.float32))}, config={"model_type": "qwen3_vl_moe"}
+    )
+    with pytest.raises(TensorSizeError, match=f"{name} is .*{reason}"):
+        w8a8.quantize(tmp_path / "s", tmp_path / "out")

@@ -15,6 +15,9 @@ from w8a8.errors import TensorSizeError
 from w8a8.kernels.cpu.bits import BITS, Bits
 from w8a8.sources.view import Decoder, LogicalTensor, Plain, Stretch
 
+MAX_EXPERTS = 4096
+"""Experts of a layer; the largest models published have 512."""
+
 
 @dataclass(frozen=True, slots=True)
 class Stack:
@@ -58,7 +61,7 @@ def split(
 ) -> Iterator[tuple[LogicalTensor, tuple[LogicalTensor, ...]]]:
     """Yield each tensor with the expert tensors that it is seen as; none where it is no stack.
 
-    Raises `TensorSizeError` where a stack has no shape that can be shared out among its parts.
+    Raises `TensorSizeError` where a stack has no shape that can be shared out among its parts, or too many experts.
     """
     for tensor in tensors:
         stack = next((each for each in stacks if _is_stack(tensor, each)), None)
@@ -78,6 +81,10 @@ def _experts(tensor: LogicalTensor, stack: Stack) -> Iterator[LogicalTensor]:
         raise TensorSizeError(
             f"{tensor.shard}: {tensor.name} is {list(tensor.shape)}; its {rows} rows cannot be shared out between "
             f"{' and '.join(stack.parts)}"
+        )
+    if tensor.shape[0] > MAX_EXPERTS:
+        raise TensorSizeError(
+            f"{tensor.shard}: {tensor.name} is {list(tensor.shape)}; a layer has {MAX_EXPERTS} experts at most"
         )
     prefix = tensor.name.removesuffix(stack.tensor)
     for expert in range(tensor.shape[0]):
