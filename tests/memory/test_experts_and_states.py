@@ -1,6 +1,7 @@
 """Experts, latents and states: what `fit` says of them, and what it says it cannot count."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +21,34 @@ def changed(checkpoint: Checkpoint, *, rename: tuple[str, str] = ("", ""), **con
     """The checkpoint with a part of its tensors' names renamed, and entries of its config changed."""
     tensors = {re.sub(*rename, name) if rename[0] else name: t for name, t in checkpoint.tensors.items()}
     return headers({n: (t.dtype, t.shape) for n, t in tensors.items()}, {**checkpoint.config, **config})
+
+
+def in_mxfp4(checkpoint: Checkpoint) -> Checkpoint:
+    """gpt_oss as it is published: 32 values in 16 bytes and a scale."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if re.search(r"experts\.(gate_up|down)_proj$", name):
+            experts, columns, rows = tensor.shape
+            tensors[f"{name}_blocks"] = ("U8", (experts, rows, columns // 32, 16))
+            tensors[f"{name}_scales"] = ("U8", (experts, rows, columns // 32))
+        else:
+            tensors[name] = (tensor.dtype, tensor.shape)
+    return headers(tensors, {**checkpoint.config, "quantization_config": {"quant_method": "mxfp4"}})
+
+
+def in_gptq(checkpoint: Checkpoint) -> Checkpoint:
+    """Its linear layers in 4 bits, in groups of 16."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name.endswith("proj.weight"):
+            module, (out, columns) = name.removesuffix(".weight"), tensor.shape
+            tensors[f"{module}.qweight"] = ("I32", (columns // 8, out))
+            tensors[f"{module}.qzeros"] = ("I32", (columns // 16, out // 8))
+            tensors[f"{module}.scales"] = ("F16", (columns // 16, out))
+        else:
+            tensors[name] = (tensor.dtype, tensor.shape)
+    method = {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": False, "sym": True}
+    return headers(tensors, {**checkpoint.config, "quantization_config": method})
 
 
 def uncounted(found: Fit) -> list[str]:
@@ -107,7 +136,7 @@ def test_the_kernels_of_experts_have_workspaces_for_a_whole_batch() -> None:
         (changed(family("deepseek_v3"), rename=("self_attn.q_b_proj", "self_attn.indexer.wq_b")), "indexer"),
         (changed(family("llama"), rename=("self_attn.o_proj", "encoder_attn.k_proj")), "layers 0, 1: more than one"),
         (changed(family("qwen3_moe"), num_experts_per_tok=None), "more than one expert"),
-        (changed(family("gpt_oss"), rename=("gate_up_proj$", "gate_up_proj_blocks")), "MXFP4"),
+        (in_mxfp4(family("gpt_oss")), "MXFP4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_counted_is_said(checkpoint: Checkpoint, said: str) -> None:
@@ -136,3 +165,16 @@ def test_a_source_in_blocks_of_fp8_is_counted_as_it_is_stored_and_split_with_its
     whole, half = (weights_per_gpu(model, gpus) for gpus in (1, 2))
     kept = [t for t in model.checkpoint.tensors.values() if re.search(r"norm|_a_proj|mlp\.gate\.", t.name)]
     assert whole - half == (whole - sum(t.numel * 4 if "bias" in t.name else t.nbytes for t in kept)) // 2
+
+
+@pytest.mark.parametrize(("name", "make"), [("gpt_oss", in_mxfp4), ("qwen3_moe", in_gptq)])
+def test_a_source_in_packed_integers_is_read_by_its_logical_tensors_and_counted_as_it_is_stored(
+    name: str, make: Callable[[Checkpoint], Checkpoint]
+) -> None:
+    dense, packed = Model.read(family(name)), Model.read(make(family(name)))
+    assert (packed.layers, packed.experts, packed.intermediate) == (dense.layers, dense.experts, dense.intermediate)
+    assert weights_per_gpu(packed, 1) == sum(t.nbytes for t in packed.checkpoint.tensors.values())
+    experts = sum(t.nbytes for t in packed.checkpoint.tensors.values() if t.name in packed.routed)
+    assert weights_per_gpu(packed, 1) - weights_per_gpu(packed, 2) > 0.45 * experts
+    (said,) = [notice for notice in fit(packed.checkpoint, describe("8GiB")).notices if "quantized already" in notice]
+    assert "as it is stored" in said

@@ -238,7 +238,9 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
     if not model.rules.known:
         yield f"no rules for {model.rules.architecture}: its tensors are split by what their names usually mean"
     scheme = detect(model.checkpoint.config)
-    if scheme.method != "none" and not scheme.w8a8:
+    if model.quantized:
+        yield f"quantized already ({model.quantized}): counted as it is stored"
+    elif scheme.method != "none" and not scheme.w8a8:
         yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
     yield from (f"not counted: {what}" for what in model.uncounted)
 
@@ -297,4 +299,4 @@ def _quantized(case: _Case) -> _Case | None:
 
 def _scheme(model: Model) -> str:
     """The scheme in a few words: its summary up to the colon."""
-    return detect(model.checkpoint.config).summary.partition(":")[0]
+    return model.quantized or detect(model.checkpoint.config).summary.partition(":")[0]

@@ -57,7 +57,8 @@ class Model:
     """A checkpoint's decoder; numbers are those of the whole model, before tensor parallelism.
 
     `owners`: by the name of a stored tensor, the logical tensor that it is a part of. `components`: the component of
-    every stored tensor by name, as in `w8a8.plan`; a scale belongs to its weight's.
+    every stored tensor by name, as in `w8a8.plan`; a scale belongs to its weight's. `quantized` says how the checkpoint
+    is quantized, other than by this tool, if it is.
     `uncounted`: what is found but not counted, each for a person to read.
     """
 
@@ -65,6 +66,7 @@ class Model:
     rules: Rules
     table: MemoryRules
     text: Mapping[str, Any]
+    quantized: str
     owners: Mapping[str, LogicalTensor]
     components: Mapping[str, str]
     layers: tuple[Layer, ...]
@@ -81,7 +83,7 @@ class Model:
         """Read the headers and the config. Raises `NoConfigError` where they do not describe a decoder."""
         rules, table = Rules.for_config(checkpoint.config), architecture_of(checkpoint.config).memory
         text = text_config(checkpoint.config, table.defaults)
-        owners = _owners(checkpoint)
+        quantized, owners = _owners(checkpoint)
         kinds = {kind: component(rules, kind) for kind in {kind_of(tensor.name) for tensor in owners.values()}}
         components = {
             name: "mtp head" if _is_behind(owner.name, text) else kinds[kind_of(owner.name)]
@@ -93,6 +95,7 @@ class Model:
             rules=rules,
             table=table,
             text=text,
+            quantized=quantized,
             owners=owners,
             components=components,
             layers=tuple(parts.layer(index) for index in sorted(parts.tensors)),
@@ -116,13 +119,14 @@ class Model:
         return frozenset(name for name, owner in self.owners.items() if is_expert(self.table, owner.name))
 
 
-def _owners(checkpoint: Checkpoint) -> Mapping[str, LogicalTensor]:
-    """The logical tensor of every stored one; itself, where the checkpoint cannot be read otherwise."""
+def _owners(checkpoint: Checkpoint) -> tuple[str, Mapping[str, LogicalTensor]]:
+    """How it is quantized, and the logical tensor of every stored one; itself, where it cannot be read otherwise."""
     try:
-        tensors = tuple(view(checkpoint).tensors.values())
+        seen = view(checkpoint)
     except W8A8Error:
-        tensors = tuple(plain(spec) for spec in checkpoint.tensors.values())
-    return {spec.name: tensor for tensor in tensors for spec in (tensor.stored, *tensor.beside)}
+        return "", {spec.name: plain(spec) for spec in checkpoint.tensors.values()}
+    parts = ((spec.name, tensor) for tensor in seen.tensors.values() for spec in (tensor.stored, *tensor.beside))
+    return seen.quantized, dict(parts)
 
 
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
