@@ -18,6 +18,7 @@ import w8a8
 from tests.calibrate.checkpoints import KINDS, make, write_text
 from tests.checkpoints import folder_bytes
 from tests.command import W8A8, cli
+from tests.runtime.moe import make as make_mixture
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
 from w8a8.inspection import inspect
@@ -243,6 +244,13 @@ def test_an_architecture_without_groups_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "granite", "Granite")
     with pytest.raises(UnsupportedModelError, match="no recipe knows the layers of granite"):
         w8a8.quantize(source, tmp_path / "out", Options(recipe="auto", tokens=48))
+
+
+def test_a_mixture_of_experts_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "qwen3_moe", "qwen3_moe")
+    with pytest.raises(UnsupportedModelError, match=r"mixtures of experts cannot be calibrated yet.*--recipe rtn"):
+        w8a8.quantize(source, tmp_path / "out", Options(calibration=str(tmp_path / "no text")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3_moe"]
 
 
 def test_a_target_that_is_there_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:

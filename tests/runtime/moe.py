@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import w8a8
+from tests.serve.embedded.servers import TEMPLATE, VOCABULARY, word_tokenizer
 from w8a8.plan.architectures import architecture_of
 from w8a8.quantization import Options
 from w8a8.sources.experts import Stack
@@ -28,7 +29,7 @@ _TEXT: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
-    "vocab_size": 128,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": 256,
     "num_experts": EXPERTS,
     "num_local_experts": EXPERTS,
@@ -58,7 +59,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "gemma4": (
         "Gemma4ForCausalLM",
         {"enable_moe_block": True, "global_head_dim": 16, "top_k_experts": 2, "hidden_size_per_layer_input": 0,
-         "vocab_size_per_layer_input": 128, "layer_types": ["sliding_attention", "full_attention"]},
+         "vocab_size_per_layer_input": VOCABULARY, "layer_types": ["sliding_attention", "full_attention"]},
     ),
     "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {"vision": _VISION}),
     "gpt_oss": ("GptOssForCausalLM", {}),
@@ -77,7 +78,7 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 
 
 def make(folder: Path, family: str) -> Path:
-    """Write a small model of `family` in BF16."""
+    """Write a small model of `family` in BF16, and a tokenizer whose every token is a word."""
     name, more = FAMILIES[family]
     kind = getattr(transformers, name)
     more = dict(more)
@@ -91,6 +92,9 @@ def make(folder: Path, family: str) -> Path:
         if not parameter.any():
             parameter.data.normal_(std=0.2)
     model.save_pretrained(folder)
+    tokenizer = word_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
     return folder
 
 

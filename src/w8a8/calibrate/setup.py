@@ -16,6 +16,7 @@ from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group, groups_of
+from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import StreamedModel
 from w8a8.sources.view import LogicalTensor, View
@@ -41,20 +42,24 @@ class Setup:
 
     @classmethod
     def of(cls, name: str, view: View, request: Request, notice: Callable[[str], None]) -> "Setup":
-        """Load the text, build the model without its layers, and cut the samples.
+        """Build the model without its layers, load the text, and cut the samples.
 
         Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for an architecture without groups,
         UsageError where the text is too short or the samples are too long for the model.
         """
+        model = StreamedModel(name, view.checkpoint, torch.float32)
+        if any(map(holds_experts, model.model.modules())):
+            raise UnsupportedModelError(
+                f"{name}: mixtures of experts cannot be calibrated yet, nor their dense layers; --recipe rtn takes them"
+            )
+        if not groups_of(view.config, model.hollow(0)):
+            kind = view.config.get("model_type")
+            raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
         text = texts.load(request.text)
         if request.text is None:
             notice(
                 "no --calibration given: using the small built-in text; a text like the model's future input is better"
             )
-        model = StreamedModel(name, view.checkpoint, torch.float32)
-        if not groups_of(view.config, model.hollow(0)):
-            kind = view.config.get("model_type")
-            raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
         samples = _samples(name, model, text, request, notice)
         return cls(model, view, request, text, samples, model.embed(samples[0])[1], notice)
 
