@@ -9,7 +9,8 @@ from typing import Any
 
 import msgspec
 
-from w8a8.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorSpec
+from w8a8.checkpoint import Checkpoint, Shard, TensorSpec
+from w8a8.checkpoint.header import DTYPE_BITS
 from w8a8.formats import Selection
 from w8a8.plan import Plan, make_plan, module_name
 from w8a8.plan.viewing import format_for, view_of
@@ -22,7 +23,7 @@ def headers(tensors: Mapping[str, tuple[str, tuple[int, ...]]], config: Mapping[
     """A one-shard checkpoint of `name -> (dtype, shape)` without any file behind it."""
     specs, offset = [], 64
     for name, (dtype, shape) in tensors.items():
-        nbytes = math.prod(shape) * DTYPE_BYTES[dtype]
+        nbytes = math.prod(shape) * DTYPE_BITS[dtype] // 8
         specs.append(TensorSpec(name, dtype, shape, "model.safetensors", offset, nbytes))
         offset += nbytes
     shard = Shard("model.safetensors", offset, tuple(specs))

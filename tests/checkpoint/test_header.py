@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.checkpoint.files import entry, raw_shard
-from w8a8.checkpoint import DTYPE_BYTES, TensorSpec, read_header
-from w8a8.checkpoint.header import write_header
+from w8a8.checkpoint import TensorSpec, read_header
+from w8a8.checkpoint.header import DTYPE_BITS, write_header
 from w8a8.errors import (
     DuplicateTensorError,
     HeaderError,
@@ -128,11 +128,11 @@ def test_what_is_written_is_read_back_and_data_start_at_a_multiple_of_eight(tmp_
     assert [(t.name, t.dtype, t.shape) for t in header.tensors] == [("größe", "U8", (3,))]
 
 
-@pytest.mark.parametrize("dtype", DTYPE_BYTES)
+@pytest.mark.parametrize("dtype", DTYPE_BITS)
 def test_every_dtype_is_as_wide_as_the_safetensors_library_says(tmp_path: Path, dtype: str) -> None:
-    nbytes = 3 * DTYPE_BYTES[dtype]
+    nbytes = 4 * DTYPE_BITS[dtype] // 8
 
-    header = read_header(raw_shard(tmp_path / "x", {"t": entry(dtype, [3], 0, nbytes)}, bytes(nbytes)))
+    header = read_header(raw_shard(tmp_path / "x", {"t": entry(dtype, [4], 0, nbytes)}, bytes(nbytes)))
 
     assert header.tensors[0].nbytes == nbytes
 

@@ -44,6 +44,7 @@ QUANTIZED: dict[str, Tensors] = {
     "bitsandbytes: 8-bit": {"SCB": ("F32", (16,))},
     "FP8 in blocks": {"weight": ("BF16", (16, 16)), "weight_scale_inv": ("F32", (1, 1))},
     "FP4, FP6 or FP8": {"weight": ("F8_E4M3FNUZ", (16, 16))},
+    "FP4, FP6 or FP8.*is F6_E2M3": {"weight": ("F6_E2M3", (16, 16))},
     "NVFP4": {"weight_scale_2": ("F32", ())},
     "MXFP4": {"gate_up_proj_blocks": ("U8", (4, 16))},
     "EXL2": {"q_weight": ("I32", (16, 2)), "q_invperm": ("I32", (16,)), "q_scale": ("I32", (1, 2))},

@@ -10,7 +10,9 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from tests.checkpoints import write_checkpoint
 from tests.sources.decoding import LAYER, Tensors, decoded, found, same, written
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import SourceError
 from w8a8.sources.fp4 import find
 
@@ -85,6 +87,17 @@ def test_nvfp4_of_modelopt(tmp_path: Path, dtype: torch.dtype) -> None:
     reference = (values(packed) * (scale.float() * second).repeat_interleave(16, 1)).to(dtype)
     tensors = {WEIGHT: packed, SCALE: scale, f"{WEIGHT}_scale_2": second, "norm.weight": torch.ones(1, dtype=dtype)}
     assert same(found(tmp_path, find, tensors)[WEIGHT], reference)
+
+
+def test_f4_of_safetensors_is_read(tmp_path: Path) -> None:
+    packed, scale = random(24, 48), random(24, 3, low=100, high=150)
+    arrays = {WEIGHT: ("F4", packed.numpy()), SCALE: ("F8_E8M0", scale.numpy())}
+    file = write_checkpoint(tmp_path, arrays) / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b"[24,48]", b"[24,96]"))  # F4's shape counts numbers, not bytes
+    checkpoint = Checkpoint.open(tmp_path)
+    (tensor,) = find(checkpoint.tensors, {})
+    reference = values(packed) * (scale.float() - 127).exp2().repeat_interleave(32, 1)
+    assert same(decoded(checkpoint, tensor), reference.to(BF16))
 
 
 BLOCKS, SCALES = {f"{EXPERTS}_blocks": random(2, 8, 2, 16)}, f"{EXPERTS}_scales"

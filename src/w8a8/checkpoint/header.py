@@ -46,6 +46,11 @@ DTYPE_BYTES: Mapping[str, int] = {
 }  # fmt: skip
 """Bytes per element of every dtype of the format that fills whole bytes."""
 
+DTYPE_BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6} | {
+    dtype: 8 * nbytes for dtype, nbytes in DTYPE_BYTES.items()
+}
+"""Bits per element of every dtype of the format."""
+
 
 class Shaped(Protocol):
     """What a stored and a logical tensor have in common: a name, a safetensors dtype and a shape."""
@@ -181,7 +186,7 @@ def _tensor(name: str, entry: Any, shard: str, data_start: int, path: Path) -> T
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise HeaderError(f"{where} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise HeaderError(f"{where} has dtype {show(dtype)}, which this version does not know")
     if not isinstance(shape, list) or not all(_is_size(n) for n in shape):
         raise HeaderError(f"{where} has shape {show(shape)}, which is not a list of sizes")
@@ -206,12 +211,12 @@ def _is_size(value: Any) -> bool:
 
 def _nbytes(shape: list[int], dtype: str) -> int | None:
     """Count a tensor's bytes; None once 64 bits do not hold them: a million dimensions would multiply for hours."""
-    nbytes = DTYPE_BYTES[dtype]
+    nbits = DTYPE_BITS[dtype]
     for size in shape:
-        nbytes *= size
-        if nbytes >= 2**63:
+        nbits *= size
+        if nbits >= 2**66:
             return None
-    return nbytes
+    return -(-nbits // 8)
 
 
 def _check_tiling(tensors: list[TensorSpec], data_start: int, file_size: int, path: Path) -> None:

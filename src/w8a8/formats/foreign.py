@@ -45,10 +45,10 @@ def is_adapter(tensors: Iterable[Shaped]) -> bool:
 
 
 def _by_dtype(tensor: Shaped) -> str | None:
+    if re.match("F[46](_|$)" if len(tensor.shape) < 2 else "F[468](_|$)", tensor.dtype):
+        return "FP4, FP6 or FP8"
     if len(tensor.shape) < 2:
         return None
-    if re.match("F[468](_|$)", tensor.dtype):
-        return "FP4, FP6 or FP8"
     if tensor.name.endswith("_blocks") and tensor.dtype == "U8":
         return "MXFP4"
     if not tensor.name.endswith(".weight"):

@@ -11,10 +11,10 @@
 
 MXFP4's scale is a power of two, its exponent plus 127 in a byte, for 32 weights; NVFP4's is FP8, for 16, divided by
 compressed-tensors' global scale or times modelopt's second one, in float32. A weight is `code * scale`, a float32
-product rounded to the model's dtype. What transformers makes of gpt_oss's blocks is their transpose, [E, in, out].
+product rounded to the model's dtype. U8 may be F4 instead, with [out, in] for its shape. What transformers makes of
+gpt_oss's blocks is their transpose, [E, in, out].
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,10 +103,10 @@ def find(tensors: Tensors, declared: Mapping[str, Any]) -> Iterator[LogicalTenso
         name = spec.name
         if spec.dtype == "U8" and name.endswith("_blocks") and len(spec.shape) in {3, 4}:
             yield _blocks(tensors, spec, model)
-        elif spec.dtype == "U8" and name.endswith(".weight_packed") and len(spec.shape) in {2, 3}:
+        elif spec.dtype in {"U8", "F4"} and name.endswith(".weight_packed") and len(spec.shape) in {2, 3}:
             yield _packed(tensors, spec, f"{module_of(name)}.weight", model)
-        elif spec.dtype in {"U8", "I8"} and name.endswith(".weight") and len(spec.shape) in {2, 3}:
-            names = (f"{name}_scale_inv", f"{module_of(name)}.scale", f"{name}_scale" if spec.dtype == "U8" else "")
+        elif spec.dtype in {"U8", "I8", "F4"} and name.endswith(".weight") and len(spec.shape) in {2, 3}:
+            names = (f"{name}_scale_inv", f"{module_of(name)}.scale", f"{name}_scale" if spec.dtype != "I8" else "")
             if any(each in tensors for each in names):
                 yield _packed(tensors, spec, name, model, *names)
 
@@ -125,17 +125,18 @@ def _packed(tensors: Tensors, spec: TensorSpec, name: str, model: str, *scales: 
     scale = companion(tensors, spec, *filter(None, scales or (f"{name}_scale",)))
     expect(scale, spec, (*_EXPONENTS, "F8_E4M3"))
     group = NV if scale.dtype == "F8_E4M3" else MX
-    *lead, rows, half = spec.shape
-    if 2 * half % group:
-        raise wrong(spec, f"is {shown(spec)}, whose {2 * half} inputs are no blocks of {group}")
-    expect(scale, spec, (scale.dtype,), (*lead, rows, 2 * half // group))
+    *lead, rows, last = spec.shape
+    inputs = last if spec.dtype == "F4" else 2 * last
+    if inputs % group:
+        raise wrong(spec, f"is {shown(spec)}, whose {inputs} inputs are no blocks of {group}")
+    expect(scale, spec, (scale.dtype,), (*lead, rows, inputs // group))
     beside, outer = [scale], ""
     if group == NV:
-        last = companion(tensors, spec, f"{name}_global_scale", f"{name}_scale_2")
+        second = companion(tensors, spec, f"{name}_global_scale", f"{name}_scale_2")
         one = [(), (1,)] if not lead else [tuple(lead), (*lead, 1), (1,), ()]
-        expect(last, spec, ("F32",), *one)
-        beside.append(last)
-        outer = "/" if last.name.endswith("_global_scale") else "*"
-    shape = (*lead, rows, 2 * half)
-    assert math.prod(shape) == 2 * spec.numel
-    return LogicalTensor(name, model, shape, spec, Fp4(group, outer), (*beside, *dropped(tensors, name)))
+        expect(second, spec, ("F32",), *one)
+        beside.append(second)
+        outer = "/" if second.name.endswith("_global_scale") else "*"
+    return LogicalTensor(
+        name, model, (*lead, rows, inputs), spec, Fp4(group, outer), (*beside, *dropped(tensors, name))
+    )

@@ -13,6 +13,7 @@ from w8a8.errors import AlreadyQuantizedError
 from w8a8.formats.detect import declared, detect, undeclared, without_empty
 from w8a8.formats.foreign import quantized_as
 from w8a8.sources import fp4, gguf, gptq, packed, scaled
+from w8a8.sources.complete import check
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
 
@@ -55,6 +56,7 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
             own += experts or (tensor,)
             whole |= {expert.name: tensor for expert in experts}
         shards.append(ViewShard(shard, tuple(own)))
+    check((tensor for shard in shards for tensor in shard.tensors), checkpoint.config, str(checkpoint.path))
     config = (undeclared if found else without_empty)(checkpoint.config)
     return View(checkpoint, config, tuple(shards), ", ".join(sorted(labels)), whole)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import DTYPE_BYTES, Checkpoint, Shard, TensorSpec
+from w8a8.checkpoint import Checkpoint, Shard, TensorSpec
+from w8a8.checkpoint.header import DTYPE_BITS
 from w8a8.checkpoint.sidecars import LeftOut
 from w8a8.kernels.cpu.bits import Bits
 
@@ -118,7 +119,7 @@ class LogicalTensor:
     @property
     def nbytes(self) -> int:
         """Bytes in `dtype`."""
-        return self.numel * DTYPE_BYTES[self.dtype]
+        return self.numel * DTYPE_BITS[self.dtype] // 8
 
     @property
     def spec(self) -> TensorSpec:
