@@ -73,7 +73,8 @@ def test_each_expert_is_quantized_by_its_rows(
     monkeypatch.setattr(stream, "BLOCK_BYTES", block)
     values = matrices()
     write_checkpoint(tmp_path / "source", stored(model_type, values), config={"model_type": model_type})
-    w8a8.quantize(tmp_path / "source", tmp_path / "out", Options("compressed-tensors", include=["*.experts.*"]))
+    include = ["*.experts.*"] if model_type == "gpt_oss" else []  # vLLM takes its experts as they are alone
+    w8a8.quantize(tmp_path / "source", tmp_path / "out", Options("compressed-tensors", include=include))
     made = tensors_of(tmp_path / "out")
     prefix = LAYER + LAYOUTS[model_type] + ("experts." if model_type == "granitemoe" else "")
     assert len(made) == 2 * len(values)
@@ -97,7 +98,7 @@ def test_experts_that_stay_are_the_stack_that_they_were(model_type: str, tmp_pat
     assert w8a8.verify(tmp_path / "out", source).ok
 
 
-@pytest.mark.parametrize(("shape", "reason"), [((2, 5, 4), "5 rows cannot be"), ((4097, 2, 1), "more than 4096")])
+@pytest.mark.parametrize(("shape", "reason"), [((2, 5, 4), "5 rows cannot be"), ((4097, 2, 1), "4096 experts at most")])
 def test_a_stack_that_is_none_is_named(shape: tuple[int, ...], reason: str, tmp_path: Path) -> None:
     name = LAYER + "mlp.experts.gate_up_proj"
     write_checkpoint(
