@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import NoConfigError, W8A8Error
+from w8a8.formats import detect
 from w8a8.memory.layers import Layer, Tensors, attends, caches, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules, text_section
@@ -58,7 +59,7 @@ class Model:
 
     `owners`: by the name of a stored tensor, the logical tensor that it is a part of. `components`: the component of
     every stored tensor by name, as in `w8a8.plan`; a scale belongs to its weight's. `quantized` says how the checkpoint
-    is quantized, other than by this tool, if it is.
+    is quantized, if it is in another way than W8A8.
     `uncounted`: what is found but not counted, each for a person to read.
     """
 
@@ -126,7 +127,7 @@ def _owners(checkpoint: Checkpoint) -> tuple[str, Mapping[str, LogicalTensor]]:
     except W8A8Error:
         return "", {spec.name: plain(spec) for spec in checkpoint.tensors.values()}
     parts = ((spec.name, tensor) for tensor in seen.tensors.values() for spec in (tensor.stored, *tensor.beside))
-    return seen.quantized, dict(parts)
+    return "" if detect(checkpoint.config).w8a8 else seen.quantized, dict(parts)
 
 
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
