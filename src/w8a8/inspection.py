@@ -71,7 +71,7 @@ def inspect(source: str | Path) -> Inspection:
     rows = [ComponentRow(component, dtype, *row) for (component, dtype), row in totals.items()]
     architectures = checkpoint.config.get("architectures")
     return Inspection(
-        name=checkpoint.path.resolve().name,
+        name=checkpoint.name,
         architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
         model_type=str(checkpoint.config.get("model_type", "")),
         shards=len(checkpoint.shards),
@@ -79,13 +79,20 @@ def inspect(source: str | Path) -> Inspection:
         parameters=sum(row.parameters for row in rows if row.component != "scales"),
         nbytes=checkpoint.nbytes,
         components=tuple(sorted(rows, key=lambda row: -row.nbytes)),
-        scheme=(scheme == UNQUANTIZED and quantized_as(checkpoint.tensors.values())) or scheme.summary,
+        scheme=_summary(checkpoint),
         w8a8=scheme.w8a8,
         recipe=_recipe(checkpoint),
         excludes=scheme.excludes,
         not_needed=tuple(left.name for left in checkpoint.left_out),
         specs=tuple(checkpoint.tensors.values()),
     )
+
+
+def _summary(checkpoint: Checkpoint) -> str:
+    scheme = detect(checkpoint.config)
+    if checkpoint.gguf and checkpoint.gguf.label:
+        return f"{checkpoint.gguf.label}; dtypes and bytes are those of the dequantized model"
+    return (scheme == UNQUANTIZED and quantized_as(checkpoint.tensors.values())) or scheme.summary
 
 
 def _recipe(checkpoint: Checkpoint) -> str:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import gguf
@@ -193,13 +194,25 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
 }
 
 
-def write_gguf(path: Path, architecture: str, kinds: tuple[str, ...] = MIXED, *, skip: str = "") -> Path:
-    """Write a small model; its matrices have the dtypes `kinds` in turn, as far as their rows allow."""
-    shapes, fields = ARCHITECTURES[architecture]
+def write_gguf(
+    path: Path,
+    architecture: str,
+    kinds: tuple[str, ...] = MIXED,
+    *,
+    skip: str = "",
+    fields: Mapping[str, Any] = MappingProxyType({}),
+    named: str = "",
+) -> Path:
+    """Write a small model; its matrices have the dtypes `kinds` in turn, as far as their rows allow.
+
+    Without the tensor `skip`, with `fields` in place of its own, and `named` as if of another architecture.
+    """
+    shapes, own = ARCHITECTURES[architecture]
+    architecture = named or architecture
     chance = np.random.default_rng(3)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("small")
-    for key, value in {**COMMON, **fields}.items():
+    for key, value in {**COMMON, **own, **fields}.items():
         adders: Mapping[type, Any] = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array}
         adders[type(value)](f"{architecture}.{key}", value)
     add_tokenizer(writer)
@@ -250,3 +263,24 @@ def add_tensor(
     else:
         data = quantize(values, gguf.GGMLQuantizationType[kind])
     writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+
+
+def split_gguf(path: Path, folder: Path, count: int) -> None:
+    """Share out a file's tensors among `count` files, as `llama-gguf-split` does: the first has all fields."""
+    reader = gguf.GGUFReader(path)
+    for number in range(count):
+        writer = gguf.GGUFWriter(folder / f"{path.stem}-{number + 1:05}-of-{count:05}.gguf", "")
+        writer.kv_data[0].clear()
+        for field in reader.fields.values() if number == 0 else ():
+            if not field.name.startswith("GGUF."):
+                kind = field.types[0]
+                sub = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(field.name, field.contents(), kind, sub)
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        for tensor in reader.tensors[number::count]:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()

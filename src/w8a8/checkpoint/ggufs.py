@@ -36,6 +36,13 @@ class Gguf:
                 nbytes = math.prod(made.shape) * DTYPE_BYTES[self.model.dtype]
                 yield TensorSpec(made.name, self.model.dtype, made.shape, name, stored.offset, nbytes)
 
+    @property
+    def label(self) -> str:
+        """The dtypes in blocks that the model's tensors have; empty where there are none."""
+        used = {t.dtype for header in self.headers.values() for t in header.tensors if t.name in self.model.parameters}
+        kinds = sorted(used - DTYPE_BYTES.keys())
+        return f"GGUF ({', '.join(kinds)})" if kinds else ""
+
     def unused(self) -> Iterator[LeftOut]:
         """The tensors that become none."""
         for header in self.headers.values():

@@ -7,10 +7,12 @@ that does it there (`TENSOR_PROCESSORS` of modeling_gguf_pytorch_utils, `GGUF_AR
 this version does not know is refused. The parameters' names are those that `save_pretrained` writes.
 """
 
+import math
 import re
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,6 +218,11 @@ class _Namer:
         if missing := sorted(self.expected.keys() - names.values() - tied):
             raise self._refusal(f"it lacks {missing[0]}, or transformers cannot tell which tensor that is")
         parameters = {name: tuple(self._parameters(name, shapes[name], target)) for name, target in names.items()}
+        given: Counter[str] = Counter()
+        for name, target in names.items():
+            given[target] += math.prod(shapes[name])
+        if short := sorted(target for target, count in given.items() if count != math.prod(self.expected[target])):
+            raise self._refusal(f"it lacks a part of {short[0]}")
         return parameters, {name: change for name, change in changes.items() if change != UNCHANGED}
 
     def _is_tied(self) -> bool:

@@ -107,6 +107,11 @@ class Checkpoint:
         return cls(path, _read_config(home, set(made)), shards, tuple(made), left_out, len(shards) > 1, gguf)
 
     @property
+    def name(self) -> str:
+        """What the folder is called, or the GGUF file."""
+        return next(iter(self.gguf.headers)) if self.gguf else self.path.resolve().name
+
+    @property
     def home(self) -> Path:
         """The folder of config.json and the sidecars."""
         return self.gguf.model.folder.path if self.gguf else self.path

@@ -178,7 +178,7 @@ class _Case:
         tokens, activations = working(self.context)
         blocks = cache.blocks(self.context, tokens)
         return Fit(
-            name=model.checkpoint.path.resolve().name,
+            name=model.checkpoint.name,
             scheme=_scheme(model),
             gpus=self.gpus,
             tensor_parallel=self.tensor_parallel,

