@@ -244,3 +244,26 @@ def bench_calibrate(
         scale=scale, layers=layers, samples=samples, tokens=tokens, runs=runs, folder=folder, notice=terminal.notice
     )
     terminal.table(found, show)
+
+
+@bench_app.command(
+    "sources",
+    epilog="""
+Examples:
+
+- `w8a8 bench sources`
+- `w8a8 bench sources --runs 31 --json`
+""",
+)
+def bench_sources(
+    size: Annotated[int, typer.Option(min=256, help="Rows and columns of the weights; a multiple of 256.")] = 4096,
+    runs: Runs = 9,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time decoding weights that are quantized already, on one core, against transformers and compressed-tensors."""
+    from w8a8.bench.sources import bench, show
+    from w8a8.terminal.output import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(runs=runs, size=size - size % 256, notice=terminal.notice), show)
