@@ -26,7 +26,7 @@ def test_weights_and_kv_cache_are_what_the_installed_vllm_allocates(
     options = json.dumps({"context": CONTEXT})
     run = subprocess.run(
         [vllm_python, script, str(gpus), options, *checkpoints],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for name, expected in json.loads(run.stdout.splitlines()[-1]).items():

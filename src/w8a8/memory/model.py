@@ -18,6 +18,7 @@ from typing import Any, Literal
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import NoConfigError, W8A8Error
 from w8a8.formats import detect
+from w8a8.formats.detect import section
 from w8a8.memory.layers import Layer, Tensors, attends, caches, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules, text_section
@@ -133,7 +134,8 @@ def _owners(checkpoint: Checkpoint) -> tuple[str, Mapping[str, LogicalTensor]]:
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the decoder, with `defaults` for what it leaves out."""
     text = text_section(config)
-    return {**text, **{key: value for key, value in defaults.items() if text.get(key) is None}}
+    inner = {key: value for key, value in section(text, "attn_config").items() if key not in text}
+    return {**inner, **text, **{key: value for key, value in defaults.items() if text.get(key) is None}}
 
 
 def component(rules: Rules, name: str) -> str:
@@ -210,7 +212,7 @@ class _Parts:
             raise NoConfigError(f"{self.where}: no token embeddings among its tensors ({table.tables[0]})")
         self.vocabulary, self.hidden = embeddings.shape
         self.attending = [i for i in sorted(self.tensors) if attends(self.tensors[i], table)]
-        self.heads = self.number("num_attention_heads", 0) or self._heads_by_shape()
+        self.heads = self._first(table.heads, 0) or self._heads_by_shape()
         self.intermediate = max(self._rows(table.mlp), self._rows(table.mlp_fused) // 2)
 
     def number(self, key: str, default: int | None = None) -> int:
@@ -234,7 +236,7 @@ class _Parts:
         shared = index >= max(self.tensors) + 1 - self._optional(self.table.shared_layers)
         width = self._width(tensors, self.table.attention.key)
         head_dim = self._head_dim(tensors)
-        fused = self.number("num_key_value_heads", self.heads)  # where one projection makes queries, keys and values
+        fused = self._fused_heads()  # where one projection makes queries, keys and values
         heads = fused if width is None else max(1, width // head_dim)
         window = self.number(_WINDOWS[kind]) if kind in _WINDOWS else 0
         return Layer(kind, 0 if shared else heads, head_dim, window, shared, head_dim, kept)
@@ -255,7 +257,7 @@ class _Parts:
         """What the tensors show that is not counted."""
         odd = [i for i in sorted(self.tensors) if self._unknown(i)]
         if odd:
-            yield f"what {_layers(odd)} keep of a sequence: layers of a kind this version cannot size"
+            yield f"the cache or state of {_layers(odd)}, of a kind that this version cannot size"
         several = [i for i, tensors in sorted(self.tensors.items()) if caches(tensors, self.table) > 1]
         if several:
             yield f"all but one of the caches of {_layers(several)}: more than one attention module each"
@@ -263,6 +265,8 @@ class _Parts:
             yield "the cache of the indexer that chooses which tokens are attended to"
         if self.routed and not any(self.text.get(key) for key in self.table.experts_per_token):
             yield "working memory of more than one expert for a token: the config does not say how many it uses"
+        if self.routed and not self.experts:
+            yield "the working memory of experts, whose tensors do not show how wide they are"
         if any(tensor.stored.name.endswith("_blocks") for tensor in self.routed.values()):
             yield "what an engine adds to experts in MXFP4 so that they suit the GPU's kernel"
 
@@ -295,6 +299,10 @@ class _Parts:
         key = next((key for key in keys if self.text.get(key) is not None), None)
         return self.number(key) if key else default
 
+    def _fused_heads(self) -> int:
+        one = self.text.get("multi_query") is True and self.text.get("new_decoder_architecture") is not True
+        return 1 if one else self._first(self.table.kv_heads, self.heads)
+
     def _recurrent_bytes(self) -> int:
         said = next((str(self.text[key]) for key in self.table.state.dtype if self.text.get(key)), "")
         return {"bfloat16": 2, "float16": 2, "float32": 4}.get(said, self.table.state.bytes)
@@ -302,7 +310,7 @@ class _Parts:
     def _expert_width(self, name: str, tensor: LogicalTensor) -> int:
         """How wide an expert is, by one of its tensors that leads into it; else 0."""
         leaf = module_name(name).rpartition(".")[2].removesuffix("_blocks")
-        if leaf in self.table.mlp and len(tensor.shape) == 2:
+        if leaf in self.table.mlp and len(tensor.shape) == 2 and ".0." in name.rpartition("experts")[2]:
             return tensor.shape[0]
         if leaf not in self.table.mlp_fused or len(tensor.shape) < 3:
             return 0

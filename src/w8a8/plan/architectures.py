@@ -76,6 +76,8 @@ class MemoryRules:
     defaults: Mapping[str, Any]
     full_every: tuple[str, ...]
     shared_layers: str
+    heads: tuple[str, ...]
+    kv_heads: tuple[str, ...]
     tables: tuple[str, ...]
     mlp: tuple[str, ...]
     mlp_fused: tuple[str, ...]
