@@ -97,6 +97,12 @@ def test_a_quantized_projection_from_latents_is_kept_in_two_bytes_besides() -> N
     assert weights_per_gpu(model, 1) - weights_per_gpu(Model.read(without), 1) == 2 * 2 * 128 * 32
 
 
+def test_the_embedded_engine_keeps_latents_and_makes_keys_and_values_of_one_layer_from_them() -> None:
+    one, two = (ram_needed(family("deepseek_v3"), context) for context in (64, 128))
+    kept, made = 2 * (32 + 8) * 2, (128 + 4 * 8) * 2
+    assert two - one == 64 * (kept + made + 6 * 64 + 7 * (96 + 2 * 32))
+
+
 def test_a_state_does_not_grow_with_the_context() -> None:
     short, long = (fit(family("mamba2", context=4096), describe("8GiB"), context=context) for context in (64, 4096))
     assert short.kv == long.kv > 0

@@ -1,7 +1,8 @@
 """Count the RAM that the embedded engine needs to run a checkpoint on the CPU.
 
 transformers holds the weights as stored (INT8 with FP32 scales, the rest in 2 bytes), a `DynamicCache` of keys and
-values in 2 bytes (a sliding window keeps its window), and works on a whole prompt at once.
+values, or of latents, in 2 bytes (a sliding window keeps its window), and works on a whole prompt at once, for which it
+makes keys and values of all heads from the latents of one layer.
 """
 
 from pathlib import Path
@@ -25,8 +26,15 @@ def ram_needed(checkpoint: str | Path | Checkpoint, context: int, concurrency: i
     context = min(context, model.max_context)
     cache = concurrency * sum(_cache_bytes(layer, context) for layer in model.layers)
     wide = model.intermediate + (model.experts.width * model.experts.per_token if model.experts else 0)
-    working = context * (6 * model.hidden + 7 * wide) + concurrency * 6 * model.vocabulary
+    working = context * (6 * model.hidden + 7 * wide + 2 * _from_latent(model)) + concurrency * 6 * model.vocabulary
     return PROCESS_BYTES + weights_per_gpu(model, 1) + cache + working
+
+
+def _from_latent(model: Model) -> int:
+    """Keys and values, in elements, that a layer makes of a token's latent; 0 without latents."""
+    ending = f".{model.table.latent.up}.weight"
+    rows = max((tensor.shape[0] for tensor in model.owners.values() if tensor.name.endswith(ending)), default=0)
+    return rows + model.heads * max((layer.rotary for layer in model.layers), default=0) if rows else 0
 
 
 def _cache_bytes(layer: Layer, context: int) -> int:
