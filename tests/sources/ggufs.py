@@ -136,6 +136,64 @@ def bloom() -> Shapes:
             yield f"blk.{layer}.{name}.bias", (HIDDEN,)
 
 
+def biased(shapes: Shapes) -> Shapes:
+    """The tensors, each with a bias."""
+    for name, shape in shapes:
+        yield name, shape
+        yield name.replace(".weight", ".bias"), shape[:1]
+
+
+def ungated(layer: int) -> Shapes:
+    yield f"blk.{layer}.ffn_up.weight", (FEED, HIDDEN)
+    yield f"blk.{layer}.ffn_down.weight", (HIDDEN, FEED)
+
+
+def phi3() -> Shapes:
+    yield from ends()
+    for layer in range(2):
+        yield from norms(layer, "attn_norm", "ffn_norm")
+        yield f"blk.{layer}.attn_qkv.weight", ((HEADS + 2 * KEYS) * HEAD, HIDDEN)
+        yield f"blk.{layer}.attn_output.weight", (HIDDEN, HEADS * HEAD)
+        yield f"blk.{layer}.ffn_up.weight", (2 * FEED, HIDDEN)
+        yield f"blk.{layer}.ffn_down.weight", (HIDDEN, FEED)
+
+
+def starcoder2() -> Shapes:
+    yield "token_embd.weight", (VOCABULARY, HIDDEN)
+    yield from biased(iter([("output_norm.weight", (HIDDEN,))]))
+    for layer in range(2):
+        yield from biased(iter((*norms(layer, "attn_norm", "ffn_norm"), *attention(layer), *ungated(layer))))
+
+
+def stablelm() -> Shapes:
+    yield from (("token_embd.weight", (VOCABULARY, HIDDEN)), ("output.weight", (VOCABULARY, HIDDEN)))
+    yield from biased(iter([("output_norm.weight", (HIDDEN,))]))
+    for layer in range(2):
+        yield from biased(norms(layer, "attn_norm", "ffn_norm"))
+        yield from (*attention(layer), *feed(layer))
+
+
+def nemotron() -> Shapes:
+    yield from (("token_embd.weight", (VOCABULARY, HIDDEN)), ("output.weight", (VOCABULARY, HIDDEN)))
+    yield from biased(iter([("output_norm.weight", (HIDDEN,))]))
+    for layer in range(2):
+        yield from biased(norms(layer, "attn_norm", "ffn_norm"))
+        yield from (*attention(layer), *ungated(layer))
+
+
+def minimax() -> Shapes:
+    yield from ends()
+    for layer in range(2):
+        yield from (*norms(layer, "attn_norm", "ffn_norm"), *attention(layer))
+        yield f"blk.{layer}.attn_q_norm.weight", (HEADS * HEAD,)
+        yield f"blk.{layer}.attn_k_norm.weight", (KEYS * HEAD,)
+        yield f"blk.{layer}.ffn_gate_inp.weight", (4, HIDDEN)
+        yield f"blk.{layer}.exp_probs_b.bias", (4,)
+        yield f"blk.{layer}.ffn_gate_exps.weight", (4, FEED, HIDDEN)
+        yield f"blk.{layer}.ffn_up_exps.weight", (4, FEED, HIDDEN)
+        yield f"blk.{layer}.ffn_down_exps.weight", (4, HIDDEN, FEED)
+
+
 def mamba() -> Shapes:
     yield "token_embd.weight", (VOCABULARY, HIDDEN)
     yield "output_norm.weight", (HIDDEN,)
@@ -179,6 +237,14 @@ ARCHITECTURES: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
             "ssm.time_step_rank": 8,
             "ssm.inner_size": 256,
         },
+    ),
+    "phi3": (phi3, {"rope.dimension_count": HEAD}),
+    "starcoder2": (starcoder2, {"attention.layer_norm_epsilon": 1e-5}),
+    "stablelm": (stablelm, {"attention.layer_norm_epsilon": 1e-5}),
+    "nemotron": (nemotron, {}),
+    "minimax-m2": (
+        minimax,
+        {"attention.key_length": HEAD, "rope.dimension_count": 32, "expert_count": 4, "expert_used_count": 2},
     ),
     "bloom": (bloom, {"attention.layer_norm_epsilon": 1e-5}),
     "mamba": (
@@ -239,6 +305,7 @@ def add_tokenizer(writer: gguf.GGUFWriter) -> None:
     writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])
     writer.add_token_merges(["h e", "l l"])
     writer.add_eos_token_id(VOCABULARY - 1)
+    writer.add_pad_token_id(VOCABULARY - 2)
     writer.add_chat_template("{{ messages[0]['content'] }}")
 
 

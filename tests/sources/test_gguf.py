@@ -37,7 +37,11 @@ def by_transformers(path: Path, folder: Path) -> dict[str, torch.Tensor]:
     )
     model.to(torch.bfloat16).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
-    return dict(apart(load_file(folder / "model.safetensors")))
+    found = dict(apart(load_file(folder / "model.safetensors")))
+    if config.model_type != "minimax_m2":
+        return found
+    modules = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "mlp": "block_sparse_moe"}  # as it is published
+    return {".".join(modules.get(part, part) for part in name.split(".")): value for name, value in found.items()}
 
 
 def apart(tensors: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -31,16 +31,16 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 """Version 1 counted in 32 bits; no file of it is left. 2 and 3 differ in nothing that a little-endian file shows."""
 
-MAX_HEADER_BYTES = 200_000_000
+MAX_HEADER_BYTES = 100_000_000
 """Vocabularies make the largest headers: Gemma's 262,144 tokens and their scores take 8 MB, with merges 15 MB."""
 
 MAX_FIELDS = 4096
 MAX_TENSORS = 200_000
 MAX_KEY = 1024
-MAX_TOKEN = 4096
+MAX_TOKEN = 1024
 """Bytes of a text in a list. Rebuilding a tokenizer's merges takes the square of a token's length."""
 
-MAX_LIST = 4_000_000
+MAX_LIST = 1_000_000
 MAX_KEPT = 65_536
 """Numbers of a list that are kept: what a config needs has one a layer."""
 

@@ -31,6 +31,8 @@ _WIDTHS = {
 }
 """What some of transformers' configs leave at the size of one published model."""
 
+MAX_EXPERTS = 4096
+
 _LAYER = re.compile(r"blk\.(\d+)\.")
 _EXPERTS = re.compile(r"blk\.\d+\.ffn_(gate|up|down)_exps\.weight")
 _PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}
@@ -234,22 +236,22 @@ class _Namer:
         from transformers.core_model_loading import revert_weight_conversion
 
         expected = self.expected[target]
-        saved = list(revert_weight_conversion(self.model, {target: torch.empty(expected, device="meta")}))
-        if found := _EXPERTS.fullmatch(name):
-            if len(shape) != 3 or (shape[0], shape[1] * (1 if found[1] == "down" else 2), shape[2]) != expected:
-                raise self._refusal(f"{show(name)} is {list(shape)}, and does not fit {target}, {list(expected)}")
-            own = sorted((_expert(key) for key in saved), key=lambda key: key[:2])
-            experts = [key for number, part, key in own if part == found[1]] if len(own) > 1 else []
-            experts = experts or [
-                f"{saved[0].rpartition('.')[0]}.{number}.{found[1]}_proj.weight" for number in range(shape[0])
-            ]
-            if len(experts) != shape[0]:
-                raise self._refusal(f"{show(name)} holds {shape[0]} experts, the config counts {len(experts)}")
-            yield from (Parameter(expert, shape[1:]) for expert in experts)
-            return
-        if len(saved) != 1 or [n for n in shape if n > 1] != [n for n in expected if n > 1]:
+        found = _EXPERTS.fullmatch(name)
+        if found:  # gate and up are one parameter
+            fits = len(shape) == 3 and (shape[0], shape[1] * (1 if found[1] == "down" else 2), shape[2]) == expected
+        else:
+            fits = [size for size in shape if size > 1] == [size for size in expected if size > 1]
+        if not fits or (found and shape[0] > MAX_EXPERTS):
             raise self._refusal(f"{show(name)} is {list(shape)}, and does not fit {target}, {list(expected)}")
-        yield Parameter(saved[0], expected)
+        saved = list(revert_weight_conversion(self.model, {target: torch.empty(expected, device="meta")}))
+        if not found:
+            yield Parameter(saved[0], expected)
+            return
+        own = sorted((_expert(key) for key in saved), key=lambda key: key[:2])
+        experts = [key for _, part, key in own if part == found[1]] if len(own) > 1 else []
+        stem = saved[0].rpartition(".")[0]
+        experts = experts or [f"{stem}.{number}.{found[1]}_proj.weight" for number in range(shape[0])]
+        yield from (Parameter(expert, shape[1:]) for expert in experts)
 
     def _older(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], dict[str, Change]]:
         """Names and changes of the architectures that transformers reads by `modeling_gguf_pytorch_utils`."""
