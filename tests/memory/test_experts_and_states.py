@@ -139,6 +139,7 @@ def test_the_kernels_of_experts_have_workspaces_for_a_whole_batch() -> None:
         (changed(family("jamba"), rename=("conv1d", "lag")), "state of layers 0, 1, 3,"),
         (changed(family("qwen3_next"), rename=("in_proj|out_proj", "mix")), "state of layer 0,"),
         (changed(family("llama"), rename=("self_attn.k_proj", "self_attn.odd_proj")), "state of layers 0, 1,"),
+        (changed(family("llama"), layer_types=["linear_attention", "full_attention"]), "state of layer 0,"),
         (changed(family("deepseek_v3"), rename=("self_attn.q_b_proj", "self_attn.indexer.wq_b")), "indexer"),
         (changed(family("llama"), rename=("self_attn.o_proj", "encoder_attn.k_proj")), "layers 0, 1: more than one"),
         (changed(family("qwen3_moe"), num_experts_per_tok=None), "more than one expert"),

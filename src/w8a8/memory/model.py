@@ -230,7 +230,11 @@ class _Parts:
         kept = state(tensors, self.table, self._first, self._recurrent_bytes())
         if compressed := latent(tensors, self.table):
             return Layer("latent", 1, compressed[0], rotary=compressed[1], state=kept)
-        if not attends(tensors, self.table) or (kept and find(tensors, "q_conv1d")):
+        if (
+            not attends(tensors, self.table)
+            or (kept and find(tensors, "q_conv1d"))
+            or (not kept and self._recurs(index))
+        ):
             return Layer("none", state=kept)
         kind = self._kind(index)
         shared = index >= max(self.tensors) + 1 - self._optional(self.table.shared_layers)
@@ -275,8 +279,13 @@ class _Parts:
         tensors = self._tensors_of(index)
         if state(tensors, self.table, self._first, 2):
             return False
-        recurrent = any(name.endswith(_RECURRENT) for name in tensors)
+        recurrent = self._recurs(index) or any(name.endswith(_RECURRENT) for name in tensors)
         return recurrent or not (attends(tensors, self.table) or latent(tensors, self.table) or self._is_mlp(index))
+
+    def _recurs(self, index: int) -> bool:
+        """Whether the config says that layer `index` keeps a state and no keys, whatever its projections are called."""
+        kinds = self.text.get("layer_types")
+        return isinstance(kinds, list) and index < len(kinds) and kinds[index] in {"linear_attention", "recurrent"}
 
     def _is_mlp(self, index: int) -> bool:
         """Whether all matrices of a layer belong to an MLP, experts or norms."""
@@ -346,7 +355,12 @@ class _Parts:
         """The largest number of rows of these projections in any layer."""
         endings = tuple(f".{leaf}.weight" for leaf in leaves)
         return max(
-            (t.shape[0] for ts in self.tensors.values() for n, t in ts.items() if n.endswith(endings) and t.shape),
+            (
+                t.shape[0]
+                for ts in self.tensors.values()
+                for n, t in ts.items()
+                if f".{n}".endswith(endings) and t.shape
+            ),
             default=0,
         )
 
