@@ -259,6 +259,6 @@ class InvalidResultError(W8A8Error):
 
 
 class UnsupportedModelError(W8A8Error):
-    """No recipe knows the model's layers, or they cannot run one at a time, as calibrating and streaming need."""
+    """No recipe knows the model's layers, they cannot run one at a time, or transformers cannot map its GGUF file."""
 
     exit_code = 61

@@ -43,7 +43,8 @@ Examples:
 )
 def quantize(
     source: Annotated[
-        str | None, typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, or Hub id `org/name[@revision]`.")
+        str | None,
+        typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, GGUF file, or Hub id `org/name[@revision]`."),
     ] = None,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")] = None,
     format: Annotated[  # noqa: A002
@@ -165,7 +166,7 @@ Examples:
 """
 )
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, or Hub id `org/name[@revision]`.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, GGUF file, or Hub id `org/name[@revision]`.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     format: Annotated[  # noqa: A002
         str,
@@ -210,7 +211,9 @@ Examples:
 )
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
-    source: Annotated[str, typer.Option(help="The source it was made from: folder or Hub id `org/name[@revision]`.")],
+    source: Annotated[
+        str, typer.Option(help="The source it was made from: folder, GGUF file, or Hub id `org/name[@revision]`.")
+    ],
     top: Annotated[int, typer.Option(min=0, help="Number of worst tensors to list.")] = 10,
     workers: Workers = None,
     json: Json = False,
@@ -248,7 +251,10 @@ Examples:
 )
 def inspect(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]` (only headers are fetched).")
+        str,
+        typer.Argument(
+            metavar="CKPT", help="Folder, GGUF file, or Hub id `org/name[@revision]` (only headers are fetched)."
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
     json: Json = False,

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from w8a8 import machine
-from w8a8.checkpoint import resolve
+from w8a8.checkpoint import Checkpoint, resolve
+from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.remote import open_headers
 from w8a8.checkpoint.source import hub_id
 from w8a8.errors import (
@@ -203,7 +204,7 @@ def _vllm(request: _Request, found: Installed | None, devices: Sequence[Gpu]) ->
         check_address(host, port)
 
     # 2) The checkpoint, and the place for it.
-    headers = open_headers(request.checkpoint)
+    headers = _headers(request.checkpoint)
     place = place_vllm(request.checkpoint, headers, devices, options)
 
     # 3) The command, and the INT8 kernel it leads to.
@@ -236,11 +237,17 @@ def _vllm(request: _Request, found: Installed | None, devices: Sequence[Gpu]) ->
     )
 
 
+def _headers(name: str) -> Checkpoint:
+    if is_gguf(Path(name)) and Path(name).exists():
+        raise UnsupportedSchemeError(f"{name}: a GGUF file; `w8a8 quantize {name} OUT` first, and serve OUT")
+    return open_headers(name)
+
+
 def _embedded(request: _Request) -> Launch:
     host, port = request.options.host, request.options.port
     if not request.dry_run:
         check_address(host, port)
-    headers = open_headers(request.checkpoint)
+    headers = _headers(request.checkpoint)
     scheme = detect(headers.config)
     if not (scheme.w8a8 or scheme == UNQUANTIZED):
         raise UnsupportedSchemeError(
