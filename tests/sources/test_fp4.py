@@ -67,13 +67,15 @@ def test_deepseeks_fp4_equals_transformers(tmp_path: Path, leaf: str) -> None:
     assert same(found(tmp_path, find, {WEIGHT: packed, f"{LAYER}.{leaf}": scale})[WEIGHT], reference)
 
 
-def nvfp4() -> Tensors:
-    return {"weight_packed": random(24, 48), "weight_scale": random(24, 6, low=1, high=127, seed=1).view(E4M3)}
+def nvfp4(inputs: int = 96) -> Tensors:
+    scale = random(24, inputs // 16, low=1, high=127, seed=1).view(E4M3)
+    return {"weight_packed": random(24, inputs // 2), "weight_scale": scale}
 
 
-def test_nvfp4_equals_compressed_tensors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [16, 80, 96])
+def test_nvfp4_equals_compressed_tensors(tmp_path: Path, inputs: int) -> None:
     args = QuantizationArgs(num_bits=4, type="float", strategy="tensor_group", group_size=16)
-    parts = nvfp4() | {"weight_global_scale": torch.tensor([1234.5])}
+    parts = nvfp4(inputs) | {"weight_global_scale": torch.tensor([1234.5])}
     scheme = QuantizationScheme(targets=["Linear"], weights=args)
     reference = BaseCompressor.get_value_from_registry("nvfp4-pack-quantized").decompress(dict(parts), scheme)["weight"]
     tensors = {f"{LAYER}.{k}": v for k, v in parts.items()} | {f"{LAYER}.input_global_scale": torch.ones(1)}

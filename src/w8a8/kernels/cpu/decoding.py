@@ -47,34 +47,54 @@ def _integers(codes, scale, zero, factor, first, rows, columns, out):  # type: i
     for i in range(out.shape[0]):
         for block in range(scale.shape[1]):
             s = scale[(first + i) // rows, block]
-            z = zero[(first + i) // rows, block]
+            z = np.float32(zero[(first + i) // rows, block])  # the difference of two codes is exact
             run = codes[i, block * columns : (block + 1) * columns]
             to = out[i, block * columns : (block + 1) * columns]
             for j in range(run.size):
-                to[j] = rounded_bits(to[j], np.float32(np.int32(run[j]) - z) * s * factor)
+                to[j] = rounded_bits(to[j], (np.float32(run[j]) - z) * s * factor)
 
 
 @jit(fastmath={"nnan"})
-def _fp4(codes, scale, columns, out):  # type: ignore[no-untyped-def]
-    half = columns // 2
+def _mxfp4(codes, scale, out):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         for block in range(scale.shape[1]):
             s = scale[i, block]
-            run = codes[i, block * half : (block + 1) * half]
-            to = out[i, block * columns : (block + 1) * columns]
-            for j in range(run.size):
+            run = codes[i, 16 * block : 16 * block + 16]
+            to = out[i, 32 * block : 32 * block + 32]
+            for j in range(16):
                 to[2 * j] = rounded_bits(to[0], e2m1(run[j]) * s)
                 to[2 * j + 1] = rounded_bits(to[0], e2m1(run[j] >> np.uint8(4)) * s)
+
+
+@jit(fastmath={"nnan"})
+def _nvfp4(codes, scale, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for pair in range(scale.shape[1] // 2):
+            s0, s1 = scale[i, 2 * pair], scale[i, 2 * pair + 1]
+            run = codes[i, 16 * pair : 16 * pair + 16]
+            to = out[i, 32 * pair : 32 * pair + 32]
+            for j in range(16):
+                s = s0 if j < 8 else s1
+                to[2 * j] = rounded_bits(to[0], e2m1(run[j]) * s)
+                to[2 * j + 1] = rounded_bits(to[0], e2m1(run[j] >> np.uint8(4)) * s)
+        if scale.shape[1] % 2:
+            s = scale[i, -1]
+            for j in range(codes.shape[1] - 8, codes.shape[1]):
+                out[i, 2 * j] = rounded_bits(out[i, 0], e2m1(codes[i, j]) * s)
+                out[i, 2 * j + 1] = rounded_bits(out[i, 0], e2m1(codes[i, j] >> np.uint8(4)) * s)
 
 
 @jit(fastmath={"nnan"})
 def _fp4_down(codes, scale, group, first, out):  # type: ignore[no-untyped-def]
     for i in range(codes.shape[0]):
         s = scale[(first + 2 * i) // group]
-        low, high = out[2 * i], out[2 * i + 1]
-        for j in range(codes.shape[1]):
-            low[j] = rounded_bits(low[j], e2m1(codes[i, j]) * s[j])
-            high[j] = rounded_bits(high[j], e2m1(codes[i, j] >> np.uint8(4)) * s[j])
+        run = codes[i]
+        to = out[2 * i]
+        for j in range(run.size):
+            to[j] = rounded_bits(to[j], e2m1(run[j]) * s[j])
+        to = out[2 * i + 1]
+        for j in range(run.size):
+            to[j] = rounded_bits(to[j], e2m1(run[j] >> np.uint8(4)) * s[j])
 
 
 @jit(fastmath={"nnan"})
@@ -145,8 +165,11 @@ def integers(
 
 
 def fp4(codes: Bytes, scale: Float32s, out: Bits) -> None:
-    """Decode FP4 E2M1, two codes a byte [rows, columns / 2], the lower four bits first; `scale` is [rows, blocks]."""
-    _fp4(codes, scale, out.shape[1] // scale.shape[1], out)
+    """Decode FP4 E2M1, two codes a byte [rows, columns / 2], the lower four bits first.
+
+    `scale` is [rows, blocks], of 32 weights each (MXFP4) or of 16 (NVFP4).
+    """
+    (_mxfp4 if out.shape[1] == 32 * scale.shape[1] else _nvfp4)(codes, scale, out)
 
 
 def fp4_down(codes: Bytes, scale: Float32s, group: int, first: int, out: Bits) -> None:
