@@ -285,7 +285,7 @@ class _Parts:
     def _recurs(self, index: int) -> bool:
         """Whether the config says that layer `index` keeps a state and no keys, whatever its projections are called."""
         kinds = self.text.get("layer_types")
-        return isinstance(kinds, list) and index < len(kinds) and kinds[index] in {"linear_attention", "recurrent"}
+        return isinstance(kinds, list) and index < len(kinds) and kinds[index] in ("linear_attention", "recurrent")
 
     def _is_mlp(self, index: int) -> bool:
         """Whether all matrices of a layer belong to an MLP, experts or norms."""
