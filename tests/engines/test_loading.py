@@ -25,9 +25,10 @@ SIZES: Mapping[str, Any] = {
     "max_position_embeddings": 128,
 }
 KINDS: Mapping[str, tuple[Mapping[str, Any], int]] = {
-    # model_type: what else its config says, and the INT8 layers that vLLM builds: fused q/k/v and o of two layers
+    # model_type: what else its config says, and the INT8 layers that vLLM builds: fused q/k/v and o of two layers, and
+    # the shared experts' two. Routed experts stay in BF16: vLLM has no INT8 kernel for them on every CPU.
     "granitemoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, 4),
-    "granitemoeshared": ({"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 128}, 4),
+    "granitemoeshared": ({"num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 128}, 8),
 }
 
 
@@ -38,7 +39,7 @@ def test_every_parameter_is_found(kind: str, vllm_python: Path, tmp_path: Path) 
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     for name in FORMATS:
-        w8a8.quantize(tmp_path / "source", tmp_path / name, Options(format=name))
+        w8a8.quantize(tmp_path / "source", tmp_path / name, Options(format=name, exclude=["*.experts.*"]))
     folders = [str(tmp_path / name) for name in FORMATS]
     run = subprocess.run([vllm_python, SCRIPT, *folders], stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(run.stdout.splitlines()[-1])

@@ -81,6 +81,20 @@ def test_each_expert_is_read_by_its_rows(model_type: str, tmp_path: Path) -> Non
         assert np.array_equal(RowReader(tmp_path).values(seen.tensors[f"{prefix}{name}.weight"]), matrix), name
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_qwen3_vl_moes_experts_are_read_whichever_way_they_are_stored(turned: bool, tmp_path: Path) -> None:
+    values = matrices()
+    held = stored("llama4_text" if turned else "qwen3_vl_moe", values)  # as transformers 4 saved them, and as 5 does
+    held = {name.replace("feed_forward", "mlp"): value for name, value in held.items()}
+    text = {"hidden_size": HIDDEN, "moe_intermediate_size": INNER}
+    write_checkpoint(tmp_path, held, config={"model_type": "qwen3_vl_moe", "text_config": text})
+    seen = view_of(Checkpoint.open(tmp_path))
+    for name, matrix in values.items():
+        assert np.array_equal(RowReader(tmp_path).values(seen.tensors[f"{LAYER}mlp.experts.{name}.weight"]), matrix), (
+            name
+        )
+
+
 @pytest.mark.parametrize("block", [256, 1 << 22])
 @pytest.mark.parametrize("model_type", QUANTIZED)
 def test_each_expert_is_quantized_by_its_rows(

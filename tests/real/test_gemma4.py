@@ -33,7 +33,12 @@ TEXT: dict[str, Any] = {
     "sliding_window": 16,
     "max_position_embeddings": 128,
 }
-EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+EXPERTS: Mapping[str, Any] = {
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
 VISION = {
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -55,7 +60,7 @@ TOKENS = {
     "video_token_id": 306,
 }
 QUANTIZED = sum(7 if kind == "sliding_attention" else 6 for kind in LAYERS)
-VARIANTS: Mapping[str, dict[str, Any]] = {"dense": {}, "experts": EXPERTS}
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"dense": {}, "experts": EXPERTS}
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -94,17 +99,32 @@ def linears(model: Any) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def test_verify_finds_nothing_wrong(source: Path, out: Path) -> None:
+def experts(model: Any) -> dict[str, str]:
+    """The matrices of the experts by the names that engines load, and the stacks that the source has instead."""
+    if not model.config.text_config.enable_moe_block:
+        return {}
+    leaves = {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"}
+    prefixes = [f"model.language_model.layers.{layer}.experts" for layer in range(len(LAYERS))]
+    return {
+        f"{prefix}.{expert}.{leaf}": f"{prefix}.{stack}"
+        for prefix in prefixes
+        for expert in range(EXPERTS["num_experts"])
+        for leaf, stack in leaves.items()
+    }
+
+
+def test_verify_finds_nothing_wrong(model: Any, source: Path, out: Path) -> None:
     result = w8a8.verify(out, source)
     assert (result.problems, result.warnings) == ((), ())
-    assert len(result.tensors) == QUANTIZED
-    assert result.copied == len(tensors(source)) - QUANTIZED
+    split = experts(model)
+    assert len(result.tensors) == QUANTIZED + len(split)
+    assert result.copied == len(tensors(source)) - QUANTIZED - len(set(split.values()))
 
 
 def test_exactly_the_text_decoders_linear_layers_become_int8(model: Any, out: Path) -> None:
     decoder = {name for name in linears(model) if ".language_model.layers." in name and ".router." not in name}
     assert len(decoder) == QUANTIZED
-    assert quantized(out) == decoder
+    assert quantized(out) == decoder | experts(model).keys()
 
 
 def test_keys_that_serve_as_values_are_quantized_once_and_no_v_proj_appears(source: Path, out: Path) -> None:
@@ -115,18 +135,18 @@ def test_keys_that_serve_as_values_are_quantized_once_and_no_v_proj_appears(sour
         assert not any(f".layers.{i}.self_attn.v_proj" in name for name in tensors(out) if "language_model" in name)
 
 
-def test_all_else_is_identical_the_vision_tower_its_projection_embeddings_norms_scalars_experts(
-    source: Path, out: Path
+def test_all_else_is_identical_the_vision_tower_its_projection_embeddings_norms_scalars(
+    model: Any, source: Path, out: Path
 ) -> None:
-    before, after = tensors(source), tensors(out)
-    kept = {name for name in before if name.removesuffix(".weight") not in quantized(out)}
+    before, after, split = tensors(source), tensors(out), experts(model)
+    kept = {name for name in before if name.removesuffix(".weight") not in quantized(out)} - set(split.values())
     for part in ("vision_tower.", "embed_vision.", "embed_tokens.", "layernorm", ".norm.", "_norm.", "layer_scalar"):
         assert any(part in name for name in kept), part
     for name in kept:
         assert after[name].dtype == before[name].dtype, name
         assert torch.equal(after[name].view(torch.int16), before[name].view(torch.int16)), name
     scales = {f"{module}.weight_scale" for module in quantized(out)}
-    assert after.keys() == before.keys() | scales
+    assert after.keys() == (before.keys() - set(split.values())) | {f"{name}.weight" for name in split} | scales
 
 
 def test_every_linear_layer_left_alone_is_excluded_by_its_exact_name(model: Any, source: Path, out: Path) -> None:
@@ -145,11 +165,13 @@ def test_patterns_beside_the_exact_names_catch_no_quantized_layer(model: Any, ou
     assert {name for name in linears(model) if scheme.leaves_alone(name)} == linears(model) - quantized(out)
 
 
-def test_routers_and_experts_are_left_alone(model: Any, out: Path) -> None:
-    made = tensors(out)
-    routing = {name: tensor.dtype for name, tensor in made.items() if ".router." in name or ".experts." in name}
-    assert bool(routing) == bool(model.config.text_config.enable_moe_block)
-    assert set(routing.values()) <= {torch.bfloat16}
+def test_routers_are_left_alone_and_each_expert_is_int8(model: Any, source: Path, out: Path) -> None:
+    before, made, split = tensors(source), tensors(out), experts(model)
+    assert {tensor.dtype for name, tensor in made.items() if ".router." in name} <= {torch.bfloat16}
+    for name, stack in split.items():
+        assert made[f"{name}.weight"].dtype == torch.int8
+        rows, columns = before[stack].shape[1:]
+        assert made[f"{name}.weight"].shape == (rows // (2 if stack.endswith("gate_up_proj") else 1), columns)
 
 
 def test_the_model_with_dequantized_weights_predicts_nearly_the_same(model: Any, source: Path, out: Path) -> None:
@@ -158,6 +180,13 @@ def test_the_model_with_dequantized_weights_predicts_nearly_the_same(model: Any,
         f"{name}.weight": made[f"{name}.weight"].float() * made[f"{name}.weight_scale"].float().reshape(-1, 1)
         for name in quantized(out)
     }
+    for stack in sorted(set(experts(model).values())):
+        prefix, _, leaf = stack.rpartition(".")
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else ("down_proj",)
+        matrices = [
+            [weights.pop(f"{prefix}.{e}.{part}.weight") for part in parts] for e in range(EXPERTS["num_experts"])
+        ]
+        weights[stack] = torch.stack([torch.cat(each) for each in matrices])
     reader = Gemma4ForConditionalGeneration.from_pretrained(source, dtype=torch.float32).eval()
     ids = torch.arange(3, 35).reshape(1, -1)
     with torch.no_grad():

@@ -196,7 +196,7 @@ def _group(table: Mapping[str, Any], where: str) -> Group:
 
 def _stack(table: Mapping[str, Any], where: str) -> Stack:
     where = f"{where}, {table.get('tensor')!r}"
-    stack: Stack = _record(Stack, {"transposed": False, "interleaved": False, **table}, where)
+    stack: Stack = _record(Stack, {"transposed": False, "interleaved": False, "columns": "", **table}, where)
     if not stack.parts or any(part.count("{}") != 1 for part in stack.parts):
         raise ValueError(f"{where}: each of its parts has one {{}}, for the expert's number")
     return stack

@@ -6,6 +6,7 @@ transpose [E, H, 2I]. Which tensors those are is data of the architecture (`plan
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,13 +26,15 @@ class Stack:
 
     `tensor` is the end of the stored tensor's name, `parts` are the modules or tensors that it becomes, in the order of
     its rows, `{}` being the expert's number; where a part does not end in `.weight` or `.bias`, `.weight` is meant.
-    `transposed`: it holds [E, in, out]. `interleaved`: row i belongs to part i modulo their number.
+    `transposed`: it holds [E, in, out]. `interleaved`: row i belongs to part i modulo their number. `columns`: the key
+    of config.json that gives the number of inputs; a tensor with another number is not stored like this.
     """
 
     tensor: str
     parts: tuple[str, ...]
     transposed: bool = False
     interleaved: bool = False
+    columns: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +60,23 @@ class Transposed(Decoder):
 
 
 def split(
-    tensors: Iterable[LogicalTensor], stacks: Sequence[Stack]
+    tensors: Iterable[LogicalTensor], stacks: Sequence[Stack], sizes: Mapping[str, Any] = MappingProxyType({})
 ) -> Iterator[tuple[LogicalTensor, tuple[LogicalTensor, ...]]]:
     """Yield each tensor with the expert tensors that it is seen as; none where it is no stack.
+
+    `sizes` are the entries of config.json that describe the decoder.
 
     Raises `TensorSizeError` where a stack has no shape that can be shared out among its parts, or too many experts.
     """
     for tensor in tensors:
-        stack = next((each for each in stacks if _is_stack(tensor, each)), None)
+        stack = next((each for each in stacks if _is_stack(tensor, each, sizes)), None)
         yield tensor, tuple(_experts(tensor, stack)) if stack else ()
 
 
-def _is_stack(tensor: LogicalTensor, stack: Stack) -> bool:
+def _is_stack(tensor: LogicalTensor, stack: Stack, sizes: Mapping[str, Any]) -> bool:
     dimensions = 2 if all(part.endswith(".bias") for part in stack.parts) else 3
-    return f".{tensor.name}".endswith(f".{stack.tensor}") and len(tensor.shape) == dimensions and tensor.numel > 0
+    named = f".{tensor.name}".endswith(f".{stack.tensor}") and len(tensor.shape) == dimensions and tensor.numel > 0
+    return named and (not stack.columns or sizes.get(stack.columns) == tensor.shape[1 if stack.transposed else -1])
 
 
 def _experts(tensor: LogicalTensor, stack: Stack) -> Iterator[LogicalTensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.errors import AlreadyQuantizedError
-from w8a8.formats.detect import declared, detect, undeclared, without_empty
+from w8a8.formats.detect import declared, detect, section, undeclared, without_empty
 from w8a8.formats.foreign import quantized_as
 from w8a8.sources import fp4, gguf, gptq, packed, scaled
 from w8a8.sources.complete import check
@@ -50,9 +50,10 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
     found |= {name: plain(spec) for name, spec in tensors.items()}
     whole: dict[str, LogicalTensor] = {}
     shards = []
+    sizes = {**checkpoint.config, **section(checkpoint.config, "text_config")}
     for shard in checkpoint.shards:
         own: list[LogicalTensor] = []
-        for tensor, experts in split((found[t.name] for t in shard.tensors if t.name in found), stacks):
+        for tensor, experts in split((found[t.name] for t in shard.tensors if t.name in found), stacks, sizes):
             own += experts or (tensor,)
             whole |= {expert.name: tensor for expert in experts}
         shards.append(ViewShard(shard, tuple(own)))
