@@ -1,8 +1,6 @@
 """Small random mixtures of experts, as transformers writes them, and with their experts in INT8."""
 
-import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,11 @@ from torch import Tensor
 
 import w8a8
 from tests.serve.embedded.servers import TEMPLATE, VOCABULARY, word_tokenizer
+from w8a8.checkpoint import Checkpoint
 from w8a8.plan.architectures import architecture_of
 from w8a8.quantization import Options
-from w8a8.sources.experts import Stack
+from w8a8.sources.opening import view
+from w8a8.sources.rows import RowReader
 
 EXPERTS = 4
 HIDDEN = 64
@@ -99,38 +99,22 @@ def make(folder: Path, family: str) -> Path:
 
 
 def quantize(source: Path, out: Path, spelling: str = "compressed-tensors") -> Path:
-    """Quantize a checkpoint, and by hand what `w8a8.quantize` leaves of its experts."""
-    w8a8.quantize(source, out, Options(format=spelling, include=["*.o_proj.weight"]))  # of names that no rule knows
-    stacks = architecture_of(json.loads((out / "config.json").read_text())).stacks
-    tensors = tensors_of(out)
-    for name, tensor in list(tensors.items()):
-        parts = dict(_parts(name, tensor, stacks)) if tensor.dtype == torch.bfloat16 else {}
-        if parts:
-            del tensors[name]
-        for part, weight in parts.items():
-            if part.endswith(".bias"):
-                tensors[part] = weight
+    """Quantize a checkpoint, its experts too: by hand those of GPT-OSS, which vLLM does not take."""
+    w8a8.quantize(source, out, Options(format=spelling))
+    if source.name == "gpt_oss":
+        checkpoint = Checkpoint.open(source)
+        seen, reader = view(checkpoint, architecture_of(checkpoint.config).stacks), RowReader(source)
+        stacks = {stack.name for stack in seen.stacks.values()}
+        tensors = {name: tensor for name, tensor in tensors_of(out).items() if name not in stacks}
+        for name in seen.stacks:
+            values = torch.from_numpy(reader.values(seen.tensors[name]))
+            if name.endswith(".bias"):
+                tensors[name] = values.to(torch.bfloat16)
                 continue
-            scale = weight.float().abs().amax(1) / 127
-            tensors[f"{part}.weight"] = (weight.float() / scale[:, None]).round().to(torch.int8)
-            tensors[f"{part}.weight_scale"] = scale if spelling == "quark" else scale[:, None]
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+            scale = values.abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (values / scale).round().to(torch.int8), f"{name}_scale": scale}
+        save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     return out
-
-
-def _parts(name: str, tensor: Tensor, stacks: Sequence[Stack]) -> Iterator[tuple[str, Tensor]]:
-    """Split a tensor of experts into the weights [out, in] and biases of each: nothing for other tensors."""
-    if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
-        yield name.removesuffix(".weight"), tensor
-    for stack in stacks:
-        if not name.endswith(f".{stack.tensor}"):
-            continue
-        for number, values in enumerate(tensor.transpose(1, 2) if stack.transposed else tensor):
-            count = len(stack.parts)
-            shares = [values[n::count] for n in range(count)] if stack.interleaved else values.chunk(count)
-            for part, share in zip(stack.parts, shares, strict=True):
-                yield name.removesuffix(stack.tensor) + part.replace("{}", str(number)), share.contiguous()
-        return
 
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
