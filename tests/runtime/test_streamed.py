@@ -72,7 +72,7 @@ def test_quantized_models_do_in_both_formats(format_: str, tmp_path: Path) -> No
     check(tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "nemotron_h", "qwen3_vl_moe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "granitemoe", "gpt_oss", "jamba", "qwen3_vl_moe"])
 def test_mixtures_of_experts_do_in_bf16_and_in_int8(family: str, mixtures: Mixtures) -> None:
     source, out = mixtures(family)
     check(source)

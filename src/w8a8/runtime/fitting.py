@@ -35,6 +35,9 @@ Tensor = TensorSpec | LogicalTensor
 EXPERT = re.compile(r"(?P<place>.+)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)")
 """The name of one expert's linear layer, in a file."""
 
+LINEAR = frozenset({"FalconLinear"})
+"""Classes of transformers that are `nn.Linear` in all but the order in which they round."""
+
 PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Other names of an expert's linear layers."""
 
@@ -68,7 +71,11 @@ class Fitted:
 
         Returns what could not be loaded into the model, and why, by name in the model.
         """
-        config = LoadStateDictConfig(device_map={"": device}, weight_mapping=[*self.mapping, self.names])
+        config = LoadStateDictConfig(
+            device_map={"": device},
+            dtype_plan=model._get_dtype_plan(model.dtype),
+            weight_mapping=[*self.mapping, self.names],
+        )
         with torch.no_grad():
             info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
         wrong = {name: f"has shape {list(found)} in the checkpoint" for name, found, _ in info.mismatched_keys}
@@ -156,7 +163,7 @@ def _check_whole(place: str, experts: nn.Module, named: Mapping[str, Tensor]) ->
 def _fit(model: PreTrainedModel, name: str, weight: Tensor, scale: Tensor | None) -> None:
     """Put an INT8 layer in the place `name` for a `weight` and its `scale`, where there is none already."""
     layer = _submodule(model, name)
-    if type(layer) not in (nn.Linear, W8A8Linear):
+    if type(layer) not in (nn.Linear, W8A8Linear) and type(layer).__name__ not in LINEAR:
         found = "no layer" if layer is None else f"a {type(layer).__name__}"
         raise UnsupportedSchemeError(
             f"{weight.shard}: {weight.name} is INT8, but {type(model).__name__} has {found} in its place; only plain "
@@ -173,7 +180,7 @@ def _fit(model: PreTrainedModel, name: str, weight: Tensor, scale: Tensor | None
             f"layer of {rows} x {columns} with one scale per output channel was expected"
         )
     with torch.device("meta"):
-        if type(layer) is nn.Linear:
+        if not isinstance(layer, W8A8Linear):
             layer = W8A8Linear(columns, rows, bias=layer.bias is not None, dtype=layer.weight.dtype)
             model.set_submodule(name, layer)
         layer.weight_scale = frozen(torch.empty(scale.shape, dtype=torch.float32))

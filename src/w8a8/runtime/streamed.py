@@ -17,6 +17,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from transformers.quantizers.base import _assign_is_quantized
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import UnsupportedModelError
@@ -44,8 +45,11 @@ class StreamedModel:
         self.name, self.folder, self._stored = name, checkpoint.home, checkpoint.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = _hollow(name, checkpoint, dtype)
-        stored = map(plain, checkpoint.tensors.values())
-        tensors = list(stored if detect(checkpoint.config).w8a8 else view(checkpoint).tensors.values())
+        if detect(checkpoint.config).w8a8:
+            tensors = list(map(plain, checkpoint.tensors.values()))
+            _assign_is_quantized(self.model)  # some layers then leave their weights alone
+        else:
+            tensors = list(view(checkpoint).tensors.values())
         self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
         self._named = {self._fitted.places[tensor.name]: tensor for tensor in tensors}
         decoder = self.model.get_decoder()
