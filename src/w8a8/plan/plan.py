@@ -7,9 +7,11 @@ whole), then the output is laid out. Sizes follow from the headers alone.
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
+
+import msgspec
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.header import write_header
@@ -96,7 +98,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain JSON values."""
-        return {**asdict(self), "calibration": asdict(self.calibration) if self.calibration else {}}
+        values: dict[str, Any] = msgspec.to_builtins(self)
+        return {**values, "calibration": values["calibration"] or {}}
 
     def fingerprint(self) -> str:
         """SHA-256 of the plan: two runs with the same fingerprint write the same files from the same source."""
