@@ -6,13 +6,15 @@ and says as what logical tensors they are seen. What none of them claims is dens
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint.stream import tensor_bytes
 from w8a8.errors import AlreadyQuantizedError
 from w8a8.formats.detect import declared, detect, section, undeclared, without_empty
 from w8a8.formats.foreign import quantized_as
-from w8a8.sources import fp4, gguf, gptq, packed, scaled
+from w8a8.sources import fp4, gguf, gptq, nf4, packed, scaled
 from w8a8.sources.complete import check
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
@@ -20,7 +22,10 @@ from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
 Find = Callable[[Mapping[str, TensorSpec], Mapping[str, Any]], Iterator[LogicalTensor]]
 
 SPELLINGS: tuple[Find, ...] = (scaled.find, fp4.find, packed.find, gptq.find)
-"""`find(tensors, declared)` of every spelling; `declared` is the `quantization_config`, or empty."""
+"""`find(tensors, declared)` of every spelling; `declared` is the `quantization_config`, or empty.
+
+bitsandbytes' NF4 is not among them: it keeps its shapes in tensors, so its `find` reads these.
+"""
 
 
 def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
@@ -35,7 +40,8 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
     tensors = dict(checkpoint.tensors)
     found: dict[str, LogicalTensor] = {}
     labels = set()
-    for find in SPELLINGS:
+    bitsandbytes: Find = lambda known, _: nf4.find(known, partial(tensor_bytes, checkpoint.path))  # noqa: E731
+    for find in (*SPELLINGS, bitsandbytes):
         for tensor in find(dict(tensors), declared(checkpoint.config) or {}):
             found[tensor.stored.name] = tensor
             labels.add(tensor.decoder.label)

@@ -107,6 +107,15 @@ def _ordered(codes, scale, zero, group, first, out):  # type: ignore[no-untyped-
 
 
 @jit()
+def _looked_up(codes, table, scale, block, first, out):  # type: ignore[no-untyped-def]
+    for i in range(out.shape[0]):
+        for j in range(codes.shape[1]):
+            s = scale[((first + i) * out.shape[1] + 2 * j) // block]
+            out[i, 2 * j] = rounded_bits(out[i, 0], table[codes[i, j] >> np.uint8(4)] * s)
+            out[i, 2 * j + 1] = rounded_bits(out[i, 0], table[codes[i, j] & np.uint8(15)] * s)
+
+
+@jit()
 def _nibbles(data, out):  # type: ignore[no-untyped-def]
     for i in range(out.shape[0]):
         for j in range(out.shape[1] // 2):
@@ -182,6 +191,14 @@ def ordered(
 ) -> None:
     """Decode integers as `integers` does, column j by the scale and zero point `group[j]` of its row."""
     _ordered(codes, scale, zero, group, first, out)
+
+
+def looked_up(codes: Bytes, table: Float32s, scale: Float32s, block: int, first: int, out: Bits) -> None:
+    """Decode indexes into `table` [16], two a byte [rows, columns / 2], the upper four bits first.
+
+    Weights of the whole matrix, row after row, share a number of `scale` by `block`, an even number.
+    """
+    _looked_up(codes, table, scale, block, first, out)
 
 
 def unpacked(words: NDArray[np.uint32], bits: int, columns: int) -> Bytes:
