@@ -4,13 +4,14 @@
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
 #   make fuzz    300,000 damaged files, read as the commands read them: half an hour
 #   make kills   200 kills at random moments of every command that writes: ten minutes
+#   make support the table of supported architectures: tiny models of all, also in vLLM; goes on where it was interrupted
 #   make docs    the documentation site, in site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 LONG := engine or model or slow
 
-.PHONY: demo test check fuzz kills lint docs vllm bench clean
+.PHONY: demo test check fuzz kills support lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
@@ -27,6 +28,9 @@ fuzz: .venv/.dev
 
 kills: .venv/.dev
 	W8A8_KILLS=200 $(BIN)/pytest -q tests/test_kills.py
+
+support: .venv/.dev vllm
+	$(BIN)/python -m tests.support --vllm .venv-vllm/bin/python
 
 docs: .venv/.docs
 	$(BIN)/mkdocs build --strict

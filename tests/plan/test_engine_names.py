@@ -1,7 +1,7 @@
 """Architectures whose layers engines know by other names than the file's, or fuse with layers that stay in BF16.
 
-The names are those of small checkpoints that transformers 5.23 saves; `tests/engines/test_loading.py` loads such in
-stock vLLM.
+The names are those of small checkpoints that transformers 5.23 saves; `tests/engines/test_architectures.py`
+loads such in stock vLLM.
 """
 
 import pytest

@@ -1,0 +1,143 @@
+"""The table of supported architectures: results as JSON in `docs/measured/support.json`, shown as `docs/support.md`."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from tests.support.check import SMALL, Row
+from tests.support.tiny import OTHERS
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "measured" / "support.json"
+PAGE = ROOT / "docs" / "support.md"
+
+ENOUGH = 0.99
+"""The share of a decoder's weights that an architecture without a remark has in INT8."""
+RUNTIME_BOUND = 0.01
+"""The relative RMS error of logits up to which `w8a8.runtime` is right."""
+VLLM_BOUNDS = {"float32": 0.01, "bfloat16": 0.25}
+"""The difference of a log-probability, in nats, up to which vLLM is right, by what it computes in.
+
+In FP32 both sides compute the same: weights are such that vLLM's INT8 sums are exact on every CPU (`tiny.py`).
+"""
+SHOWN = 3
+"""How many names of matrices a remark gives."""
+
+HEAD = """\
+# Supported architectures
+
+Every architecture of transformers {transformers} with a text decoder, made tiny with random weights, quantized,
+verified and run. `make support` makes this table; it goes on where it was interrupted.
+
+- **INT8**: the share of the weights of the decoder's linear layers and experts that become INT8. Layers of fewer than
+  {small} outputs (routers, gates that give a number per head) do not count.
+- **verified**: `w8a8 verify` finds nothing wrong.
+- **runtime**: the relative RMS error of the logits in `w8a8.runtime` against the exact reference: transformers' own
+  model of the source in FP32, whose products with INT8 weights are computed as the format defines them. At most
+  {runtime} is right.
+- **vLLM**: the largest difference of a log-probability from that reference, in nats, when stock vLLM {vllm} loads the
+  result on a CPU and computes in FP32. At most {vllm_bound} is right; {bf16_bound} where vLLM computes in BF16 alone.
+  Where a CPU has no AMX, vLLM has no kernel for experts in INT8; its own configuration, loader and router run
+  there with that kernel replaced by plain torch.
+
+Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
+`w8a8.runtime`; {served} of these are right in vLLM too.
+"""
+
+
+@dataclass(frozen=True)
+class Results:
+    """All rows by `model_type`, and the versions of the packages that they were found with."""
+
+    versions: Mapping[str, str]
+    rows: Mapping[str, Row]
+
+
+def read() -> Results:
+    """The results kept in the repository."""
+    return msgspec.json.decode(RESULTS.read_bytes(), type=Results)
+
+
+def write(results: Results) -> None:
+    """Keep `results`, and show them."""
+    kept = msgspec.to_builtins(replace(results, rows=dict(sorted(results.rows.items()))))
+    RESULTS.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(page(results))
+
+
+def page(results: Results) -> str:
+    """The page of the documentation."""
+    rows = sorted(results.rows.values(), key=lambda row: row.model_type)
+    whole = [row for row in rows if right(row)]
+    rest = [row for row in rows if not right(row)]
+    head = HEAD.format(
+        **results.versions,
+        small=SMALL,
+        runtime=RUNTIME_BOUND,
+        vllm_bound=VLLM_BOUNDS["float32"],
+        bf16_bound=VLLM_BOUNDS["bfloat16"],
+        whole=len(whole),
+        all=len(rows),
+        served=sum(in_vllm(row) == "right" for row in whole),
+    )
+    others = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in OTHERS.items()]
+    parts = [
+        head,
+        "## Whole\n",
+        _table(whole),
+        "## In part, or not\n",
+        _table(rest),
+        "## Not tried\n",
+        "transformers lists these beside decoders:\n",
+        "\n".join(others),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def right(row: Row) -> bool:
+    """Whether all of the decoder is in INT8, without a warning, and runs right."""
+    whole = row.share is not None and ENOUGH <= row.share <= 1
+    return whole and not row.warnings and row.verified and row.runtime is not None and row.runtime <= RUNTIME_BOUND
+
+
+def in_vllm(row: Row) -> str:
+    """What vLLM makes of it, in a word."""
+    if row.vllm is None:
+        return "fails" if row.vllm_failed else "not run"
+    return "right" if row.vllm <= VLLM_BOUNDS[row.vllm_dtype] else "wrong"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| model_type | class | INT8 | verified | runtime | vLLM | |",
+        "| --- | --- | ---: | --- | ---: | ---: | --- |",
+    ]
+    for row in rows:
+        share = "" if row.share is None else f"{100 * row.share:.1f}%"
+        runtime = "" if row.runtime is None else f"{row.runtime:.1g}"
+        vllm = (
+            in_vllm(row)
+            if row.vllm is None
+            else f"{row.vllm:.1g}" + (" (BF16)" if row.vllm_dtype == "bfloat16" else "")
+        )
+        cells = (f"`{row.model_type}`", row.name, share, "yes" if row.verified else "no", runtime, vllm, _remark(row))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _remark(row: Row) -> str:
+    """What is missing, and why."""
+    remarks = []
+    if row.failed:
+        remarks.append(row.failed)
+    if row.left:
+        more = len(row.left) - SHOWN
+        remarks.append("left: " + ", ".join(row.left[:SHOWN]) + (f" and {more} more" if more > 0 else ""))
+    if row.warnings:
+        remarks.append("warns")
+    if row.vllm_failed:
+        remarks.append(f"vLLM: {row.vllm_failed}")
+    return "; ".join(remarks).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -1,0 +1,47 @@
+"""Every architecture of transformers is quantized, verified and run as the support table says, or better."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import table, tiny
+from tests.support.check import check
+
+KEPT = table.read()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder, removed after the test: there are hundreds."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+def test_the_page_shows_the_results() -> None:
+    assert table.page(KEPT) == table.PAGE.read_text()
+
+
+def test_the_table_has_every_architecture() -> None:
+    assert sorted(KEPT.rows) == sorted(tiny.model_types())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", tiny.model_types())
+def test_an_architecture_is_what_the_table_says_or_better(model_type: str, folder: Path) -> None:
+    kept = KEPT.rows[model_type]
+    found, _ = check(model_type, folder)
+    assert (found.share or 0) >= (kept.share or 0) - 1e-6
+    assert found.verified >= kept.verified
+    assert found.runtime is not None or kept.runtime is None, found.failed
+    if table.right(kept):
+        assert table.right(found), found
+
+
+def test_what_is_not_whole_says_why() -> None:
+    part = [row for row in KEPT.rows.values() if not table.right(row)]
+    assert len(KEPT.rows) - len(part) >= 160
+    assert [
+        row.model_type for row in part if row.verified and row.share == 1 and not (row.failed or row.warnings)
+    ] == []
