@@ -220,11 +220,15 @@ json_values = st.recursive(
 @pytest.mark.slow
 @settings(max_examples=150)
 @given(
-    name=st.sampled_from(["llama", "gemma3", "gemma4", "gemma4_e2b", "qwen3_5", "phi3"]),
+    name=st.sampled_from(
+        ["llama", "gemma3", "gemma4", "gemma4_e2b", "qwen3_5", "phi3", "deepseek_v3", "falcon_h1", "zamba2"]
+    ),
     key=st.sampled_from(
         ["text_config", "vision_config", "num_attention_heads", "num_key_value_heads", "head_dim", "layer_types",
          "sliding_window", "sliding_window_pattern", "max_position_embeddings", "rope_parameters", "rope_scaling",
          "num_kv_shared_layers", "linear_key_head_dim", "mamba_ssm_dtype", "quantization_config", "model_type",
+         "layers_block_type", "mamba_n_groups", "num_experts_per_tok", "num_nextn_predict_layers", "multi_query",
+         "attention_chunk_size", "no_rope_layers", "attn_config", "num_hidden_layers", "position_embedding_type",
          "tie_word_embeddings", "use_sliding_window", "partial_rotary_factor", "use_bidirectional_attention"]
     ),
     value=json_values,
