@@ -80,7 +80,7 @@ def by_transformers(path: Path, folder: Path) -> Path:
         **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
     )
     model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**where, local_files_only=True).save_pretrained(folder)
     return folder
 
 

@@ -36,7 +36,8 @@ def by_transformers(path: Path, folder: Path) -> dict[str, torch.Tensor]:
         quantization_config=transformers.GgufConfig(dequantize=True),
     )
     model.to(torch.bfloat16).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    tokenizer.save_pretrained(folder)
     found = dict(apart(load_file(folder / "model.safetensors")))
     if config.model_type != "minimax_m2":
         return found

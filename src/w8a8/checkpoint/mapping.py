@@ -194,7 +194,7 @@ def _tokenizer(config: Any, outline: str) -> Any:
     kind = TOKENIZER_MAPPING.get(type(config), TokenizersBackend)
     if kind.__name__ == "MistralCommonBackend":
         kind = TokenizersBackend
-    return kind.from_pretrained(outline, gguf_file=OUTLINE)
+    return kind.from_pretrained(outline, gguf_file=OUTLINE, local_files_only=True)  # which is written down
 
 
 class _Namer:
