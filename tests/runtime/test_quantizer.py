@@ -19,6 +19,7 @@ from w8a8.errors import MissingTensorError, UnsupportedSchemeError
 from w8a8.formats import COMPATS, FORMATS
 from w8a8.quantization import Options
 from w8a8.runtime import W8A8Config, W8A8Linear, register
+from w8a8.runtime.fitting import settle
 from w8a8.runtime.loading import load_model
 
 pytestmark = pytest.mark.slow
@@ -159,6 +160,14 @@ def test_int8_where_the_model_has_no_linear_layer_is_an_error(out: Path) -> None
     edit_tensors(out, lambda tensors: tensors.update({name: torch.ones(128, 64, dtype=torch.int8)}))
     with pytest.raises(UnsupportedSchemeError, match=r"embed_tokens.weight is INT8, .* a Embedding"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_layer_tied_to_an_int8_one_is_that_layer() -> None:
+    """As the layers that Zamba runs several times."""
+    model = torch.nn.ModuleDict({"one": W8A8Linear(8, 4, bias=False), "other": torch.nn.Linear(8, 4, bias=False)})
+    model["other"].weight = model["one"].weight
+    settle(model)
+    assert model["other"] is model["one"]
 
 
 def test_without_transformers_the_error_names_the_extra() -> None:

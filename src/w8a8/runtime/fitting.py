@@ -109,6 +109,7 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     for stack in sorted(experts):
         split = f"{stack}.down_proj.0.bias" in named
         model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split))
+        model.get_submodule(stack.rpartition(".")[0])._is_hf_initialized = True  # some would fill the weights replaced
         _check_whole(stack, model.get_submodule(stack), named)
     for layer, weight in layers.items():
         _fit(model, layer, weight, named.get(f"{layer}.weight_scale"))
@@ -136,11 +137,12 @@ class _Naming:
     def layer(self, module: str) -> tuple[str, str]:
         """The place of the experts that a quantized `module` is part of, empty for none, and its own name."""
         found = EXPERT.fullmatch(self.renamed(f"{module}.weight").removesuffix(".weight"))
-        prefix = f"{self._model.base_model_prefix}."
-        places = () if found is None else (found["place"], prefix + found["place"], found["place"].removeprefix(prefix))
-        for place in places:
-            if found and holds_experts(_submodule(self._model, place)):
-                return place, f"{place}.{PARTS.get(found['part'], found['part'])}.{found['number']}"
+        if found:
+            prefix, near = f"{self._model.base_model_prefix}.", found["place"]
+            stack, _, _ = self.full(f"{near.removesuffix('.experts')}.down_proj.weight").rpartition(".down_proj")
+            for place in (near, prefix + near, near.removeprefix(prefix), stack):
+                if holds_experts(_submodule(self._model, place)):
+                    return place, f"{place}.{PARTS.get(found['part'], found['part'])}.{found['number']}"
         return "", self.full(f"{module}.weight").removesuffix(".weight")
 
 
@@ -194,7 +196,10 @@ def _submodule(model: nn.Module, name: str) -> Any:
 
 
 def settle(model: nn.Module) -> None:
-    """Bring the loaded scales of all formats to one shape."""
-    for layer in model.modules():
-        if isinstance(layer, W8A8Linear):
-            layer.weight_scale = frozen(layer.weight_scale.reshape(-1))
+    """Bring the loaded scales of all formats to one shape, and make layers that are tied to an INT8 one that layer."""
+    layers = {id(layer.weight): layer for layer in model.modules() if isinstance(layer, W8A8Linear)}
+    for layer in layers.values():
+        layer.weight_scale = frozen(layer.weight_scale.reshape(-1))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and id(module.weight) in layers:
+            model.set_submodule(name, layers[id(module.weight)])
