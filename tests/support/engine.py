@@ -39,11 +39,14 @@ def answers(python: Path, folders: Sequence[Path], prompts: Sequence[Sequence[in
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             assert process.stdout is not None
             for line in _results(process.stdout):
-                yield left.pop(0), msgspec.json.decode(line, type=Answer)
+                answer = msgspec.json.decode(line, type=Answer)
+                yield left.pop(0), answer
+                if answer.error:  # what it leaves behind may break the next one
+                    break
+            else:
+                if left:
+                    yield left.pop(0), Answer(error=f"vLLM's process ended, or gave nothing for {PATIENCE:.0f} s")
             process.kill()
-        if left:
-            ended = f"vLLM's process ended with {process.returncode}, or gave nothing for {PATIENCE:.0f} s"
-            yield left.pop(0), Answer(error=ended)
 
 
 def _results(output: IO[str]) -> Iterator[str]:

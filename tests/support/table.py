@@ -41,7 +41,8 @@ verified and run. `make support` makes this table; it goes on where it was inter
 - **vLLM**: the largest difference of a log-probability from that reference, in nats, when stock vLLM {vllm} loads the
   result on a CPU and computes in FP32. At most {vllm_bound} is right; {bf16_bound} where vLLM computes in BF16 alone.
   Where a CPU has no AMX, vLLM has no kernel for experts in INT8; its own configuration, loader and router run
-  there with that kernel replaced by plain torch.
+  there with that kernel replaced by plain torch. A larger difference may be vLLM's own: what it makes of the source is
+  not tried.
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
 `w8a8.runtime`; {served} of these are right in vLLM too.
