@@ -54,7 +54,7 @@ def tensor_blocks(tensor: LogicalTensor, *, hashed: bool = False) -> Iterator[Ro
     """Cut a tensor into blocks of whole rows, of at most `BLOCK_BYTES` as numbers unless a single row has more."""
     if tensor.numel == 0:
         return
-    stack = len(tensor.shape) == len(tensor.stored.shape) == 3 and not tensor.plain
+    stack = len(tensor.shape) == 3 <= len(tensor.stored.shape) and not tensor.plain
     for index in range(tensor.shape[0] if stack else 1):
         matrix = tensor.matrix(index) if stack else tensor
         rows, columns = grid(matrix)
