@@ -1,4 +1,4 @@
-"""Stock vLLM loads the most used architectures dense ones in both formats, and computes what these say.
+"""Stock vLLM loads the most used architectures, dense ones in both formats, and computes what these say.
 
 `make support` does so for all architectures: `docs/support.md`. Each is a tiny random model; all run in one process of
 vLLM's, as in `tests/support/in_vllm.py`.
@@ -15,7 +15,7 @@ from tests.support.engine import Answer, answers, difference
 from w8a8.formats import FORMATS
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "olmo2", "glm4")
-MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "granitemoe", "olmoe")
+MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "gemma4", "granitemoe", "granitemoeshared")
 TRIED = [(name, form) for name in DENSE for form in FORMATS] + [(name, "compressed-tensors") for name in MIXTURES]
 Found = Mapping[tuple[str, str], tuple[Answer, float | None]]
 
