@@ -36,8 +36,8 @@ def test_other_tools_results_are_recognised(golden: Path, tool: str) -> None:
 @pytest.mark.parametrize(
     ("config", "scheme"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq, a scheme this tool does not read"),
-        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8, a scheme this tool does not read"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq, not INT8 W8A8"),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic"}, "fp8, not INT8 W8A8"),
     ],
 )
 def test_other_schemes_are_named_not_guessed(llama: Path, config: dict[str, object], scheme: str) -> None:

@@ -47,7 +47,7 @@ def detect(config: Mapping[str, Any]) -> Scheme:
         return _quark(quantization)
     if method == "compressed-tensors":
         return _compressed_tensors(quantization)
-    return Scheme(method, f"{method}, a scheme this tool does not read", w8a8=False, excludes=())
+    return Scheme(method, f"{method}, not INT8 W8A8", w8a8=False, excludes=())
 
 
 def undeclared(config: Mapping[str, Any]) -> dict[str, Any]:

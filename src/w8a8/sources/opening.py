@@ -12,7 +12,7 @@ from typing import Any
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.stream import tensor_bytes
 from w8a8.errors import AlreadyQuantizedError
-from w8a8.formats.detect import declared, detect, section, undeclared, without_empty
+from w8a8.formats.detect import declared, detect, section, undeclared
 from w8a8.formats.foreign import quantized_as
 from w8a8.sources import fp4, gguf, gptq, nf4, packed, scaled
 from w8a8.sources.complete import check
@@ -64,8 +64,7 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
             whole |= {expert.name: tensor for expert in experts}
         shards.append(ViewShard(shard, tuple(own)))
     check((tensor for shard in shards for tensor in shard.tensors), checkpoint.config, str(checkpoint.path))
-    config = (undeclared if found else without_empty)(checkpoint.config)
-    return View(checkpoint, config, tuple(shards), ", ".join(sorted(labels)), whole)
+    return View(checkpoint, undeclared(checkpoint.config), tuple(shards), ", ".join(sorted(labels)), whole)
 
 
 def as_stored(checkpoint: Checkpoint) -> View:
