@@ -10,6 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LONG := engine or model or slow
+SHARED := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test check fuzz kills support lint docs vllm bench clean
 
@@ -17,11 +18,12 @@ demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
 
 test: check vllm
-	$(BIN)/pytest -m "$(LONG)"
+	$(BIN)/pytest -m "slow and not (engine or model)" $(SHARED)
+	$(BIN)/pytest -m "engine or model"
 
 # Two processes, a file of tests at a time: fixtures that last for a file are made once.
 check: lint
-	$(BIN)/pytest -q -m "not ($(LONG))" --numprocesses 2 --dist loadfile
+	$(BIN)/pytest -q -m "not ($(LONG))" $(SHARED)
 
 fuzz: .venv/.dev
 	W8A8_FUZZ=300000 $(BIN)/pytest -q tests/fuzzing --timeout 7200
