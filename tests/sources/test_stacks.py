@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from tests.sources.decoding import Tensors, written
+import w8a8
+from tests.checkpoints import write_checkpoint
+from tests.sources.decoding import Tensors, bits, dtype_name, written
 from tests.sources.test_fp4 import random
 from tests.sources.test_scaled import codes, scales
+from w8a8.quantization import Options
 from w8a8.sources.experts import Stack
 from w8a8.sources.opening import view, with_stacks
 from w8a8.sources.rows import RowReader
@@ -50,3 +54,27 @@ def test_experts_are_rows_of_the_dequantized_stack(tmp_path: Path, kind: str, in
             assert torch.equal(found, own.float())
     whole = with_stacks(seen, [f"{BASE}.gate_up_proj"]).tensors[f"{BASE}.gate_up_proj"]
     assert torch.equal(torch.from_numpy(reader.values(whole)), dense.float())
+
+
+@pytest.mark.parametrize(("model_type", "quantized"), [("gpt_oss", False), ("llama4_text", True)])
+def test_a_result_of_mxfp4_experts_is_that_of_their_dequantized_copy(
+    tmp_path: Path, model_type: str, quantized: bool
+) -> None:
+    packed, dense = mxfp4()
+    attention = {
+        f"model.layers.0.self_attn.{leaf}_proj.weight": torch.randn(
+            64, 64, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(0)
+        )
+        for leaf in "qkvo"
+    }
+    results = []
+    for kind, experts in (("mxfp4", packed), ("bf16", {f"{BASE}.gate_up_proj": dense})):
+        held = {name: (dtype_name(t), bits(t)) for name, t in (attention | experts).items()}
+        source = write_checkpoint(tmp_path / kind, held, config={"model_type": model_type})
+        w8a8.quantize(source, out := tmp_path / f"{kind}-w8a8", Options("compressed-tensors"))
+        assert w8a8.verify(out, source).ok
+        results.append(load_file(out / "model.safetensors"))
+    made, wanted = results
+    assert (f"{BASE}.0.gate_proj.weight_scale" in made) == quantized
+    assert made.keys() == wanted.keys()
+    assert all(made[name].dtype == value.dtype and made[name].equal(value) for name, value in wanted.items())

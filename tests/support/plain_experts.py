@@ -60,7 +60,7 @@ class PlainExperts(CPUExpertsInt8):  # type: ignore[misc]
     def _activated(self, activation: MoEActivation, inner: Tensor) -> Tensor:
         if not activation.is_gated:
             return GATES[MoEActivation(activation.value.removesuffix("_no_mul"))](inner)
-        if activation == MoEActivation.SWIGLUOAI:
+        if activation == MoEActivation.SWIGLUOAI:  # interleaved, as in vLLM's SwigluOAIAndMul.forward_native
             gate, up = inner[:, ::2].clamp(max=7), inner[:, 1::2].clamp(-7, 7)
             return (up + 1) * gate * torch.sigmoid(1.702 * gate)
         gate, up = inner.chunk(2, 1)
