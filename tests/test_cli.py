@@ -103,8 +103,9 @@ def test_a_request_without_sense_exits_with_2_and_says_why(llama: Path, argument
 def test_names_with_control_characters_cannot_write_on_the_terminal(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.up_\n\x1b[31mproj.weight"
     matrix = np.full((2, 2), np.nan, np.float32)
-    source = write_checkpoint(tmp_path / "in", {name: ("BF16", matrix), f"{name}x": ("BF16", matrix)})
-    done = run("quantize", source, tmp_path / "out", "--include", "*.weight")
+    other = name.replace("proj", "odd")
+    source = write_checkpoint(tmp_path / "in", {name: ("BF16", matrix), other: ("BF16", matrix)})
+    done = run("quantize", source, tmp_path / "out", "--include", "*proj.weight")
     assert done.returncode == 24
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["warning", "w8a8"]
     assert "\x1b" not in done.stderr

@@ -95,7 +95,7 @@ def prepare(source: str | Path, options: Options = Options()) -> Job:
     asked = options.request()
     # 2) the source, by its headers
     found = resolve(source)
-    view = view_of(Checkpoint.open(found.path))
+    view = view_of(Checkpoint.open(found.path), split=options.compat is None)  # no other tool splits stacks
     # 3) the plan
     fmt = format_for(view, options.format, options.compat)
     recipe = asked.recipe if asked else "rtn"

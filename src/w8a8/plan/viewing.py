@@ -8,9 +8,12 @@ from w8a8.sources.opening import view
 from w8a8.sources.view import View
 
 
-def view_of(checkpoint: Checkpoint) -> View:
-    """See `checkpoint` as its architecture stores it. Raises what `w8a8.sources.opening.view` raises."""
-    return view(checkpoint, architecture_of(checkpoint.config).stacks)
+def view_of(checkpoint: Checkpoint, *, split: bool = True) -> View:
+    """See `checkpoint` as its architecture stores it, and stacks of experts `split` into them.
+
+    Raises what `w8a8.sources.opening.view` raises.
+    """
+    return view(checkpoint, architecture_of(checkpoint.config).stacks if split else ())
 
 
 def format_for(view: View, name: str | None = None, compat: str | None = None) -> Format:

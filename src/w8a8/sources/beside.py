@@ -11,7 +11,7 @@ from w8a8.checkpoint import TensorSpec
 from w8a8.errors import SourceError
 from w8a8.formats.detect import section
 from w8a8.formats.excludes import Excludes
-from w8a8.kernels.cpu.small_floats import E4M3
+from w8a8.kernels.cpu.bits import E4M3
 from w8a8.sources.view import Beside, Decoder, LogicalTensor, Stretch
 
 Tensors = Mapping[str, TensorSpec]

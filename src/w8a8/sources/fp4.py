@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     Rows,
@@ -79,6 +78,8 @@ class Fp4(Rows):
 
     def prepare(self, tensor: LogicalTensor, beside: Beside) -> Any:
         """The scales, [rows, groups] as stored, or the transpose. Raises `SourceError`."""
+        from w8a8.kernels.cpu import decoding
+
         scale = positive(tensor.beside[0], beside[0]).reshape(tensor.stored.shape[0], -1)
         if self.outer:
             with np.errstate(over="ignore", under="ignore"):
@@ -88,6 +89,8 @@ class Fp4(Rows):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Multiply codes and scales."""
+        from w8a8.kernels.cpu import decoding
+
         codes = np.frombuffer(data, np.uint8)
         if self.across:
             turned = decoding.turned(codes.reshape(-1, len(out) // 2))

@@ -16,7 +16,6 @@ import numpy as np
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import AlreadyQuantizedError
-from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     FLOATS,
@@ -67,6 +66,8 @@ class Gptq(Decoder):
 
         Raises `SourceError`.
         """
+        from w8a8.kernels.cpu import decoding
+
         tensors = named(tensor, beside)
         scale = positive(*tensors["scales"])
         points = decoding.unpacked(tensors["qzeros"][1].view(np.uint32), self.bits, scale.shape[1])
@@ -77,6 +78,8 @@ class Gptq(Decoder):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Turn the words, unpack, subtract, multiply."""
+        from w8a8.kernels.cpu import decoding
+
         scale, zero, order = prepared
         words = decoding.turned(np.frombuffer(data, np.uint32).reshape(-1, len(out)))
         codes = decoding.unpacked(words, self.bits, out.shape[1])
@@ -108,6 +111,8 @@ class Awq(Decoder):
 
     def prepare(self, tensor: LogicalTensor, beside: Beside) -> Any:
         """Scales and zero points [out, groups]. Raises `SourceError`."""
+        from w8a8.kernels.cpu import decoding
+
         tensors = named(tensor, beside)
         words = decoding.turned(tensors["qzeros"][1].view(np.uint32))
         zero = decoding.unpacked_down(words, ORDER).astype(np.int32)
@@ -115,6 +120,8 @@ class Awq(Decoder):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Turn the words, unpack, subtract, multiply."""
+        from w8a8.kernels.cpu import decoding
+
         scale, zero = prepared
         words = decoding.turned(np.frombuffer(data, np.uint32).reshape(out.shape[1], -1))
         decoding.integers(

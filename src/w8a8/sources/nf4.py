@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.reading import UnfitError, parse_json
 from w8a8.sources.beside import Tensors, blocks, companion, expect, finite, numbers, wrong
@@ -60,6 +59,8 @@ class Table(Decoder):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Look up and multiply."""
+        from w8a8.kernels.cpu import decoding
+
         table, factors = prepared
         codes = np.frombuffer(data, np.uint8).reshape(len(out), -1)
         decoding.looked_up(codes, table, factors, self.block, begin, out)

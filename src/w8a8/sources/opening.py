@@ -14,7 +14,7 @@ from w8a8.checkpoint.stream import tensor_bytes
 from w8a8.errors import AlreadyQuantizedError
 from w8a8.formats.detect import declared, detect, section, undeclared
 from w8a8.formats.foreign import quantized_as
-from w8a8.sources import fp4, gguf, gptq, nf4, packed, scaled
+from w8a8.sources import fp4, gptq, nf4, packed, scaled
 from w8a8.sources.complete import check
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
@@ -35,6 +35,8 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
     where something does not fit.
     """
     if checkpoint.gguf:
+        from w8a8.sources import gguf  # which loads Numba
+
         return gguf.view(checkpoint, checkpoint.gguf)
     # 1) What each spelling knows
     tensors = dict(checkpoint.tensors)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     FLOATS,
@@ -73,6 +72,8 @@ class Packed(Rows):
         return scale, zero, block, groups(*order, grid[1], block[1]) if order else None
 
     def _zero(self, spec: TensorSpec, array: Any, grid: tuple[int, int]) -> Any:
+        from w8a8.kernels.cpu import decoding
+
         if spec.dtype == "I8":
             return array.astype(np.int32).reshape(grid) + (1 << self.bits - 1)
         words = decoding.turned(array.view(np.uint32))
@@ -80,6 +81,8 @@ class Packed(Rows):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Unpack, subtract, multiply."""
+        from w8a8.kernels.cpu import decoding
+
         scale, zero, block, order = prepared
         codes = decoding.unpacked(np.frombuffer(data, np.uint32).reshape(len(out), -1), self.bits, self.columns)
         if order is None:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 
 from w8a8.checkpoint import TensorSpec
-from w8a8.kernels.cpu import decoding
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.sources.beside import (
     FLOATS,
@@ -92,6 +91,8 @@ class Scaled(Rows):
 
     def decode(self, tensor: LogicalTensor, begin: int, data: memoryview, prepared: Any, out: Bits) -> None:  # noqa: ARG002
         """Multiply codes and scales."""
+        from w8a8.kernels.cpu import decoding
+
         scale, zero, block = prepared
         codes: Any = np.frombuffer(data, np.uint8)
         if self.across:

@@ -7,11 +7,9 @@ vectorize: a table's lookups do not.
 
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from llvmlite.ir import IRBuilder as Builder
 from numba import types
-from numpy.typing import NDArray
 
 from w8a8.kernels.cpu.jit import intrinsic
 
@@ -66,13 +64,3 @@ def e2m1(_context: Any, _code: Any) -> Any:
         return _widen(builder, _half(builder, builder.shl(code, _HALF(4)), builder.and_(code, _HALF(7)), 9), 16384.0)
 
     return types.float32(types.uint8), generate
-
-
-def _e4m3_values() -> NDArray[np.float32]:
-    codes = np.arange(256, dtype=np.uint16)
-    half = ((codes & 0x80) << 8 | (codes & 0x7F) << 7).view(np.float16)
-    return np.where((codes & 0x7F) == 0x7F, np.float32(np.nan), half.astype(np.float32) * np.float32(256))
-
-
-E4M3 = _e4m3_values()
-"""The float32 of each of the 256 E4M3 numbers."""
