@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import SourceError
+from w8a8.formats.arithmetic import decode
 from w8a8.formats.detect import section
 from w8a8.formats.excludes import Excludes
 from w8a8.kernels.cpu.bits import E4M3
@@ -104,16 +105,14 @@ def dense_dtype(scale: TensorSpec, model: str) -> str:
 def numbers(spec: TensorSpec, array: NDArray[Any]) -> Float32s:
     """The float32 values of a tensor of floats; U8 is read as F8_E8M0."""
     array = np.atleast_1d(array)
+    if spec.dtype in FLOATS:
+        return decode(array, spec.dtype).reshape(array.shape)
     values: Float32s
-    if spec.dtype == "BF16":
-        values = np.left_shift(array, 16, dtype=np.uint32).view(np.float32)
-    elif spec.dtype == "F8_E4M3":
+    if spec.dtype == "F8_E4M3":
         values = E4M3[array]
-    elif spec.dtype in {"F8_E8M0", "U8"}:
-        values = np.ldexp(np.float32(1), np.minimum(array, 254).astype(np.int32) - 127).astype(np.float32)
-        values[array == 255] = np.nan
-    else:
-        values = array.astype(np.float32)
+        return values
+    values = np.ldexp(np.float32(1), np.minimum(array, 254).astype(np.int32) - 127).astype(np.float32)
+    values[array == 255] = np.nan
     return values
 
 

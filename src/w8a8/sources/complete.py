@@ -28,9 +28,10 @@ def check(tensors: Iterable[LogicalTensor], config: Mapping[str, Any], where: st
         if found := _EXPERT.fullmatch(tensor.name):
             layer, number, leaf = found.groups()
             experts[layer].setdefault(int(number), set()).add(leaf)
+    stated = _count(config)
     for layer, own in experts.items():
         leaves = set[str]().union(*own.values())
-        for number in range(max(_count(config), *(n + 1 for n in own))):
+        for number in range(max(stated, *(n + 1 for n in own))):
             if lacking := leaves - own.get(number, set()):
                 missing = f"{layer}.{number}.{min(lacking)}"
                 raise SourceError(f"{where}: {missing} is missing, which other experts have; download it again")

@@ -18,6 +18,7 @@ from w8a8.checkpoint.gguf import GGML_TYPES
 from w8a8.checkpoint.ggufs import Gguf
 from w8a8.checkpoint.mapping import UNCHANGED, Change, Swap
 from w8a8.errors import UnsupportedModelError
+from w8a8.formats.arithmetic import decode
 from w8a8.kernels.cpu.bits import Bits
 from w8a8.kernels.cpu.ggml import DECODED, decode_blocks, round_values
 from w8a8.sources.view import PLAIN, Beside, Decoder, LogicalTensor, Stretch, View, ViewShard, part
@@ -85,13 +86,8 @@ class Ggml(Decoder):
         round_values(values, out)
 
     def _values(self, blocks: NDArray[np.uint8]) -> NDArray[np.float32]:
-        match self.kind:
-            case "F32":
-                return blocks.view("<f4")
-            case "F16":
-                return blocks.view("<f2").astype(np.float32)
-            case "BF16":
-                return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        if self.kind not in DECODED:
+            return decode(blocks, self.kind)
         values = np.empty((len(blocks), _BLOCK[self.kind][0]), np.uint32)
         decode_blocks(self.kind, blocks, values)
         return values.view(np.float32)
