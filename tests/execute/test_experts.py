@@ -16,6 +16,7 @@ from w8a8.errors import TensorSizeError
 from w8a8.formats.arithmetic import round_to
 from w8a8.plan.viewing import view_of
 from w8a8.quantization import Options
+from w8a8.sources import blocks
 from w8a8.sources.rows import RowReader
 
 EXPERTS, HIDDEN, INNER = 3, 40, 24
@@ -95,12 +96,14 @@ def test_qwen3_vl_moes_experts_are_read_whichever_way_they_are_stored(turned: bo
         )
 
 
+@pytest.mark.parametrize("held", [0, 1 << 23])
 @pytest.mark.parametrize("block", [256, 1 << 22])
 @pytest.mark.parametrize("model_type", QUANTIZED)
 def test_each_expert_is_quantized_by_its_rows(
-    model_type: str, block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, block: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stream, "BLOCK_BYTES", block)
+    monkeypatch.setattr(blocks, "HELD_BYTES", held)
     values = matrices()
     write_checkpoint(tmp_path / "source", stored(model_type, values), config={"model_type": model_type})
     w8a8.quantize(tmp_path / "source", tmp_path / "out", Options("compressed-tensors"))

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
+import numpy as np
+
 from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import SourceChangedError, UnreadableError
@@ -60,6 +62,7 @@ class Block:
     """Bytes of a file to be read at once: `runs` runs of `nbytes` bytes, from byte `offset` on, one every `stride`.
 
     `hashed`: they belong to the digest of the file. Such blocks are one run, and follow one another without a gap.
+    `held`: a single run that stays with the reader: the blocks that follow and lie in it are cut out of it.
     """
 
     offset: int
@@ -67,11 +70,17 @@ class Block:
     runs: int = 1
     stride: int = 0
     hashed: bool = True
+    held: bool = False
 
     @property
     def size(self) -> int:
         """Bytes of all runs."""
         return self.nbytes * self.runs
+
+    def within(self, other: "Block") -> bool:
+        """Whether all its bytes lie in the single run of `other`."""
+        last = self.offset + (self.runs - 1) * self.stride
+        return other.offset <= self.offset and last + self.nbytes <= other.offset + other.nbytes
 
 
 B = TypeVar("B", bound=Block)
@@ -88,11 +97,13 @@ def stream(
 ) -> Generator[tuple[B, memoryview], None, None]:
     """Yield each block with its bytes, run after run, which are valid until the next one is asked for.
 
-    Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with the `hashed` blocks.
+    A `held` block comes without bytes. Close the generator (`contextlib.closing`) to end its thread early. `digest` is
+    updated with the `hashed` blocks.
+
     Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds).
     """
     blocks = list(blocks)
-    size = max((block.size for block in blocks), default=1)
+    size = max((block.size for block in blocks if not block.held), default=1)
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
     filled: queue.SimpleQueue[tuple[B, mmap.mmap] | BaseException | None] = queue.SimpleQueue()
     for _ in range(min(BUFFERS, len(blocks))):
@@ -100,16 +111,21 @@ def stream(
     ended = threading.Event()
 
     def read() -> None:
+        kept, span = mmap.mmap(-1, max((block.size for block in blocks if block.held), default=1)), Block(0, 0)
         try:
             with reading(path), open_file(path) as file:
                 for block in blocks:
                     buffer = free.get()
                     if stopped() or ended.is_set():
                         raise Stopped
-                    view = memoryview(buffer)[: block.size]
-                    read_block(file.fileno(), view, block, path)
+                    view = memoryview(kept if block.held else buffer)[: block.size]
+                    if block.within(span):
+                        _cut_out(memoryview(kept)[block.offset - span.offset :], block, view)
+                    else:
+                        read_block(file.fileno(), view, block, path)
                     if digest is not None and block.hashed:
                         digest.update(view)
+                    span = block if block.held else span
                     filled.put((block, buffer))
             filled.put(None)
         except BaseException as error:  # noqa: BLE001 - handed to the consumer, which raises it
@@ -123,7 +139,7 @@ def stream(
             if isinstance(item, BaseException):
                 raise item
             block, buffer = item
-            yield block, memoryview(buffer)[: block.size]
+            yield block, memoryview(buffer)[: 0 if block.held else block.size]
             free.put(buffer)
     finally:
         ended.set()
@@ -138,15 +154,21 @@ def read_block(fd: int, view: memoryview, block: Block, path: Path) -> None:
         read_exactly(fd, part, block.offset + run * block.stride, path)
 
 
+def _cut_out(data: memoryview, block: Block, view: memoryview) -> None:
+    """Fill `view` with the bytes of a block that begins where `data` does."""
+    runs = np.ndarray((block.runs, block.nbytes), np.uint8, data, strides=(block.stride, 1))
+    np.frombuffer(view, np.uint8).reshape(runs.shape)[:] = runs
+
+
 def read_exactly(fd: int, view: memoryview, offset: int, path: Path) -> None:
     """Fill `view` from byte `offset` of the open file. Raises `UnreadableError` or `SourceChangedError`."""
     done = 0
-    while done < len(view):
-        with reading(path):
+    with reading(path):
+        while done < len(view):
             count = os.preadv(fd, [view[done:]], offset + done)
-        if count == 0:
-            raise SourceChangedError(f"{path}: ends at byte {offset + done:,}; it became shorter while being read")
-        done += count
+            if count == 0:
+                raise SourceChangedError(f"{path}: ends at byte {offset + done:,}; it became shorter while being read")
+            done += count
 
 
 def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | None = None) -> bytearray:

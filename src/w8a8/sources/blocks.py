@@ -1,17 +1,20 @@
 """Cuts files and tensors into blocks: the bytes of whole rows of a logical tensor.
 
 A file is read once, front to back, because its SHA-256 is computed on the way. Where a tensor's rows do not lie one
-after the other (the columns of a stored matrix, every second row), its bytes go by for the digest first, and then are
-read again, row by row, while they are still in the page cache.
+after the other (the columns of a stored matrix, every second row), its bytes go by for the digest first, and then its
+rows are cut out of them: in memory where the matrix is small, else by reading again what is still in the page cache.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint import stream as streaming
 from w8a8.checkpoint.stream import Block, byte_blocks
 from w8a8.sources.view import LogicalTensor, Stretch, ViewShard
+
+HELD_BYTES = 8 << 20
+"""The largest stored matrix that is kept while its rows are cut out of it: one expert's of most mixtures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,10 @@ def tensor_blocks(tensor: LogicalTensor, *, hashed: bool = False) -> Iterator[Ro
             place = stretch(matrix, begin, end)
             at = (index * rows + begin) * columns
             offset = matrix.stored.offset + place.offset
-            yield RowBlock(offset, place.nbytes, place.runs, place.stride, hashed, tensor, matrix, begin, end, at)
+            runs, stride = place.runs, place.stride
+            yield RowBlock(
+                offset, place.nbytes, runs, stride, hashed, tensor=tensor, matrix=matrix, begin=begin, end=end, at=at
+            )
 
 
 def shard_blocks(shard: ViewShard) -> Iterator[RowBlock]:
@@ -83,8 +89,7 @@ def shard_blocks(shard: ViewShard) -> Iterator[RowBlock]:
         if _tile(blocks, spec):
             yield from blocks
         else:
-            yield from _passing(spec.offset, spec.offset + spec.nbytes)
-            yield from (block for tensor in own[spec.name] for block in tensor_blocks(tensor))
+            yield from _reread(spec, [replace(block, hashed=False) for block in blocks])
     yield from _passing(position, shard.begin + shard.size)
 
 
@@ -96,6 +101,22 @@ def _tile(blocks: Sequence[RowBlock], spec: TensorSpec) -> bool:
             return False
         position += block.nbytes
     return position == spec.offset + spec.nbytes
+
+
+def _reread(spec: TensorSpec, blocks: Sequence[RowBlock]) -> Iterator[RowBlock]:
+    """The bytes of a stored tensor for the digest, and `blocks` cut out of them: small matrices one by one."""
+    matrices: dict[TensorSpec, list[RowBlock]] = {}
+    for block in blocks:
+        assert block.matrix is not None
+        matrices.setdefault(block.matrix.stored, []).append(block)
+    spans = [RowBlock(stored.offset, stored.nbytes, held=True) for stored in matrices]
+    if _tile(spans, spec) and all(span.nbytes <= HELD_BYTES for span in spans):
+        for span, own in zip(spans, matrices.values(), strict=True):
+            yield span
+            yield from own
+    else:
+        yield from _passing(spec.offset, spec.offset + spec.nbytes)
+        yield from blocks
 
 
 def _passing(begin: int, end: int) -> Iterator[RowBlock]:

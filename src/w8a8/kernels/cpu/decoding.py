@@ -154,6 +154,24 @@ def _turn(matrix, out):  # type: ignore[no-untyped-def]
                     out[b, a] = matrix[a, b]
 
 
+@jit()
+def _turn_words(matrix, out):  # type: ignore[no-untyped-def]
+    # Four by four elements of 16 bits: a word of each of four rows in, a word of each of four columns out.
+    odd, high = np.uint64(0xFFFF0000FFFF0000), np.uint64(0xFFFFFFFF00000000)
+    half, word = np.uint64(16), np.uint64(32)
+    rows, columns = matrix.shape
+    for i in range(0, rows, 16):
+        for j in range(columns):
+            for k in range(i, min(i + 16, rows), 4):
+                a, b, c, d = matrix[k, j], matrix[k + 1, j], matrix[k + 2, j], matrix[k + 3, j]
+                even_ab, odd_ab = (a & ~odd) | ((b & ~odd) << half), ((a & odd) >> half) | (b & odd)
+                even_cd, odd_cd = (c & ~odd) | ((d & ~odd) << half), ((c & odd) >> half) | (d & odd)
+                out[4 * j, k // 4] = (even_ab & ~high) | (even_cd << word)
+                out[4 * j + 1, k // 4] = (odd_ab & ~high) | (odd_cd << word)
+                out[4 * j + 2, k // 4] = (even_ab >> word) | (even_cd & high)
+                out[4 * j + 3, k // 4] = (odd_ab >> word) | (odd_cd & high)
+
+
 def fp8(codes: Bytes, scale: Float32s, block: tuple[int, int], first: int, out: Bits, *, wide: bool = False) -> None:
     """Decode FP8 `codes` [rows, columns], which begin at row `first` of the matrix; E5M2 if `wide`, else E4M3."""
     (_e5m2 if wide else _e4m3)(codes, scale, first, *block, out)
@@ -218,8 +236,11 @@ def unpacked_down(words: NDArray[np.uint32], places: Sequence[int]) -> Bytes:
     return out
 
 
-def turned(matrix: NDArray[Any]) -> NDArray[Any]:
-    """Copy a matrix [a, b] to its transpose [b, a], rows one after the other."""
-    out = np.empty(matrix.shape[::-1], matrix.dtype)
-    _turn(matrix, out)
+def turned(matrix: NDArray[Any], out: NDArray[Any] | None = None) -> NDArray[Any]:
+    """Copy a matrix [a, b] to its transpose [b, a], rows one after the other; into `out` where it is given."""
+    out = np.empty(matrix.shape[::-1], matrix.dtype) if out is None else out
+    if matrix.itemsize == 2 and not any(size % 4 for size in matrix.shape):  # four times as fast
+        _turn_words(matrix.view(np.uint64), out.view(np.uint64))
+    else:
+        _turn(matrix, out)
     return out
