@@ -5,22 +5,19 @@ results are in `docs/measured/support.json` and shown in `docs/support.md`, so t
 """
 
 import argparse
-import shutil
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import transformers
 
 from tests.support import table, tiny
-from tests.support.check import PROMPTS, Row, Scores, check, reason
-from tests.support.engine import answers, difference
+from tests.support.check import Row, check
+from tests.support.engine import started
 
-BATCH = 12
-"""Architectures to a process of vLLM's."""
 ASK_VERSION = "from importlib.metadata import version as v, packages_distributions as p; print(v(p()['vllm'][0]))"
 
 
@@ -43,24 +40,19 @@ def main() -> None:
         versions["vllm"],
     ):
         rows |= kept.rows
-    # 2) The others, a batch at a time: here, then all of them in vLLM.
+    # 2) The others: here, then in vLLM; its source too, where the result is not right there.
     names = options.names or [name for name in tiny.model_types() if _missing(rows.get(name), options.vllm)]
-    for start in range(0, len(names), BATCH):
-        with tempfile.TemporaryDirectory() as scratch:
-            expected: dict[Path, tuple[str, Scores]] = {}
-            for name in names[start : start + BATCH]:
-                rows[name], reference = check(name, Path(scratch) / name)
-                shutil.rmtree(Path(scratch) / name / "source", ignore_errors=True)
-                if reference:
-                    expected[Path(scratch) / name / "result"] = name, reference
-                _keep(versions, rows, name)
-            if options.vllm:
-                for folder, answer in answers(options.vllm, [*expected], PROMPTS):
-                    name, exact = expected[folder]
-                    row = rows[name]
-                    row.vllm, row.vllm_dtype = difference(answer, exact), answer.dtype
-                    row.vllm_failed = reason(answer.error, folder) if answer.error else None
-                    _keep(versions, rows, name)
+    with started(options.vllm) if options.vllm else nullcontext() as vllm:
+        for name in names:
+            with tempfile.TemporaryDirectory() as scratch:
+                rows[name], expected = check(name, Path(scratch))
+                row = rows[name]
+                if vllm and expected:
+                    row.vllm = vllm(Path(scratch) / "result", expected.result)
+                    if row.vllm.known and not table.agrees(row.vllm):
+                        row.source = vllm(Path(scratch) / "source", expected.source)
+            table.write(table.Results(versions, rows))
+            print(row, flush=True)
 
 
 def _version(python: Path) -> str:
@@ -70,14 +62,7 @@ def _version(python: Path) -> str:
 
 def _missing(row: Row | None, vllm: Path | None) -> bool:
     """Whether an architecture is still to be tried."""
-    return row is None or (vllm is not None and not row.failed and row.vllm is None and row.vllm_failed is None)
-
-
-def _keep(versions: Mapping[str, str], rows: Mapping[str, Row], name: str) -> None:
-    """Keep all results, and print one."""
-    table.write(table.Results(versions, rows))
-    row = rows[name]
-    print(f"{name}: INT8 {row.share}, runtime {row.runtime}, vLLM {row.vllm}", row.failed, row.vllm_failed, flush=True)
+    return row is None or (vllm is not None and not row.failed and row.vllm is None)
 
 
 if __name__ == "__main__":

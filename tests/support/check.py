@@ -34,6 +34,31 @@ Scores = Sequence[Sequence[float]]
 """A log-probability for every token but the first of every prompt."""
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What a model should give: the `result` by the exact reference, the `source` by transformers in FP32."""
+
+    result: Scores
+    source: Scores
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What vLLM makes of a checkpoint.
+
+    Attributes:
+        difference: largest difference of a log-probability from what is expected, nats.
+        dtype: what vLLM computed in.
+        failed: why it gave none.
+        known: whether vLLM has such a model at all.
+    """
+
+    difference: float | None
+    dtype: str = "float32"
+    failed: str | None = None
+    known: bool = True
+
+
 @dataclass
 class Row:
     """What was found of an architecture.
@@ -47,9 +72,8 @@ class Row:
         verified: whether `verify` finds nothing wrong.
         runtime: relative RMS error of the logits in `w8a8.runtime` against the exact reference.
         failed: the first step that failed, and why.
-        vllm: largest difference of a log-probability in vLLM from the exact reference, nats.
-        vllm_dtype: what vLLM computed in.
-        vllm_failed: why vLLM gave none.
+        vllm: what vLLM makes of the result.
+        source: what it makes of the source, where the result is not right in it.
     """
 
     model_type: str
@@ -60,20 +84,22 @@ class Row:
     verified: bool = False
     runtime: float | None = None
     failed: str | None = None
-    vllm: float | None = None
-    vllm_dtype: str = "float32"
-    vllm_failed: str | None = None
+    vllm: Tried | None = None
+    source: Tried | None = None
 
 
 class StepError(Exception):
     """A step that failed, and why."""
 
 
-def check(model_type: str, folder: Path, format: str | None = None) -> tuple[Row, Scores]:  # noqa: A002
+def check(
+    model_type: str,
+    folder: Path,
+    format: str | None = None,  # noqa: A002
+) -> tuple[Row, Expected | None]:
     """Try an architecture in `folder`: make `source`, quantize it into `result`, verify and run that.
 
-    Returns its row, and the log-probabilities of each prompt's tokens but the first by the exact reference; empty where
-    it was not reached.
+    Returns its row, and the log-probabilities that both should give; none where that was not reached.
     """
     row = Row(model_type)
     try:
@@ -93,14 +119,13 @@ def check(model_type: str, folder: Path, format: str | None = None) -> tuple[Row
                 raise StepError(problems[0])
             row.verified = True
         with _step("run", folder):
-            ours, reference = logits(type(model), folder)
+            ours, reference, source = logits(type(model), folder)
             errors = (ours - reference).flatten(1).norm(dim=1) / reference.flatten(1).norm(dim=1)
             row.runtime = float(errors.median())
-            following = torch.tensor(PROMPTS)[:, 1:, None]
-            return row, reference.log_softmax(-1)[:, :-1].gather(-1, following).squeeze(-1).tolist()
+            return row, Expected(_scores(reference), _scores(source))
     except StepError as error:
         row.failed = str(error)
-    return row, []
+    return row, None
 
 
 def reason(error: str, folder: Path) -> str:
@@ -139,18 +164,29 @@ def left_alone(plan: Plan) -> tuple[str, ...]:
     return tuple(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in matrices}))
 
 
-def logits(kind: Any, folder: Path) -> tuple[Tensor, Tensor]:
-    """The logits of the result in `w8a8.runtime`, and of the exact reference: float32 [prompts, tokens, vocabulary]."""
+def _scores(logits: Tensor) -> Scores:
+    """The log-probability of every token of `PROMPTS` but the first of each; `logits` as they come from a model."""
+    following = torch.tensor(PROMPTS)[:, 1:, None]
+    found: list[list[float]] = logits.log_softmax(-1)[:, :-1].gather(-1, following).squeeze(-1).tolist()
+    return found
+
+
+def logits(kind: Any, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits of the result in `w8a8.runtime`, of the exact reference, and of the source.
+
+    All are float32 [prompts, tokens, vocabulary].
+    """
     ours = _loaded(kind, folder / "result")
     reference = _loaded(kind, folder / "source", experts_implementation="eager")
     ids = torch.tensor(PROMPTS)
     with torch.inference_mode():
         got = ours(input_ids=ids, use_cache=False).logits.float()
+        source = reference(input_ids=ids, use_cache=False).logits.float()
         with exact.InInt8(exact.int8_weights(reference, ours)) as mode:
             wanted = reference(input_ids=ids, use_cache=False).logits.float()
     if unused := sorted(mode.names[storage] for storage in mode.unused):
         raise StepError(f"{len(unused)} INT8 weights are not used by the decoder, {unused[0]} for one")
-    return got, wanted
+    return got, wanted, source
 
 
 def _loaded(kind: Any, folder: Path, **options: Any) -> Any:

@@ -1,15 +1,18 @@
-"""Run by a Python that has vLLM: `in_vllm.py FOLDER...`, a line of JSON for each as it is done.
+"""Run by a Python that has vLLM: reads lines of JSON, `{"folder": PATH, "prompts": [[token]]}`, and answers each.
 
-A line has the `scores` of the prompts in the folder's `prompts.json`, as stock vLLM gives them on this CPU in `dtype`,
-or `error`. The models run one after another in one process: starting vLLM takes longer than any of them. They compute
-in FP32 where they can, so that nothing but INT8 tells them from the exact reference.
+An answer has the `scores` of the prompts as stock vLLM gives them on this CPU in `dtype`, or an `error`; `known` says
+whether vLLM has such a model at all. Each folder gets a process of its own, forked from this one, which has imported
+all: starting vLLM takes longer than any of the models. They compute in FP32 where they can, so that nothing but INT8
+tells them from the exact reference.
 """
 
 import gc
 import json
 import os
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,16 +23,24 @@ os.environ.update(
     VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_CPU_KVCACHE_SPACE="1",
     VLLM_DIST_IDENT="x",
+    VLLM_NO_USAGE_STATS="1",
+    TORCHDYNAMO_DISABLE="1",  # compiling takes longer than what is compiled
 )
 RESULT = "RESULT "
+PATIENCE = 300
+"""Seconds that a model may take."""
+IMPORTED = ("vllm.v1.engine.llm_engine", "vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "plain_experts")
+"""What every model needs."""
+UNKNOWN = ("does not recognize this architecture", "is not supported anymore", "are not supported for now")
+"""What vLLM says of models that it has not."""
 
 
-def scores(folder: str, prompts: Sequence[Sequence[int]], dtype: str) -> list[list[float]]:
+def scores(folder: Path, prompts: Sequence[Sequence[int]], dtype: str) -> list[list[float]]:
     """The log-probability of every token but the first of each prompt, given those before it."""
     from vllm import LLM, SamplingParams
 
     engine = LLM(
-        model=folder,
+        model=str(folder),
         skip_tokenizer_init=True,
         enforce_eager=True,
         dtype=dtype,
@@ -38,54 +49,59 @@ def scores(folder: str, prompts: Sequence[Sequence[int]], dtype: str) -> list[li
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=2**26,
         enable_prefix_caching=False,
-        **_without_towers(folder),
+        language_model_only=True,  # of a model with towers
     )
-    try:
-        sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        answers = engine.generate([{"prompt_token_ids": [*p]} for p in prompts], sampling, use_tqdm=False)
-        return [
-            [position[token].logprob for token, position in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
-            for prompt, answer in zip(prompts, answers, strict=True)
-        ]
-    finally:
-        engine.llm_engine.engine_core.shutdown()
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    answers = engine.generate([{"prompt_token_ids": [*p]} for p in prompts], sampling, use_tqdm=False)
+    return [
+        [position[token].logprob for token, position in zip(prompt[1:], answer.prompt_logprobs[1:], strict=True)]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
 
 
-def tried(folder: str) -> dict[str, Any]:
+def tried(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The scores in FP32, or in BF16 where vLLM has no FP32 for a model; or why there are none."""
-    prompts = json.loads((Path(folder) / "prompts.json").read_text())
     error = ""
     for dtype in ("float32", "bfloat16"):
         try:
             return {"dtype": dtype, "scores": scores(folder, prompts, dtype)}
         except Exception as failed:  # noqa: BLE001 - it is what the table says
-            error = error or f"{type(failed).__name__}: {failed}"
+            traceback.print_exc()
+            error = f"{type(failed).__name__}: {failed}"
         if "BF16" not in error and "bfloat16" not in error:
             break
-    return {"error": error}
+    return {"dtype": dtype, "error": error, "known": not any(words in error for words in UNKNOWN)}
 
 
-def _without_towers(folder: str) -> Mapping[str, Any]:
-    """What lets a model with towers run as a language model alone, without a processor."""
-    config = json.loads((Path(folder) / "config.json").read_text())
-    return {"language_model_only": True} if {"vision_config", "audio_config"} & set(config) else {}
+def answer(folder: Path, prompts: Sequence[Sequence[int]]) -> None:
+    """Try a folder in a process of its own, and print what it gives."""
+    if not (child := os.fork()):
+        signal.alarm(PATIENCE)  # ends the process
+        print(RESULT + json.dumps(tried(folder, prompts)), flush=True)
+        os._exit(0)
+    if status := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+        why = f"nothing for {PATIENCE} s" if status == -signal.SIGALRM else f"its process ended with {status}"
+        print(RESULT + json.dumps({"error": why}), flush=True)
 
 
 def main() -> None:
-    """Try the folders."""
+    """Answer until the input ends."""
     import torch
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
     from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
     from vllm.model_executor.models import registry
+    from vllm.multimodal.processing import BaseProcessingInfo
 
+    for name in IMPORTED:
+        import_module(name)
     import_module("plain_experts").install()  # beside this file
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     QuarkConfig.get_supported_act_dtypes = lambda self: dtypes  # FP32 is only not listed: the kernel has it
     registry._run_in_subprocess = lambda inspect: inspect()  # a process for each class costs more than its model
-    for folder in sys.argv[1:]:
-        print(RESULT + json.dumps(tried(folder)), flush=True)
-        gc.collect()
-        cleanup_dist_env_and_memory()
+    BaseProcessingInfo.supported_mm_limits = {}  # text alone: else vLLM asks a processor what to allow none of
+    gc.freeze()  # else every process looks through all that is imported
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer(Path(asked["folder"]), asked["prompts"])
 
 
 if __name__ == "__main__":

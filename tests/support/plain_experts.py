@@ -1,16 +1,17 @@
-"""INT8 experts in plain torch, in place of the kernel that vLLM lacks on CPUs without AMX; loaded in vLLM's process.
+"""What vLLM lacks on CPUs without AMX for INT8 models, in plain torch; loaded in vLLM's process.
 
-Everything around the kernel stays vLLM's own: its choice of the INT8 method for a config, the parameters that method
-builds, the loader that fills them, the router, and the layout in which its Triton kernel reads gate and up: one half
-after the other, but interleaved for `SWIGLUOAI`.
+That is the kernel for experts. Everything around it stays vLLM's own: its choice of the INT8 method for a config, the
+parameters that method builds, the loader that fills them, the router, and the layout in which its Triton kernel reads
+gate and up: one half after the other, but interleaved for `SWIGLUOAI`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from vllm.model_executor.kernels.linear.scaled_mm.cpu import CPUInt8ScaledMMLinearKernel
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUExpertsInt8
 from vllm.model_executor.layers.fused_moe.oracle import int8
@@ -78,8 +79,20 @@ def _linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Ten
     return y if bias is None else y + bias
 
 
+def _keep_weights() -> None:
+    """Leave an empty weight where vLLM's kernel for linear layers leaves none: its MLA asks that for its device."""
+    prepare = CPUInt8ScaledMMLinearKernel.process_weights_for_onednn
+
+    def prepare_and_keep(kernel: Any, layer: Any) -> None:
+        prepare(kernel, layer)
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    CPUInt8ScaledMMLinearKernel.process_weights_for_onednn = prepare_and_keep
+
+
 def install() -> None:
-    """Let vLLM choose `PlainExperts` where it looks for a CPU's experts."""
+    """Let vLLM choose `PlainExperts` where it looks for a CPU's experts, and its MLA load INT8 layers."""
+    _keep_weights()
     known = int8.backend_to_kernel_cls
     int8.backend_to_kernel_cls = lambda backend: (
         [PlainExperts] if backend == int8.Int8MoeBackend.CPU else known(backend)

@@ -1,13 +1,16 @@
 """The table of supported architectures: results as JSON in `docs/measured/support.json`, shown as `docs/support.md`."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
+from math import inf
 from pathlib import Path
 
 import msgspec
 
-from tests.support.check import SMALL, Row
+from tests.support.check import SMALL, Row, Tried
 from tests.support.tiny import OTHERS
 
 ROOT = Path(__file__).parents[2]
@@ -23,8 +26,22 @@ VLLM_BOUNDS = {"float32": 0.01, "bfloat16": 0.25}
 
 In FP32 both sides compute the same: weights are such that vLLM's INT8 sums are exact on every CPU (`tiny.py`).
 """
+ALIKE = 2
+"""Times the source's difference up to which the result's is said to come from vLLM, too."""
 SHOWN = 3
 """How many names of matrices a remark gives."""
+
+
+class Verdict(StrEnum):
+    """What became of a result in vLLM."""
+
+    RIGHT = "right"
+    ALIKE = "off with the source too"
+    NO_SOURCE = "runs no such source"
+    UNKNOWN = "no such model"
+    OURS = "wrong"
+    NOT_RUN = "not run"
+
 
 HEAD = """\
 # Supported architectures
@@ -41,12 +58,23 @@ verified and run. `make support` makes this table; it goes on where it was inter
 - **vLLM**: the largest difference of a log-probability from that reference, in nats, when stock vLLM {vllm} loads the
   result on a CPU and computes in FP32. At most {vllm_bound} is right; {bf16_bound} where vLLM computes in BF16 alone.
   Where a CPU has no AMX, vLLM has no kernel for experts in INT8; its own configuration, loader and router run
-  there with that kernel replaced by plain torch. A larger difference may be vLLM's own: what it makes of the source is
-  not tried.
+  there with that kernel replaced by plain torch. Of models for text and images, the text decoder alone runs.
+  Where the result is not right in vLLM, it runs the source too, and what that gives is compared with transformers'
+  model of the source in FP32.
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
-`w8a8.runtime`; {served} of these are right in vLLM too.
+`w8a8.runtime`. What vLLM makes of these and of the others:
+
 """
+MEANING = {
+    Verdict.RIGHT: "right",
+    Verdict.ALIKE: "as far off with the source: vLLM computes this model in another way than transformers",
+    Verdict.NO_SOURCE: "vLLM does not run the source on a CPU either",
+    Verdict.UNKNOWN: "vLLM {vllm}, and transformers beside it, have no such model",
+    Verdict.OURS: "wrong, or not run, where the source is right",
+    Verdict.NOT_RUN: "not run: an earlier step failed",
+}
+"""What is said of each verdict."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +110,15 @@ def page(results: Results) -> str:
         bf16_bound=VLLM_BOUNDS["bfloat16"],
         whole=len(whole),
         all=len(rows),
-        served=sum(in_vllm(row) == "right" for row in whole),
     )
+    counted = [Counter(map(in_vllm, some)) for some in (whole, rest)]
+    verdicts = [
+        f"| {meaning.format(**results.versions)} | {counted[0][verdict]} | {counted[1][verdict]} |"
+        for verdict, meaning in MEANING.items()
+    ]
     others = [f"- {reason}: {', '.join(f'`{name}`' for name in names)}" for reason, names in OTHERS.items()]
     parts = [
-        head,
+        head + "| in vLLM | whole | others |\n| --- | ---: | ---: |\n" + "\n".join(verdicts) + "\n",
         "## Whole\n",
         _table(whole),
         "## In part, or not\n",
@@ -104,11 +136,24 @@ def right(row: Row) -> bool:
     return whole and not row.warnings and row.verified and row.runtime is not None and row.runtime <= RUNTIME_BOUND
 
 
-def in_vllm(row: Row) -> str:
-    """What vLLM makes of it, in a word."""
+def agrees(tried: Tried) -> bool:
+    """Whether vLLM gives what is expected of a checkpoint."""
+    return tried.difference is not None and tried.difference <= VLLM_BOUNDS[tried.dtype]
+
+
+def in_vllm(row: Row) -> Verdict:
+    """What became of the result in vLLM, and by whose fault."""
     if row.vllm is None:
-        return "fails" if row.vllm_failed else "not run"
-    return "right" if row.vllm <= VLLM_BOUNDS[row.vllm_dtype] else "wrong"
+        return Verdict.NOT_RUN
+    if not row.vllm.known:
+        return Verdict.UNKNOWN
+    if agrees(row.vllm):
+        return Verdict.RIGHT
+    if row.source and row.source.failed:
+        return Verdict.NO_SOURCE
+    if row.source and not agrees(row.source) and (row.vllm.difference or inf) <= ALIKE * (row.source.difference or 0):
+        return Verdict.ALIKE
+    return Verdict.OURS
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -119,14 +164,14 @@ def _table(rows: Sequence[Row]) -> str:
     for row in rows:
         share = "" if row.share is None else f"{100 * row.share:.1f}%"
         runtime = "" if row.runtime is None else f"{row.runtime:.1g}"
-        vllm = (
-            in_vllm(row)
-            if row.vllm is None
-            else f"{row.vllm:.1g}" + (" (BF16)" if row.vllm_dtype == "bfloat16" else "")
-        )
+        vllm = in_vllm(row) if row.vllm is None or row.vllm.difference is None else _nats(row.vllm)
         cells = (f"`{row.model_type}`", row.name, share, "yes" if row.verified else "no", runtime, vllm, _remark(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _nats(tried: Tried) -> str:
+    return f"{tried.difference:.1g}" + (" (BF16)" if tried.dtype == "bfloat16" else "")
 
 
 def _remark(row: Row) -> str:
@@ -139,6 +184,10 @@ def _remark(row: Row) -> str:
         remarks.append("left: " + ", ".join(row.left[:SHOWN]) + (f" and {more} more" if more > 0 else ""))
     if row.warnings:
         remarks.append("warns")
-    if row.vllm_failed:
-        remarks.append(f"vLLM: {row.vllm_failed}")
+    if row.vllm and row.vllm.known and row.vllm.failed:
+        remarks.append(f"vLLM: {row.vllm.failed}")
+    if row.source and row.source.difference is not None:
+        remarks.append(f"vLLM with the source: {_nats(row.source)}")
+    elif row.source and row.vllm and row.source.failed != row.vllm.failed:
+        remarks.append(f"vLLM with the source: {row.source.failed}")
     return "; ".join(remarks).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")

@@ -12,7 +12,6 @@ For token t, its chosen experts e with weights r, and f_e = down_e(between(gate_
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +24,13 @@ from w8a8.runtime.linear import W8A8Linear
 class Experts(nn.Module):  # type: ignore[misc]
     """The experts of one layer: `gate_proj` (unless they have none), `up_proj` and `down_proj`, a list of each.
 
+    Where they are `joined`, `gate_up_proj` takes the place of the first two, its rows as the replaced module has them.
     Where the replaced module has biases, each layer has its own if they are `split`; else there are those of the
     module, `gate_up_proj_bias` [experts, 2 x inner] and `down_proj_bias` [experts, hidden].
     """
 
     def __init__(
-        self, experts: nn.Module, between: Callable[[Tensor], Tensor], *, transposed: bool, split: bool
+        self, experts: nn.Module, between: Callable[[Tensor], Tensor], *, transposed: bool, split: bool, joined: bool
     ) -> None:
         """Make what replaces `experts`, without weights, on the meta device.
 
@@ -38,7 +38,7 @@ class Experts(nn.Module):  # type: ignore[misc]
         weights; these are `transposed` where they are stored as [experts, in, out].
         """
         super().__init__()
-        self.gated = getattr(experts, "has_gate", True)
+        self.gated, self.joined = getattr(experts, "has_gate", True), joined
         self.interleaved = not getattr(experts, "is_concatenated", True)
         self.between = between
         count, *outward, inward = experts.down_proj.shape
@@ -49,9 +49,12 @@ class Experts(nn.Module):  # type: ignore[misc]
             bias, dtype = biased and split, experts.down_proj.dtype
             return nn.ModuleList(W8A8Linear(columns, rows, bias, dtype, "meta") for _ in range(count))
 
-        if self.gated:
-            self.gate_proj = layers(hidden, inner)
-        self.up_proj = layers(hidden, inner)
+        if joined:
+            self.gate_up_proj = layers(hidden, 2 * inner)
+        else:
+            if self.gated:
+                self.gate_proj = layers(hidden, inner)
+            self.up_proj = layers(hidden, inner)
         self.down_proj = layers(inner, hidden)
         self.gate_up_proj_bias = experts.gate_up_proj_bias if biased and not split else None
         self.down_proj_bias = experts.down_proj_bias if biased and not split else None
@@ -59,17 +62,20 @@ class Experts(nn.Module):  # type: ignore[misc]
 
     def expert(self, number: int, states: Tensor) -> Tensor:
         """Run one expert on `states` [tokens, hidden]."""
-        parts = [self.gate_proj[number], self.up_proj[number]] if self.gated else [self.up_proj[number]]
-        both, down = self.gate_up_proj_bias, self.down_proj_bias
-        biases = [None] * len(parts) if both is None else self._halves(both[number])
-        made = [part(states, bias) for part, bias in zip(parts, biases, strict=True)]
-        inner = self.between(torch.stack(made, -1).flatten(-2) if self.interleaved else torch.cat(made, -1))
-        states = self.down_proj[number](inner, None if down is None else down[number])
+        both, down = (None if b is None else b[number] for b in (self.gate_up_proj_bias, self.down_proj_bias))
+        made = self.gate_up_proj[number](states, both) if self.joined else self._apart(number, states, both)
+        states = self.down_proj[number](self.between(made), down)
         return states if self.post_expert_norm is None else self.post_expert_norm(states)
 
-    def _halves(self, bias: Tensor) -> Any:
-        """Split what belongs to gate and up, as `between` will."""
-        return (bias[0::2], bias[1::2]) if self.interleaved else bias.chunk(2)
+    def _apart(self, number: int, states: Tensor, bias: Tensor | None) -> Tensor:
+        """The outputs of gate and up, with their `bias`, beside each other as `between` takes them."""
+        parts = [self.gate_proj[number], self.up_proj[number]] if self.gated else [self.up_proj[number]]
+        if bias is None:
+            biases = [None] * len(parts)
+        else:
+            biases = [bias[0::2], bias[1::2]] if self.interleaved else bias.chunk(2)
+        made = [part(states, own) for part, own in zip(parts, biases, strict=True)]
+        return torch.stack(made, -1).flatten(-2) if self.interleaved else torch.cat(made, -1)
 
 
 class W8A8Experts(Experts):
@@ -105,8 +111,10 @@ class W8A8ScaledExperts(Experts):
         return out
 
 
-def in_int8(name: str, experts: nn.Module, *, split: bool) -> Experts:
-    """Make what replaces the module `experts`, called `name`; its biases may be `split`, for each expert its own.
+def in_int8(name: str, experts: nn.Module, *, split: bool, joined: bool = False) -> Experts:
+    """Make what replaces the module `experts`, called `name`.
+
+    Its biases may be `split`, for each expert its own; gate and up may be `joined`, one layer for both.
 
     Raises UnsupportedSchemeError for a module of an unknown kind.
 
@@ -114,13 +122,16 @@ def in_int8(name: str, experts: nn.Module, *, split: bool) -> Experts:
     states, numbers and weights, and say by `_apply_gate` what lies between the projections; and Llama 4's.
     """
     if type(experts).__name__ == "Llama4TextExperts":
-        return W8A8ScaledExperts(experts, partial(_default_apply_gate, experts), transposed=True, split=split)
+        return W8A8ScaledExperts(
+            experts, partial(_default_apply_gate, experts), transposed=True, split=split, joined=joined
+        )
     if not hasattr(experts, "_apply_gate"):
         raise UnsupportedSchemeError(
             f"{name}: these experts are INT8, and a {type(experts).__name__} cannot run in INT8 here. vLLM may load it"
         )
     between = experts._apply_gate if getattr(experts, "has_gate", True) else experts.act_fn
-    return W8A8Experts(experts, between, transposed=getattr(experts, "is_transposed", False), split=split)
+    transposed = getattr(experts, "is_transposed", False)
+    return W8A8Experts(experts, between, transposed=transposed, split=split, joined=joined)
 
 
 def holds_experts(module: nn.Module) -> bool:

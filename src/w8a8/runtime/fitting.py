@@ -32,7 +32,7 @@ from w8a8.sources.view import LogicalTensor
 Tensor = TensorSpec | LogicalTensor
 """What a checkpoint has, as stored or as a view has it."""
 
-EXPERT = re.compile(r"(?P<place>.+)\.(?P<number>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)")
+EXPERT = re.compile(r"(?P<place>.+)\.(?P<number>\d+)\.(?P<part>gate_up_proj|gate_proj|up_proj|down_proj|w1|w2|w3)")
 """The name of one expert's linear layer, in a file."""
 
 LINEAR = frozenset({"FalconLinear"})
@@ -107,8 +107,8 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
             experts.add(stack)
     named = {places[tensor.name]: tensor for tensor in tensors}
     for stack in sorted(experts):
-        split = f"{stack}.down_proj.0.bias" in named
-        model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split))
+        split, joined = f"{stack}.down_proj.0.bias" in named, f"{stack}.gate_up_proj.0.weight" in named
+        model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split, joined=joined))
         model.get_submodule(stack.rpartition(".")[0])._is_hf_initialized = True  # some would fill the weights replaced
         _check_whole(stack, model.get_submodule(stack), named)
     for layer, weight in layers.items():
