@@ -130,6 +130,7 @@ def quantize(
     *,
     overwrite: bool = False,
     workers: int | None = None,
+    hash_source: bool = False,
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
@@ -145,6 +146,8 @@ def quantize(
         options: format, recipe, and which tensors.
         overwrite: replace `out`, once the new one is whole.
         workers: shards to work on at once; default: one per core, at most 8.
+        hash_source: put the SHA-256 of every source file into w8a8.json, so that `verify` can tell it from another;
+            that of files in the Hub's cache is known without reading them.
         advance: called with numbers of source bytes as they are done.
         notice: called with sentences for the user.
 
@@ -153,7 +156,9 @@ def quantize(
     """
     job = prepare(source, options)
     with calibrated(job, out, overwrite=overwrite, notice=notice) as ready:
-        return run(ready, out, overwrite=overwrite, workers=workers, advance=advance, notice=notice)
+        return run(
+            ready, out, overwrite=overwrite, workers=workers, hash_source=hash_source, advance=advance, notice=notice
+        )
 
 
 @contextmanager
@@ -194,6 +199,7 @@ def run(
     *,
     overwrite: bool = False,
     workers: int | None = None,
+    hash_source: bool = False,
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
@@ -213,5 +219,6 @@ def run(
         advance=advance,
         notice=notice,
         finished=job.finished,
+        hash_source=hash_source,
     )
     return QuantizeResult(job.view.path, Path(out), job.plan, time.perf_counter() - start, resumed)

@@ -1,5 +1,6 @@
 """Files as no tool would write them, and edits to those that one did."""
 
+import hashlib
 import json
 import struct
 from collections.abc import Callable
@@ -46,7 +47,9 @@ def hub_cache(root: Path, checkpoint: Path, repo: str, commit: str) -> Path:
     snapshot = home / "snapshots" / commit
     snapshot.mkdir(parents=True)
     (home / "blobs").mkdir()
-    for number, file in enumerate(sorted(checkpoint.iterdir())):
-        blob = file.rename(home / "blobs" / f"{number:040x}")
+    for file in sorted(checkpoint.iterdir()):
+        large = file.suffix == ".safetensors"  # such files are named by their SHA-256, others by git's SHA-1
+        name = hashlib.sha256(file.read_bytes()).hexdigest() if large else hashlib.sha1(file.read_bytes()).hexdigest()
+        blob = file.rename(home / "blobs" / name)
         (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
     return snapshot

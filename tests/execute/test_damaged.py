@@ -1,5 +1,7 @@
 """What lies beside OUT may be damaged, or be another's: resuming trusts nothing that it cannot check."""
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -7,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+import w8a8
+from tests.checkpoint.files import hub_cache
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.execute.runs import FORK, finished_shards, names, staging_of
 from w8a8 import quantize
-from w8a8.errors import UnwritableError, UsageError
+from w8a8.errors import SourceChangedError, UnwritableError, UsageError
 
 SHARDS = 3
 FIRST = f"model-00001-of-0000{SHARDS}.safetensors"
@@ -35,7 +39,7 @@ def whole(source: Path, tmp_path: Path) -> Files:
     return folder_bytes(tmp_path / "whole")
 
 
-def interrupted(source: Path, out: Path) -> Path:
+def interrupted(source: Path, out: Path, *, hash_source: bool = False) -> Path:
     """Leave a run with two finished shards; return the one of them that was finished first."""
 
     def advance(_: int) -> None:
@@ -43,7 +47,7 @@ def interrupted(source: Path, out: Path) -> Path:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        quantize(source, out, workers=1, advance=advance)
+        quantize(source, out, workers=1, hash_source=hash_source, advance=advance)
     assert finished_shards(out) == 2
     return min(staging_of(out).joinpath("out").glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
 
@@ -213,8 +217,9 @@ def test_a_folder_or_a_link_among_the_finished_shards_is_not_published(source: P
     assert names(out) == sorted(whole)
 
 
-def test_a_source_replaced_by_one_of_the_same_size_and_time_starts_over(source: Path, out: Path) -> None:
-    shard = source / interrupted(source, out).name
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_source_replaced_by_one_of_the_same_size_and_time_starts_over(hashed: bool, source: Path, out: Path) -> None:
+    shard = source / interrupted(source, out, hash_source=hashed).name
     status = shard.stat()
     data = bytearray(shard.read_bytes())
     data[-2] ^= 1
@@ -222,18 +227,42 @@ def test_a_source_replaced_by_one_of_the_same_size_and_time_starts_over(source: 
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns))
     done, said = resumed(source, out)
     assert done == 0
-    assert f"an interrupted run was made from another {shard.name}; starting over" in said
+    reason = "was made from" if hashed else "may have been made from"
+    assert f"an interrupted run {reason} another {shard.name}; starting over" in said
     quantize(source, out.with_name("fresh"))
     assert folder_bytes(out) == folder_bytes(out.with_name("fresh"))
 
 
 def test_a_source_that_was_moved_to_another_disk_is_gone_on_with(source: Path, out: Path, whole: Files) -> None:
-    interrupted(source, out)
+    interrupted(source, out, hash_source=True)
     shutil.copytree(source, source.with_name("copy"))
     shutil.rmtree(source)
     source.with_name("copy").rename(source)
     assert resumed(source, out) == (2, f"resuming: 2 of {SHARDS} shards are done already")
     assert folder_bytes(out) == whole
+
+
+def test_a_source_in_the_hubs_cache_is_known_by_the_names_of_its_files(source: Path, out: Path, tmp_path: Path) -> None:
+    digests = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in source.glob("*.safetensors")}
+    snapshot = hub_cache(tmp_path / "hub", source, "org/model", "c0ffee")
+    quantize(snapshot, out)
+    assert json.loads((out / "w8a8.json").read_text())["source"] == {
+        "name": "org/model", "revision": "c0ffee", "sha256": digests, "quantized": "",
+    }  # fmt: skip
+    assert w8a8.verify(out, snapshot).checksums == 2 * SHARDS
+
+
+def test_a_damaged_file_in_the_hubs_cache_is_found_where_it_is_hashed(source: Path, out: Path, tmp_path: Path) -> None:
+    snapshot = hub_cache(tmp_path / "hub", source, "org/model", "c0ffee")
+    shard = min(snapshot.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-2] ^= 1
+    shard.resolve().write_bytes(data)
+    with pytest.raises(
+        SourceChangedError, match=rf"{shard.name}: its SHA-256 is not the one that the Hub gives for it"
+    ):
+        quantize(snapshot, out, hash_source=True)
+    assert not out.exists()
 
 
 def test_an_empty_folder_is_filled_and_stays_the_folder_it_was(

@@ -108,19 +108,19 @@ def run_shard(
     source: Path, shard: ViewShard, plan: ShardPlan, target: Path, advance: Callable[[int], None] = lambda _: None
 ) -> ShardRecord:
     header = write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in plan.writes), {})
-    return quantize_shard(ShardJob(source, shard, plan, header, target, EXACT), advance=advance)
+    return quantize_shard(ShardJob(source, shard, plan, header, target, EXACT, hashed=True), advance=advance)
 
 
 @settings(max_examples=150, deadline=None)
-@given(checkpoints(), st.integers(1, 3), st.sampled_from([16, 64, 256, 1 << 20]), st.integers(1, 3))
+@given(checkpoints(), st.integers(1, 3), st.sampled_from([16, 64, 256, 1 << 20]), st.integers(1, 3), st.booleans())
 def test_any_checkpoint_becomes_what_plain_numpy_says(
-    tmp_path_factory: pytest.TempPathFactory, tensors: Tensors, shards: int, block: int, workers: int
+    tmp_path_factory: pytest.TempPathFactory, tensors: Tensors, shards: int, block: int, workers: int, hashed: bool
 ) -> None:
     folder = tmp_path_factory.mktemp("any")
     source = write_checkpoint(folder / "source", tensors, shards=min(shards, len(tensors)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "BLOCK_BYTES", block)
-        quantize(source, folder / "out", workers=workers)
+        quantize(source, folder / "out", workers=workers, hash_source=hashed)
 
     found = read_with_torch(folder / "out")
     expected: dict[str, tuple[tuple[int, ...], bytes]] = {}
@@ -135,7 +135,8 @@ def test_any_checkpoint_becomes_what_plain_numpy_says(
     assert {name: (tuple(tensor.shape), raw(tensor)) for name, tensor in found.items()} == expected
 
     provenance = json.loads((folder / "out" / "w8a8.json").read_text())
-    assert provenance["source"]["sha256"] == {f.name: sha256(f) for f in source.glob("*.safetensors")}
+    files = source.glob("*.safetensors") if hashed else ()
+    assert provenance["source"]["sha256"] == {file.name: sha256(file) for file in files}
     assert provenance["shards"] == {
         f.name: {"size": f.stat().st_size, "sha256": sha256(f)} for f in (folder / "out").glob("*.safetensors")
     }

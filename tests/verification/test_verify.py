@@ -27,7 +27,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 @pytest.fixture
 def made(llama: Path, tmp_path: Path) -> Path:
-    w8a8.quantize(llama, tmp_path / "out")
+    w8a8.quantize(llama, tmp_path / "out", hash_source=True)
     return tmp_path / "out"
 
 
@@ -231,15 +231,25 @@ def test_a_provenance_that_quantize_did_not_write_is_named(llama: Path, made: Pa
         w8a8.verify(made, llama)
 
 
-@pytest.mark.parametrize(("part", "found"), [("shards", "is not the file that was written"), ("source", "source ")])
-def test_a_provenance_without_a_checksum_fails(llama: Path, made: Path, part: str, found: str) -> None:
-    def forget(values: dict[str, Any]) -> None:
-        (values["shards"] if part == "shards" else values["source"]["sha256"]).clear()
-
-    edit_json(made / "w8a8.json", forget)
+def test_a_provenance_without_a_checksum_fails(llama: Path, made: Path) -> None:
+    edit_json(made / "w8a8.json", lambda values: values["shards"].clear())
     problems = w8a8.verify(made, llama).problems
-    assert all("SHA-256 differs" in problem and found in problem for problem in problems)
+    assert all("is not the file that was written (SHA-256 differs" in problem for problem in problems)
     assert problems
+
+
+def test_a_source_file_that_is_not_there_any_more_is_named(llama: Path, made: Path) -> None:
+    edit_json(made / "w8a8.json", lambda values: values["source"]["sha256"].update({"../config.json": "0" * 64}))
+    assert any("'../config.json': is not the file this was made from" in p for p in w8a8.verify(made, llama).problems)
+
+
+def test_without_the_sources_checksums_its_tensors_are_compared_all_the_same(llama: Path, tmp_path: Path) -> None:
+    w8a8.quantize(llama, tmp_path / "out")
+    result = w8a8.verify(tmp_path / "out", llama)
+    assert result.ok, result.problems
+    assert result.checksums == 2
+    other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1), shards=2)
+    assert w8a8.verify(tmp_path / "out", other).problems
 
 
 def test_an_unquantized_checkpoint_is_not_taken_for_a_result(llama: Path) -> None:

@@ -3,7 +3,7 @@
 Every run is a whole process, timed from start to exit; its peak memory comes from the kernel and is at least the
 launcher's 8 MiB. Runs take turns, so that a noisy machine is noisy for all alike; between runs the output is removed
 and the disk synced. `cp -r` does not sync its copy, so where memory can cache the copy, `cp -r` ends before the disk is
-done. `w8a8 quantize` syncs, hashes both sides and opens the result again. Two more rows show the cost of that part: the
+done. `w8a8 quantize` syncs, hashes what it writes and opens the result again. Two more rows are for comparison: the
 copy with a sync, and reading and hashing the source.
 """
 

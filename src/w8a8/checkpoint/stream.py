@@ -1,15 +1,16 @@
-"""Reads a file once, front to back: a thread of its own reads and hashes, the caller works on the blocks it hands over.
+"""Reads a file once, front to back: a thread of its own reads, the caller works on the blocks it hands over.
 
 SHA-256 must see a file's bytes in order, and is the slowest thing the quantizer does to a byte (`w8a8 bench quantize`
-has it as a row). So it gets a core to itself, on bytes that are still in cache from reading, and everything
-else (amax, codes, hashing the output, writing) happens on the other side of the queue. Memory is the buffers: four
-per file.
+has it as a row). So the source's, where it is asked for, is made by the thread that reads, on bytes that are still in
+cache, and everything else (amax, codes, hashing the output, writing) happens on the other side of the queue. Memory is
+the buffers: four per file.
 """
 
 import hashlib
 import mmap
 import os
 import queue
+import re
 import stat
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -31,6 +32,8 @@ BLOCK_BYTES = 4 << 20
 """Bytes per read: large enough for any disk, small enough to stay in a core's share of the cache."""
 
 BUFFERS = 4
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
@@ -62,7 +65,9 @@ class Block:
     """Bytes of a file to be read at once: `runs` runs of `nbytes` bytes, from byte `offset` on, one every `stride`.
 
     `hashed`: they belong to the digest of the file. Such blocks are one run, and follow one another without a gap.
-    `held`: a single run that stays with the reader: the blocks that follow and lie in it are cut out of it.
+    `passing`: nobody wants its bytes but the digest, so it is read only where there is one, and comes without them.
+    `held`: a single run that stays with the reader, and comes without its bytes: the blocks that follow and lie in it
+    are cut out of it.
     """
 
     offset: int
@@ -70,6 +75,7 @@ class Block:
     runs: int = 1
     stride: int = 0
     hashed: bool = True
+    passing: bool = False
     held: bool = False
 
     @property
@@ -97,9 +103,7 @@ def stream(
 ) -> Generator[tuple[B, memoryview], None, None]:
     """Yield each block with its bytes, run after run, which are valid until the next one is asked for.
 
-    A `held` block comes without bytes. Close the generator (`contextlib.closing`) to end its thread early. `digest` is
-    updated with the `hashed` blocks.
-
+    Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with the `hashed` blocks.
     Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds).
     """
     blocks = list(blocks)
@@ -119,7 +123,9 @@ def stream(
                     if stopped() or ended.is_set():
                         raise Stopped
                     view = memoryview(kept if block.held else buffer)[: block.size]
-                    if block.within(span):
+                    if block.passing and digest is None:
+                        pass
+                    elif block.within(span):
                         _cut_out(memoryview(kept)[block.offset - span.offset :], block, view)
                     else:
                         read_block(file.fileno(), view, block, path)
@@ -139,7 +145,7 @@ def stream(
             if isinstance(item, BaseException):
                 raise item
             block, buffer = item
-            yield block, memoryview(buffer)[: 0 if block.held else block.size]
+            yield block, memoryview(buffer)[: 0 if block.held or block.passing else block.size]
             free.put(buffer)
     finally:
         ended.set()
@@ -193,6 +199,13 @@ def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
                 raise Stopped
             digest.update(buffer[:count])
     return digest.hexdigest()
+
+
+def known_sha256(path: Path) -> str:
+    """The SHA-256 of a large file in the Hub's cache, which is the name of what it links to; "" for any other file."""
+    target = Path(os.path.realpath(path))
+    blob = path.is_symlink() and target.parent.name == "blobs" and path.parent.parent.name == "snapshots"
+    return target.name if blob and _SHA256.fullmatch(target.name) else ""
 
 
 def is_whole(path: Path, size: int, sha256: str, stopped: Callable[[], bool] = lambda: False) -> bool:

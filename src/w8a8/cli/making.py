@@ -98,6 +98,10 @@ def quantize(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT once the new one is whole.")] = False,
     workers: Workers = None,
+    hash_source: Annotated[
+        bool,
+        typer.Option("--hash-source", help="Note the SHA-256 of local source files, too; takes another core's time."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -146,7 +150,15 @@ def quantize(
         ) as job,
         live("quantizing", sum(s.size for s in job.view.shards), quiet=quiet) as advance,
     ):
-        result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
+        result = run(
+            job,
+            out,
+            overwrite=overwrite,
+            workers=workers,
+            hash_source=hash_source,
+            advance=advance,
+            notice=terminal.notice,
+        )
     with showing(f"{out} is whole"):
         show_quantized(terminal, result)
 

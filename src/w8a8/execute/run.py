@@ -13,8 +13,8 @@ from typing import Any
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256
-from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, UsageError, W8A8Error
+from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256, known_sha256
+from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, SourceChangedError, UsageError, W8A8Error
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
 from w8a8.execute.workers import carry_out, each, worker_count
@@ -53,11 +53,14 @@ def execute(
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
     finished: Mapping[str, Finished] | None = None,
+    hash_source: bool = False,
     provenance: Describe | None = None,
 ) -> int:
     """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
     Returns how many shards an earlier run had finished. Tensors of the result in `finished` are taken from there.
+    `hash_source` puts the SHA-256 of every source file into w8a8.json; else only files of the Hub's cache, which are
+    named by it, have theirs there.
     `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
@@ -78,13 +81,14 @@ def execute(
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
             advance(sum(shard.size for shard in view.shards if shard.name in staging.finished))
         # 2) the shards that are missing
-        jobs = list(_jobs(plan, view, staging, arithmetic, finished or {}))
+        jobs = list(_jobs(plan, view, staging, arithmetic, finished or {}, hash_source))
         _check_room(plan, jobs, view, staging.home)
         try:
             carry_out(jobs, workers, advance=advance, record=staging.record)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
-            _write_small_files(plan, view, records, staging.folder, provenance)
+            describe = provenance or partial(_provenance, plan, view, records, hash_source)
+            _write_small_files(plan, view, records, staging.folder, describe)
             _self_check(plan, staging.folder)
         except (NonFiniteWeightError, SelfCheckError):
             staging.discard()  # going on from here would end here again
@@ -95,7 +99,12 @@ def execute(
 
 
 def _jobs(
-    plan: Plan, view: View, staging: Staging, arithmetic: Arithmetic, finished: Mapping[str, Finished]
+    plan: Plan,
+    view: View,
+    staging: Staging,
+    arithmetic: Arithmetic,
+    finished: Mapping[str, Finished],
+    hashed: bool,
 ) -> Iterator[ShardJob]:
     """Make the jobs of the shards that no earlier run has finished."""
     shards = {shard.name: shard for shard in view.shards}
@@ -103,7 +112,8 @@ def _jobs(
         if shard.name not in staging.finished:
             own = {write.name: finished[write.name] for write in shard.writes if write.name in finished}
             seen, target = shards[shard.name], staging.folder / shard.name
-            yield ShardJob(view.path / seen.stored.name, seen, shard, plan.header(shard), target, arithmetic, own)
+            source, header = view.path / seen.stored.name, plan.header(shard)
+            yield ShardJob(source, seen, shard, header, target, arithmetic, own, hashed)
 
 
 def _job(plan: Plan, view: View) -> Job:
@@ -130,7 +140,7 @@ def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) 
 
 
 def _write_small_files(
-    plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path, describe: Describe | None
+    plan: Plan, view: View, records: tuple[ShardRecord, ...], folder: Path, describe: Describe
 ) -> None:
     files = {name: _copy(inside(view.home, name), folder / name) for name in plan.sidecars}
     made = {"config.json": plan.config, **({INDEX: _index(plan)} if plan.indexed else {})}
@@ -138,23 +148,33 @@ def _write_small_files(
         write_json(folder / name, value, resumable=True)
         files[name] = SmallFile((folder / name).stat().st_size, file_sha256(folder / name))
     shards = {record.name: ShardFile(record.size, record.sha256) for record in records}
-    describe = describe or partial(_provenance, plan, view, records)
     provenance = describe(shards, dict(sorted(files.items())))
     if provenance is not None:
         write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
 
 
-def _digests(view: View, records: Sequence[ShardRecord]) -> dict[str, str]:
-    """The SHA-256 of each source file, as its shard's pass found it; of those that no shard saw whole, found now."""
+def _digests(view: View, records: Sequence[ShardRecord], hashed: bool) -> dict[str, str]:
+    """The SHA-256 of each source file: if `hashed`, as read; else of those that the Hub's cache names by it.
+
+    Raises `SourceChangedError` where the two differ.
+    """
+    known = {shard.name: known_sha256(view.path / shard.name) for shard in view.checkpoint.shards}
+    if not hashed:
+        return {name: digest for name, digest in known.items() if digest}
     passed = {record.name: record.source_sha256 for record in records}
-    found = {shard.name: "" for shard in view.checkpoint.shards}
-    found |= {shard.stored.name: passed.get(shard.name, "") for shard in view.shards}
+    found = dict.fromkeys(known, "") | {s.stored.name: passed.get(s.name, "") for s in view.shards}
 
     def add(name: str, stopped: Callable[[], bool]) -> None:
         found[name] = file_sha256(view.path / name, stopped)
 
     each([name for name, digest in found.items() if not digest], add, worker_count())
-    return dict(sorted(found.items()))
+    for name, digest in found.items():
+        if known[name] not in ("", digest):
+            raise SourceChangedError(
+                f"{view.path / name}: its SHA-256 is not the one that the Hub gives for it; remove it from the cache, "
+                "and download it again"
+            )
+    return found
 
 
 def _index(plan: Plan) -> dict[str, Any]:
@@ -168,12 +188,13 @@ def _provenance(
     plan: Plan,
     view: View,
     records: tuple[ShardRecord, ...],
+    hashed: bool,
     shards: Mapping[str, ShardFile],
     files: Mapping[str, SmallFile],
 ) -> Provenance:
     return Provenance(
         version=__version__,
-        source=SourceFiles(plan.source, plan.revision, _digests(view, records), plan.quantized_source),
+        source=SourceFiles(plan.source, plan.revision, _digests(view, records, hashed), plan.quantized_source),
         architecture=plan.architecture,
         format=plan.format,
         recipe=plan.recipe,

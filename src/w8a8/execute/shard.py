@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
 from w8a8.checkpoint.reader import stored_tensors
-from w8a8.checkpoint.stream import Identity, read_exactly, stream
+from w8a8.checkpoint.stream import Identity, known_sha256, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -38,7 +38,10 @@ Scales = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class ShardRecord:
-    """A finished output shard, and the SHA-256 of the source file it was made from; "" where it was a part of one."""
+    """A finished output shard, and the SHA-256 of the source file it was made from.
+
+    "" where that is not known: it was not asked for, or the source was a part of a file.
+    """
 
     name: str
     size: int
@@ -64,7 +67,7 @@ class ShardJob:
     """All that makes one output shard.
 
     `source` and `target` are files, `header` is the target's safetensors header; tensors of the result in `finished`,
-    by name, are taken from there.
+    by name, are taken from there. `hashed` asks for the SHA-256 of the source.
     """
 
     source: Path
@@ -74,6 +77,7 @@ class ShardJob:
     target: Path
     arithmetic: Arithmetic
     finished: Mapping[str, Finished] = field(default_factory=dict)
+    hashed: bool = False
 
 
 def quantize_shard(
@@ -103,7 +107,7 @@ def quantize_shard(
         # 3) nobody may have written to the source meanwhile
         if Identity.of(job.source) != before:
             raise SourceChangedError(f"{job.source}: changed while it was being read; run the same command again")
-        source = run.source_digest.hexdigest() if job.shard.whole else ""
+        source = run.digest.hexdigest() if run.digest else known_sha256(job.source) if job.shard.whole else ""
         return ShardRecord(job.plan.name, writer.size, writer.sha256, source)
 
 
@@ -114,7 +118,7 @@ class _ShardRun:
         self.job, self.stopped = job, stopped
         self.blocks = list(shard_blocks(job.shard))
         self.reader = RowReader(job.source.parent)
-        self.source_digest = hashlib.sha256()
+        self.digest = hashlib.sha256() if job.hashed and job.shard.whole else None
         self.tensors = {tensor.name: tensor for tensor in job.shard.tensors}
         self.scales = {
             write.source: np.empty(math.prod(write.shape), np.float32)
@@ -130,7 +134,7 @@ class _ShardRun:
     def stream_through(self, writer: SequentialWriter, advance: Callable[[int], None]) -> None:
         """Pass over the whole source: find the scales, and write what keeps the source's order."""
         streamed = {write.source: write for write in self.job.plan.writes[: self.job.plan.streamed]}
-        with closing(stream(self.job.source, self.blocks, self.stopped, self.source_digest)) as blocks:
+        with closing(stream(self.job.source, self.blocks, self.stopped, self.digest)) as blocks:
             for block, data in blocks:
                 if block.tensor is not None:
                     name, content = block.tensor.name, self.reader.content(block, data)

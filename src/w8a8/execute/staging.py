@@ -6,8 +6,7 @@ and `old/`, while an OUT is being replaced. An exclusive lock on the hidden fold
 kernel drops it with the process, however that ends.
 
 A run that finds a journal with its own first line goes on behind the shards it lists, where they still have the
-SHA-256 it noted. Resuming is by whole shards because nothing finer would be quicker: the source's SHA-256 has to pass
-over every byte again either way.
+SHA-256 it noted. Resuming is by whole shards: a part of one has no SHA-256 yet.
 
 An empty OUT is not replaced but filled, so that it stays the folder it was (its mode, and the shell that stands in it):
 `filling.jsonl` lists its files, of which config.json comes last. Killed before that, the next run takes them back.
@@ -205,7 +204,7 @@ def _difference(before: Job, now: Job, source: Path, records: Mapping[str, Shard
     """Say what sets two jobs apart; "" if nothing does.
 
     A source file that is another, or was touched, but has the same size and time as before, is the same where its
-    SHA-256 is the one that its shard was made from; where its shard is not made yet, it does not matter.
+    SHA-256 is known to be the one that its shard was made from; where its shard is not made yet, it does not matter.
     """
     changed = {name for name, file in now.sources.items() if not _looks_alike(before.sources.get(name), file)}
     options = [name for name in differing(before, now) if name != "sources"]
@@ -213,7 +212,9 @@ def _difference(before: Job, now: Job, source: Path, records: Mapping[str, Shard
         doubted = {name for name in records if before.sources[name] != now.sources[name]}
         whole = {name for name in doubted if records[name].source_sha256}
         same = _those(whole, lambda name, s: file_sha256(source / name, s) == records[name].source_sha256, workers)
-        changed = doubted - same
+        changed = whole - same
+        if not changed and doubted - whole:
+            return f"an interrupted run may have been made from another {', '.join(sorted(doubted - whole))}"
     if changed:
         return f"an interrupted run was made from another {', '.join(sorted(changed))}"
     return f"an interrupted run had another {', '.join(options)}" if options else ""

@@ -24,14 +24,14 @@ Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 
 @dataclass(frozen=True, slots=True)
 class SourceFiles:
-    """The source: a Hub id or a folder's name, the commit, and the SHA-256 of each shard by its name.
+    """The source: a Hub id or a folder's name, the commit, and the SHA-256 of each shard, where known, by its name.
 
     `quantized` says how the source is quantized itself; empty where it is dense.
     """
 
     name: Name
     revision: Name | None = None
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, Sha256] = field(default_factory=dict)
     quantized: Annotated[str, Meta(max_length=300)] = ""
 
 

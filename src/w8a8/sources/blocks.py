@@ -120,4 +120,4 @@ def _reread(spec: TensorSpec, blocks: Sequence[RowBlock]) -> Iterator[RowBlock]:
 
 
 def _passing(begin: int, end: int) -> Iterator[RowBlock]:
-    return (RowBlock(offset, nbytes) for offset, nbytes in byte_blocks(begin, end))
+    return (RowBlock(offset, nbytes, passing=True) for offset, nbytes in byte_blocks(begin, end))

@@ -23,6 +23,7 @@ from w8a8.checkpoint import Shard
 from w8a8.checkpoint.stream import file_sha256, read_exactly, stream
 from w8a8.execute.workers import worker_count
 from w8a8.formats.provenance import PROVENANCE
+from w8a8.reading import show
 from w8a8.sources.blocks import shard_blocks
 from w8a8.sources.rows import RowReader, read_values
 from w8a8.sources.view import ViewShard
@@ -73,7 +74,7 @@ def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> Co
             pool.submit(_check_sum, job, shard, stop.is_set) for shard in job.out.shards if job.provenance is not None
         ]
         if job.provenance is not None:
-            parts = {s.name for s in job.source.checkpoint.shards} - {s.stored.name for s in shards if s.whole}
+            parts = job.provenance.source.sha256.keys() - {s.stored.name for s in shards if s.whole}
             tasks += [pool.submit(_check_source, job, name, stop.is_set) for name in parts]
         try:
             for task in as_completed(tasks):
@@ -94,13 +95,14 @@ def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Compariso
 
 def _check_source(job: Job, name: str, stopped: Callable[[], bool]) -> Comparison:
     """Compare a source file of which no shard is made from all with its checksum in w8a8.json."""
-    return _source_sum(job, name, file_sha256(job.source.path / name, stopped))
+    there = any(shard.name == name for shard in job.source.checkpoint.shards)
+    return _source_sum(job, name, file_sha256(job.source.path / name, stopped) if there else "")
 
 
 def _source_sum(job: Job, name: str, sha256: str) -> Comparison:
     if job.provenance and sha256 == job.provenance.source.sha256.get(name):
         return Comparison([], [], checksums=1)
-    return Comparison([f"source {name}: is not the file this was made from (SHA-256 differs)"], [])
+    return Comparison([f"source {show(name)}: is not the file this was made from (SHA-256 differs)"], [])
 
 
 def _compare_shard(
@@ -108,7 +110,8 @@ def _compare_shard(
 ) -> Comparison:
     """Compare one source shard, block by block, with its tensors wherever they are in the result."""
     found = Comparison([], [])
-    digest = hashlib.sha256() if job.provenance is not None and shard.whole else None
+    known = job.provenance is not None and shard.stored.name in job.provenance.source.sha256
+    digest = hashlib.sha256() if known and shard.whole else None
     tallies = {t.name: held for t in shard.tensors if (held := tally(t, job)) is not None}
     files: dict[str, int] = {}
     buffer, reader = memoryview(bytearray(1)), RowReader(job.source.path)
