@@ -5,14 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from safetensors import safe_open
 
 import w8a8
 from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
 from tests.command import cli as run
+from tests.runtime.moe import FAMILIES, make, quantize
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import TargetExistsError, UsageError
 from w8a8.formats import FORMATS
+from w8a8.plan.viewing import view_of
 from w8a8.quantization import Options
+from w8a8.sources.rows import RowReader
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +50,23 @@ def test_bf16_is_codes_times_scales(llama: Path, tmp_path: Path, name: str) -> N
         scale = before.get(f"{key}_scale")
         wanted = before[key] if scale is None else (before[key].float() * scale.reshape(-1, 1)).bfloat16()
         assert value.equal(wanted), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mixture_in_bf16_is_what_transformers_saves_and_loads(tmp_path: Path, family: str) -> None:
+    source, out = make(tmp_path / family, family), tmp_path / "out"
+    result = quantize(source, tmp_path / "result")
+    w8a8.convert(result, out, "bf16")
+    made, saved, before = map(tensors_of, (out, source, result))
+    assert {name: (t.shape, t.dtype) for name, t in made.items()} == {n: (t.shape, t.dtype) for n, t in saved.items()}
+    seen, reader = view_of(Checkpoint.open(out)), RowReader(out)
+    for name, value in before.items():
+        if value.dtype == torch.int8:
+            wanted = (value.float() * before[f"{name}_scale"].reshape(-1, 1)).bfloat16().float()
+            assert torch.from_numpy(reader.values(seen.tensors[name])).equal(wanted), name
+    kind = getattr(transformers, FAMILIES[family][0])
+    _, found = kind.from_pretrained(out, output_loading_info=True)
+    assert not any(found[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
 def test_what_cannot_be_converted_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from w8a8.formats import FORMATS, get_format
 from w8a8.formats.arithmetic import EXACT
 from w8a8.formats.provenance import Provenance, ShardFile, SmallFile
 from w8a8.plan import Plan
-from w8a8.plan.converting import DENSE, dense_plan, respelled_plan
-from w8a8.plan.viewing import view_of
+from w8a8.plan.converting import DENSE, dense_plan, dense_view, respelled_plan
 from w8a8.sources.opening import as_stored
 from w8a8.sources.view import View
 
@@ -50,7 +49,7 @@ def prepare(source: str | Path, format: str) -> ConvertJob:  # noqa: A002
     found = resolve(source)
     checkpoint = Checkpoint.open(found.path)
     if format == DENSE:
-        view = view_of(checkpoint)
+        view = dense_view(checkpoint)
         return ConvertJob(found, view, dense_plan(view, source=found.name, revision=found.revision), None)
     view, fmt = as_stored(checkpoint), get_format(format)
     plan = respelled_plan(view, fmt, source=found.name, revision=found.revision)

@@ -10,11 +10,15 @@ from w8a8.formats import detect
 from w8a8.formats.detect import UNQUANTIZED
 from w8a8.formats.foreign import quantized_as
 from w8a8.plan import Rules
+from w8a8.sources.opening import owners
+
+_SCALES = (".weight_scale", ".weight_scale_inv", ".weight_zero_point")
+"""Ends of the names of what belongs to weights, also where these cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComponentRow:
-    """The tensors of one component and dtype."""
+    """The tensors of one component and dtype, as they are stored; `parameters` are those of the model."""
 
     component: str
     dtype: str
@@ -62,11 +66,13 @@ def inspect(source: str | Path) -> Inspection:
     rules = Rules.for_config(checkpoint.config)
     scheme = detect(checkpoint.config)
     totals: dict[tuple[str, str], list[int]] = {}
+    quantized, owned = owners(checkpoint)
     for tensor in checkpoint.tensors.values():
-        is_scale = tensor.name.endswith((".weight_scale", ".weight_scale_inv", ".weight_zero_point"))
-        component = "scales" if is_scale else rules.judge(tensor).component
+        owner = owned[tensor.name]
+        beside = tensor.name != owner.stored.name or tensor.name.endswith(_SCALES)
+        component = "scales" if beside else rules.judge(owner).component
         row = totals.setdefault((component, tensor.dtype), [0, 0, 0])
-        for i, value in enumerate((1, tensor.numel, tensor.nbytes)):
+        for i, value in enumerate((1, tensor.numel if beside else owner.numel, tensor.nbytes)):
             row[i] += value
     rows = [ComponentRow(component, dtype, *row) for (component, dtype), row in totals.items()]
     architectures = checkpoint.config.get("architectures")
@@ -79,7 +85,7 @@ def inspect(source: str | Path) -> Inspection:
         parameters=sum(row.parameters for row in rows if row.component != "scales"),
         nbytes=checkpoint.nbytes,
         components=tuple(sorted(rows, key=lambda row: -row.nbytes)),
-        scheme=_summary(checkpoint),
+        scheme=_summary(checkpoint, quantized),
         w8a8=scheme.w8a8,
         recipe=_recipe(checkpoint),
         excludes=scheme.excludes,
@@ -88,10 +94,12 @@ def inspect(source: str | Path) -> Inspection:
     )
 
 
-def _summary(checkpoint: Checkpoint) -> str:
+def _summary(checkpoint: Checkpoint, quantized: str) -> str:
     scheme = detect(checkpoint.config)
     if checkpoint.gguf and checkpoint.gguf.label:
         return f"{checkpoint.gguf.label}; dtypes and bytes are those of the dequantized model"
+    if quantized and not scheme.w8a8:
+        return f"{quantized}; `quantize` and `convert` read it"
     return (scheme == UNQUANTIZED and quantized_as(checkpoint.tensors.values())) or scheme.summary
 
 

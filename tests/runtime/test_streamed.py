@@ -17,6 +17,7 @@ from w8a8.errors import EngineError, UnsupportedModelError
 from w8a8.formats import FORMATS
 from w8a8.quantization import Options
 from w8a8.runtime.streamed import StreamedModel, forward
+from w8a8.sources.opening import as_run
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +53,7 @@ def whole_logits(folder: Path, dtype: Any) -> Tensor:
 
 
 def check(folder: Path, dtype: torch.dtype | None = torch.float32) -> None:
-    logits = streamed_logits(StreamedModel("model", Checkpoint.open(folder), dtype))
+    logits = streamed_logits(StreamedModel("model", as_run(Checkpoint.open(folder)), dtype))
     assert torch.equal(logits, whole_logits(folder, dtype or "auto"))
 
 
@@ -82,12 +83,12 @@ def test_mixtures_of_experts_do_in_bf16_and_in_int8(family: str, mixtures: Mixtu
 def test_a_gemma_4_does_without_its_vision_tower(gemma4: Path, gemma4_w8a8: Path) -> None:
     check(gemma4)
     check(gemma4_w8a8, dtype=None)
-    model = StreamedModel("gemma4", Checkpoint.open(gemma4))
+    model = StreamedModel("gemma4", as_run(Checkpoint.open(gemma4)))
     assert all(value.is_meta for name, value in model.model.named_parameters() if "vision" in name)
 
 
 def test_the_embedding_is_read_by_rows(tmp_path: Path) -> None:
-    model = StreamedModel("model", Checkpoint.open(make(tmp_path / "model")))
+    model = StreamedModel("model", as_run(Checkpoint.open(make(tmp_path / "model"))))
     states, _ = model.embed([5, 3, 5])
     assert torch.equal(states[0, 0], states[0, 2])
     assert not torch.equal(states[0, 0], states[0, 1])
@@ -111,14 +112,14 @@ def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
     )
     transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match="share keys and values"):
-        StreamedModel("gemma4", Checkpoint.open(tmp_path))
+        StreamedModel("gemma4", as_run(Checkpoint.open(tmp_path)))
 
 
 def test_a_layer_without_its_weights_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    model = StreamedModel("model", Checkpoint.open(folder))
+    model = StreamedModel("model", as_run(Checkpoint.open(folder)))
     with pytest.raises(UnsupportedModelError, match=r"layers\.3\..* is not in the checkpoint"), model.layer(3):
         pass
 
@@ -126,4 +127,4 @@ def test_a_layer_without_its_weights_is_refused(tmp_path: Path) -> None:
 def test_an_invented_architecture_is_refused(llama: Path) -> None:
     (llama / "config.json").write_text(json.dumps({"architectures": ["Invented"], "model_type": "llama"}))
     with pytest.raises(EngineError, match="no architecture Invented"):
-        StreamedModel("model", Checkpoint.open(llama))
+        StreamedModel("model", as_run(Checkpoint.open(llama)))

@@ -13,8 +13,9 @@ from tests.checkpoints import write_checkpoint
 from tests.sources.decoding import Tensors, bits, dtype_name, written
 from tests.sources.test_fp4 import random
 from tests.sources.test_scaled import codes, scales
+from w8a8.errors import SourceError
 from w8a8.quantization import Options
-from w8a8.sources.experts import Stack
+from w8a8.sources.experts import Stack, join
 from w8a8.sources.opening import view, with_stacks
 from w8a8.sources.rows import RowReader
 
@@ -54,6 +55,56 @@ def test_experts_are_rows_of_the_dequantized_stack(tmp_path: Path, kind: str, in
             assert torch.equal(found, own.float())
     whole = with_stacks(seen, [f"{BASE}.gate_up_proj"]).tensors[f"{BASE}.gate_up_proj"]
     assert torch.equal(torch.from_numpy(reader.values(whole)), dense.float())
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_in_any_files_are_joined(tmp_path: Path, transposed: bool, interleaved: bool) -> None:
+    parts = ("experts.{}.gate_proj", "experts.{}.up_proj")
+    stacks = [
+        Stack("experts.gate_up_proj", parts, transposed, interleaved),
+        Stack("experts.gate_up_proj_bias", tuple(f"{part}.bias" for part in parts), interleaved=interleaved),
+    ]
+    whole = {
+        f"{BASE}.gate_up_proj": torch.randn(EXPERTS, INPUTS, OUTPUTS)
+        if transposed
+        else torch.randn(EXPERTS, OUTPUTS, INPUTS),
+        f"{BASE}.gate_up_proj_bias": torch.randn(EXPERTS, OUTPUTS),
+    }
+    seen = view(written(tmp_path / "whole", whole), stacks)
+    reader = RowReader(tmp_path / "whole")
+    apart = {name: torch.from_numpy(reader.values(t)).reshape(t.shape) for name, t in seen.tensors.items()}
+    assert len(apart) == 4 * EXPERTS
+    backwards = dict(reversed(apart.items()))
+    joined = join(view(written(tmp_path / "apart", backwards, shards=3)), stacks)
+    assert not joined.tensors
+    reader = RowReader(tmp_path / "apart")
+    for each in (joined for shard in joined.shards for joined in shard.joined):
+        wanted = whole.pop(each.name)
+        assert each.shape == wanted.shape
+        for number, expert in enumerate(wanted):
+            assert bytes(reader.expert(each, number)) == expert.numpy().tobytes()
+    assert not whole
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {f"{i}.up_proj": None for i in range(3)},
+            r"experts\.0\.up_proj\.weight is missing, where .*experts\.0\.gate_proj.* is F32 \[4, 8\]",
+        ),
+        ({"2.up_proj": torch.ones(4, 9)}, r"experts\.2\.up_proj\.weight is F32 \[4, 9\]"),
+        ({"0.up_proj": torch.ones(4, 8).half()}, r"experts\.0\.up_proj\.weight is F16 \[4, 8\]"),
+    ],
+)
+def test_experts_that_make_no_stack_are_named(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], said: str
+) -> None:
+    parts = {f"{i}.{leaf}": torch.ones(4, 8) for i in range(3) for leaf in ("gate_proj", "up_proj")} | change
+    seen = view(written(tmp_path, {f"{BASE}.{name}.weight": t for name, t in parts.items() if t is not None}))
+    with pytest.raises(SourceError, match=said):
+        join(seen, [Stack("experts.gate_up_proj", ("experts.{}.gate_proj", "experts.{}.up_proj"))])
 
 
 @pytest.mark.parametrize(("model_type", "quantized"), [("gpt_oss", False), ("llama4_text", True)])

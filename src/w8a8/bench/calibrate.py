@@ -190,8 +190,9 @@ def _plain(source: Path, samples: int, tokens: int, *, run: bool) -> list[float]
     from w8a8.calibrate import run as libraries  # noqa: F401 - what every contender loads
     from w8a8.checkpoint import Checkpoint
     from w8a8.runtime.streamed import StreamedModel, forward
+    from w8a8.sources.opening import as_run
 
-    model = StreamedModel("bench", Checkpoint.open(source), torch.float32)
+    model = StreamedModel("bench", as_run(Checkpoint.open(source)), torch.float32)
     states, kwargs = model.embed([number % len(string.ascii_letters) for number in range(tokens)])
     seconds = []
     with torch.no_grad():

@@ -19,6 +19,7 @@ from w8a8.recipes.groups import Group, groups_of
 from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import StreamedModel
+from w8a8.sources.opening import unsplit
 from w8a8.sources.view import LogicalTensor, View
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
@@ -47,7 +48,7 @@ class Setup:
         Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for an architecture without groups,
         UsageError where the text is too short or the samples are too long for the model.
         """
-        model = StreamedModel(name, view.checkpoint, torch.float32)
+        model = StreamedModel(name, unsplit(view), torch.float32)
         if any(map(holds_experts, model.model.modules())):
             raise UnsupportedModelError(
                 f"{name}: mixtures of experts cannot be calibrated yet, nor their dense layers; --recipe rtn takes them"

@@ -34,8 +34,7 @@ def show_plan(terminal: Terminal, plan: "Plan") -> None:
         f"{size(plan.bytes_in)} in, {size(plan.bytes_out)} out ({plan.ratio:.1%}), "
         f"{plural(len(plan.shards), 'shard')}; needs {size(plan.bytes_out)} of disk"
     )
-    if plan.quantized_source:
-        terminal.say(f"SRC is quantized already ({clean(plan.quantized_source)}); the table has its sizes dequantized")
+    _quantized_already(terminal, plan)
     terminal.say(f"config.json will exclude {plural(len(plan.exclude), 'linear layer')}: {first_few(plan.exclude)}")
     _not_copied(terminal, plan)
     for warning in plan.warnings:
@@ -55,6 +54,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
                 "seconds": round(result.seconds, 3),
                 "gb_per_second": round(result.gb_per_second, 3),
                 "resumed_shards": result.resumed,
+                "quantized_source": plan.quantized_source,
                 "not_copied": dict(plan.left_out),
                 "warnings": list(plan.warnings),
                 "totals": _totals(plan),
@@ -63,6 +63,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
         return
     if not terminal.quiet:
         terminal.print(_component_table(plan))
+        _quantized_already(terminal, plan)
         _not_copied(terminal, plan)
     terminal.say(
         f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
@@ -81,13 +82,15 @@ def show_converted(terminal: Terminal, result: "ConvertResult") -> None:
             "format": plan.format,
             "seconds": round(result.seconds, 3),
             "resumed_shards": result.resumed,
+            "quantized_source": plan.quantized_source,
+            "bytes_in": plan.bytes_in,
             "bytes_out": plan.bytes_out,
         }
         terminal.print_json(values)
         return
     terminal.say(
-        f"[bold]{clean(str(result.out))}[/bold]: {plural(sum(1 for _ in plan.writes()), 'tensor')}, "
-        f"{size(plan.bytes_out)} in {plan.format}, in {result.seconds:.1f} s"
+        f"[bold]{clean(str(result.out))}[/bold]: {plural(sum(1 for _ in plan.writes()), 'tensor')} in {plan.format}, "
+        f"{size(plan.bytes_in)} to {size(plan.bytes_out)} in {result.seconds:.1f} s"
     )
 
 
@@ -176,6 +179,11 @@ def show_ready(terminal: Terminal, launch: "Launch", call: "Call", seconds: floa
 def _more(terminal: Terminal, number: int, what: str) -> None:
     if number > SHOWN:
         terminal.say(f"... and {plural(number - SHOWN, what)} more (--json lists all)")
+
+
+def _quantized_already(terminal: Terminal, plan: "Plan") -> None:
+    if plan.quantized_source:
+        terminal.say(f"SRC is quantized already ({clean(plan.quantized_source)}); the table has its sizes dequantized")
 
 
 def _not_copied(terminal: Terminal, plan: "Plan") -> None:

@@ -14,7 +14,15 @@ from typing import Any
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256, known_sha256
-from w8a8.errors import DiskFullError, NonFiniteWeightError, SelfCheckError, SourceChangedError, UsageError, W8A8Error
+from w8a8.errors import (
+    DiskFullError,
+    NonFiniteWeightError,
+    SelfCheckError,
+    SourceChangedError,
+    SourceError,
+    UsageError,
+    W8A8Error,
+)
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
 from w8a8.execute.workers import carry_out, each, worker_count
@@ -65,7 +73,7 @@ def execute(
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
-    the next run, except by `SelfCheckError` and `NonFiniteWeightError`.
+    the next run, except by `SelfCheckError`, `NonFiniteWeightError` and `SourceError`.
     """
     # 1) a place for the unfinished result, and what an earlier run left there
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
@@ -90,7 +98,7 @@ def execute(
             describe = provenance or partial(_provenance, plan, view, records, hash_source)
             _write_small_files(plan, view, records, staging.folder, describe)
             _self_check(plan, staging.folder)
-        except (NonFiniteWeightError, SelfCheckError):
+        except (NonFiniteWeightError, SelfCheckError, SourceError):
             staging.discard()  # going on from here would end here again
             raise
         # 4) one rename

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
 from w8a8.checkpoint.reader import stored_tensors
-from w8a8.checkpoint.stream import Identity, known_sha256, read_exactly, stream
+from w8a8.checkpoint.stream import Identity, Stopped, known_sha256, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -120,6 +120,7 @@ class _ShardRun:
         self.reader = RowReader(job.source.parent)
         self.digest = hashlib.sha256() if job.hashed and job.shard.whole else None
         self.tensors = {tensor.name: tensor for tensor in job.shard.tensors}
+        self.joined = {joined.name: joined for joined in job.shard.joined}
         self.scales = {
             write.source: np.empty(math.prod(write.shape), np.float32)
             for write in job.plan.writes
@@ -146,13 +147,22 @@ class _ShardRun:
                     advance(block.nbytes)
 
     def write_late(self, writer: SequentialWriter, write: Write) -> None:
-        """Write one tensor of the tail: a scale from memory, anything else from a second look at the source."""
+        """Write one tensor of the tail: a scale from memory, anything else from a second look at the source.
+
+        Joined experts are in memory one at a time.
+        """
         if write.name in self.job.finished:
             data = memoryview(bytearray(write.nbytes))
             self.job.finished[write.name].read(0, data)
             writer.append(data)
         elif write.kind == "scale":
             writer.append(encode(self.scales[write.source], write.dtype))
+        elif write.kind == "joined":
+            joined = self.joined[write.source]
+            for number in range(len(joined.experts)):
+                if self.stopped():
+                    raise Stopped
+                writer.append(self.reader.expert(joined, number))
         else:
             with closing(stream(self.job.source, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
                 for block, data in blocks:

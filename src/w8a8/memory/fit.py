@@ -239,7 +239,8 @@ def _notices(case: _Case, asked: int) -> Iterator[str]:
         yield f"no rules for {model.rules.architecture}: its tensors are split by what their names usually mean"
     scheme = detect(model.checkpoint.config)
     if model.quantized:
-        yield f"quantized already ({model.quantized}): counted as it is stored"
+        counted = "counted dequantized" if model.checkpoint.gguf else "counted as it is stored"
+        yield f"quantized already ({model.quantized}): {counted}"
     elif scheme.method != "none" and not scheme.w8a8:
         yield f"quantized otherwise ({scheme.summary}): sizes are as in the file"
     yield from (f"not counted: {what}" for what in model.uncounted)

@@ -16,14 +16,14 @@ from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.errors import NoConfigError, W8A8Error
+from w8a8.errors import NoConfigError
 from w8a8.formats import detect
 from w8a8.formats.detect import section
 from w8a8.memory.layers import Layer, Tensors, attends, caches, find, latent, state
 from w8a8.plan import Rules, architecture_of, module_name
 from w8a8.plan.architectures import MemoryRules, text_section
-from w8a8.sources.opening import view
-from w8a8.sources.view import LogicalTensor, plain
+from w8a8.sources.opening import owners as owners_of
+from w8a8.sources.view import LogicalTensor
 
 LARGEST = 2**40
 """No number that makes sense in a config is larger."""
@@ -85,7 +85,7 @@ class Model:
         """Read the headers and the config. Raises `NoConfigError` where they do not describe a decoder."""
         rules, table = Rules.for_config(checkpoint.config), architecture_of(checkpoint.config).memory
         text = text_config(checkpoint.config, table.defaults)
-        quantized, owners = _owners(checkpoint)
+        quantized, owners = owners_of(checkpoint)
         kinds = {kind: component(rules, kind) for kind in {kind_of(tensor.name) for tensor in owners.values()}}
         components = {
             name: "mtp head" if _is_behind(owner.name, text) else kinds[kind_of(owner.name)]
@@ -97,7 +97,7 @@ class Model:
             rules=rules,
             table=table,
             text=text,
-            quantized=quantized,
+            quantized="" if detect(checkpoint.config).w8a8 else quantized,
             owners=owners,
             components=components,
             layers=tuple(parts.layer(index) for index in sorted(parts.tensors)),
@@ -119,16 +119,6 @@ class Model:
     def routed(self) -> frozenset[str]:
         """The names of the stored tensors of routed experts."""
         return frozenset(name for name, owner in self.owners.items() if is_expert(self.table, owner.name))
-
-
-def _owners(checkpoint: Checkpoint) -> tuple[str, Mapping[str, LogicalTensor]]:
-    """How it is quantized, and the logical tensor of every stored one; itself, where it cannot be read otherwise."""
-    try:
-        seen = view(checkpoint)
-    except W8A8Error:
-        return "", {spec.name: plain(spec) for spec in checkpoint.tensors.values()}
-    parts = ((spec.name, tensor) for tensor in seen.tensors.values() for spec in (tensor.stored, *tensor.beside))
-    return "" if detect(checkpoint.config).w8a8 else seen.quantized, dict(parts)
 
 
 def text_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,7 +16,9 @@ from w8a8.sources.experts import Stack
 
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
-_KEYS = {"like", "model_types", "keep", "quantize", "fused", "whole", "stacks", "spellings", "groups", "memory"}
+_KEYS = {
+    "like", "model_types", "keep", "quantize", "fused", "whole", "stacks", "stacked", "spellings", "groups", "memory",
+}  # fmt: skip
 
 _BY_KEY = ("keep", "quantize", "memory")
 """What a table takes from another one key by key."""
@@ -100,7 +102,10 @@ class MemoryRules:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One table, with what is common to all; `keep` and `quantize` are patterns by component."""
+    """One table, with what is common to all; `keep` and `quantize` are patterns by component.
+
+    `stacks` are all that tensors of experts may be, its own first; `saved` are those that transformers saves.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -108,6 +113,7 @@ class Architecture:
     quantize: Mapping[str, tuple[str, ...]]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
+    saved: tuple[Stack, ...]
     stacks: tuple[Stack, ...]
     spellings: tuple[str, ...]
     groups: tuple[Group, ...]
@@ -159,6 +165,7 @@ def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], w
 
 def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]) -> Architecture:
     own, kept = table.get("keep", {}), common["keep"]
+    stacks, shared = (tuple(_stack(each, f"{name}.stacks") for each in at.get("stacks", [])) for at in (table, common))
     if missing := {"model_types", "quantize", "fused"} - set(table):
         raise ValueError(f"{name}: {', '.join(sorted(missing))} missing")
     return Architecture(
@@ -174,7 +181,8 @@ def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]
         },
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
         whole=_value(bool, table.get("whole", False), f"{name}.whole"),
-        stacks=tuple(_stack(each, f"{name}.stacks") for each in (*table.get("stacks", []), *common["stacks"])),
+        saved=(*stacks, *(shared if _value(bool, table.get("stacked", False), f"{name}.stacked") else ())),
+        stacks=(*stacks, *shared),
         spellings=_strings(table.get("spellings", list(FORMATS)), f"{name}.spellings"),
         groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
         memory=_record(MemoryRules, {**common["memory"], **table.get("memory", {})}, f"{name}.memory"),

@@ -3,30 +3,39 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import UsageError
 from w8a8.formats import Format, detect
 from w8a8.formats.detect import undeclared
 from w8a8.formats.provenance import PROVENANCE
+from w8a8.plan.architectures import architecture_of
 from w8a8.plan.decisions import Decision, select
 from w8a8.plan.layout import ShardPlan, Write, lay_out
 from w8a8.plan.plan import Plan, check_spelling
 from w8a8.plan.rules import Rules, scale_name
-from w8a8.sources.opening import with_stacks
+from w8a8.plan.viewing import view_of
+from w8a8.sources.experts import join
+from w8a8.sources.opening import unsplit
 from w8a8.sources.view import View
 
 DENSE = "bf16"
 """What `convert` calls a checkpoint that is not quantized."""
 
 
-def dense_plan(view: View, *, source: str, revision: str | None = None) -> Plan:
-    """Plan a checkpoint of the tensors that `view` sees, decoded, whole stacks of experts included.
+def dense_view(checkpoint: Checkpoint) -> View:
+    """See `checkpoint` as transformers saves its architecture: stacks of experts whole, also where they lie apart.
 
-    Raises `UsageError` where the source is not quantized.
+    Raises what `view_of` and `join` raise, and `UsageError` where it is not quantized.
     """
+    view = view_of(checkpoint)
     if not view.quantized:
         raise UsageError(f"{view.path}: is not quantized, so there is nothing to convert to {DENSE}")
-    whole = with_stacks(view, {stack.name for stack in view.stacks.values()})
-    return _plan(whole, None, source, revision)
+    return join(unsplit(view), architecture_of(view.config).saved)
+
+
+def dense_plan(view: View, *, source: str, revision: str | None = None) -> Plan:
+    """Plan a checkpoint of the tensors that `view` sees, decoded."""
+    return _plan(view, None, source, revision)
 
 
 def respelled_plan(view: View, fmt: Format, *, source: str, revision: str | None = None) -> Plan:
@@ -49,10 +58,13 @@ def _plan(view: View, fmt: Format | None, source: str, revision: str | None) -> 
     rules = Rules.for_config(view.config)
     scales = {scale_name(t.name) for t in view.tensors.values() if t.dtype == "I8"} & view.tensors.keys()
     decisions = [
-        Decision(tensor.spec, rules.judge(tensor.spec).component, tensor.dtype == "I8", "spelled differently")
-        for tensor in view.tensors.values()
+        Decision(spec, rules.judge(spec).component, spec.dtype == "I8", "spelled differently")
+        for shard in view.shards
+        for spec in (*(tensor.spec for tensor in shard.tensors), *(joined.spec for joined in shard.joined))
     ]
-    shards = (lay_out(s.name, s.tensors, {}) for s in view.shards if s.tensors or not s.stored.tensors)
+    shards = (
+        lay_out(s.name, s.tensors, {}, s.joined) for s in view.shards if s.tensors or s.joined or not s.stored.tensors
+    )
     config = undeclared(view.config)
     exclude: tuple[str, ...] = ()
     if fmt is not None:

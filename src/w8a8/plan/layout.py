@@ -1,10 +1,11 @@
 """Place every output byte, before a weight is read.
 
 An output shard mirrors its source shard. Its tensors keep the source's order, because the quantizer makes one pass: it
-reads each source byte once, writes each output byte once and hashes both on the way. Two kinds must wait for the end
-of the shard: scales, which are known only after their weight has gone by, and the rare tensor whose byte size is no
-multiple of 8, which would leave everything behind it unaligned (torch cannot view such a tensor in place). The tail is
-sorted by element size, largest first, so that every tensor starts at a multiple of its element size.
+reads each source byte once, writes each output byte once and hashes both on the way. Three kinds must wait for the end
+of the shard: scales, which are known only after their weight has gone by; experts that become one tensor, which are
+read again in its order; and the rare tensor whose byte size is no multiple of 8, which would leave everything behind it
+unaligned (torch cannot view such a tensor in place). The tail is sorted by element size, largest first, so that every
+tensor starts at a multiple of its element size.
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from w8a8.checkpoint import DTYPE_BYTES
-from w8a8.sources.view import LogicalTensor
+from w8a8.sources.view import Joined, LogicalTensor
 
-Kind = Literal["copy", "codes", "scale"]
+Kind = Literal["copy", "codes", "scale", "joined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +64,12 @@ class ScaleSpec:
     shape: tuple[int, ...]
 
 
-def lay_out(name: str, tensors: Sequence[LogicalTensor], scales: dict[str, ScaleSpec]) -> ShardPlan:
+def lay_out(
+    name: str, tensors: Sequence[LogicalTensor], scales: dict[str, ScaleSpec], joined: Sequence[Joined] = ()
+) -> ShardPlan:
     """Place the tensors of one shard; those named in `scales` become INT8 codes and a scale."""
     streamed: list[Write] = []
-    tail: list[Write] = []
+    tail = [Write("joined", t.name, t.name, t.dtype, t.shape, 0, t.spec.nbytes) for t in joined]
     for tensor in tensors:
         spec = scales.get(tensor.name)
         if spec is None:

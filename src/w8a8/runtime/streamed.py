@@ -19,15 +19,13 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers.quantizers.base import _assign_is_quantized
 
-from w8a8.checkpoint import Checkpoint
 from w8a8.errors import UnsupportedModelError
 from w8a8.formats import detect
 from w8a8.runtime.fitting import fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
-from w8a8.sources.opening import view
 from w8a8.sources.rows import RowReader
-from w8a8.sources.view import LogicalTensor, plain
+from w8a8.sources.view import LogicalTensor, View
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 """The dtypes that the tensors of a streamed model may have."""
@@ -39,17 +37,17 @@ class StreamedModel:
     `model` is the transformers model, `device` where layers are put and run.
     """
 
-    def __init__(self, name: str, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
-        """Build it in `dtype`, by default that of the checkpoint. Raises EngineError or UnsupportedModelError."""
+    def __init__(self, name: str, seen: View, dtype: torch.dtype | None = None) -> None:
+        """Build it in `dtype`, by default that of the checkpoint, which is `seen` as by `sources.opening.as_run`.
+
+        Raises EngineError or UnsupportedModelError.
+        """
         # 1) The model without weights, which must be a stack of layers that can be run one at a time.
-        self.name, self.folder, self._stored = name, checkpoint.home, checkpoint.path
+        self.name, self.folder, self._stored = name, seen.home, seen.path
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = _hollow(name, checkpoint, dtype)
-        if detect(checkpoint.config).w8a8:
-            tensors = list(map(plain, checkpoint.tensors.values()))
+        self.model, tensors = _hollow(name, seen.home, dtype), list(seen.tensors.values())
+        if detect(seen.checkpoint.config).w8a8:
             _assign_is_quantized(self.model)  # some layers then leave their weights alone
-        else:
-            tensors = list(view(checkpoint).tensors.values())
         self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
         self._named = {self._fitted.places[tensor.name]: tensor for tensor in tensors}
         decoder = self.model.get_decoder()
@@ -231,12 +229,12 @@ def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tens
     return states_of(layer(states, **kwargs))
 
 
-def _hollow(name: str, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Any:
+def _hollow(name: str, folder: Path, dtype: torch.dtype | None) -> Any:
     """Build the model without weights: parameters on the meta device, buffers as computed."""
     quiet()
     transformers.logging.disable_progress_bar()  # it would draw one for each layer
     with engine_errors(f"{name}: transformers cannot build it"):
-        config = load_config(name, checkpoint.home)
+        config = load_config(name, folder)
         kind = model_class(name, config)
         with init_empty_weights(include_buffers=False):
             model = kind._from_config(config, dtype=dtype or config.dtype or torch.bfloat16)

@@ -4,6 +4,7 @@ Engines load `experts.3.gate_proj.weight` [I, H] where transformers stores `expe
 transpose [E, H, 2I]. Which tensors those are is data of the architecture (`plan/architectures.toml`, `stacks`).
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from w8a8.checkpoint import DTYPE_BYTES
-from w8a8.errors import TensorSizeError
+from w8a8.errors import SourceError, TensorSizeError
 from w8a8.kernels.cpu.bits import BITS, Bits
-from w8a8.sources.view import Decoder, LogicalTensor, Plain, Stretch
+from w8a8.sources.view import Decoder, Joined, LogicalTensor, Plain, Stretch, View
 
 MAX_EXPERTS = 4096
 """Experts of a layer; the largest models published have 512."""
@@ -35,6 +36,11 @@ class Stack:
     transposed: bool = False
     interleaved: bool = False
     columns: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ends of the names of the tensors that it becomes."""
+        return tuple(part if part.endswith((".weight", ".bias")) else f"{part}.weight" for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,7 @@ def _is_stack(tensor: LogicalTensor, stack: Stack, sizes: Mapping[str, Any]) -> 
 
 
 def _experts(tensor: LogicalTensor, stack: Stack) -> Iterator[LogicalTensor]:
-    parts = [part if part.endswith((".weight", ".bias")) else f"{part}.weight" for part in stack.parts]
-    count = len(parts)
+    count = len(stack.parts)
     rows = tensor.shape[-1 if stack.transposed else 1]
     if rows % count:
         raise TensorSizeError(
@@ -100,7 +105,7 @@ def _experts(tensor: LogicalTensor, stack: Stack) -> Iterator[LogicalTensor]:
         if stack.transposed:
             matrix = transpose(matrix)
         own = rows // count
-        for number, part in enumerate(parts):
+        for number, part in enumerate(stack.names):
             yield replace(
                 matrix,
                 name=prefix + part.format(expert),
@@ -126,3 +131,49 @@ def stacked(tensors: Iterable[LogicalTensor], stacks: Mapping[str, LogicalTensor
         elif stack.name not in seen:
             seen.add(stack.name)
             yield stack
+
+
+def join(seen: View, stacks: Sequence[Stack]) -> View:
+    """The view with the experts that it has one by one as the `stacks` that hold all of a layer.
+
+    Raises `SourceError` where experts that would be one tensor differ, or one of them is missing.
+    """
+    patterns = [
+        (stack, number, re.compile(r"((?:.+\.)?)" + re.escape(name).replace(r"\{\}", r"(\d{1,4})")))
+        for stack in stacks
+        for number, name in enumerate(stack.names)
+    ]
+    found: dict[str, tuple[Stack, dict[tuple[int, int], LogicalTensor]]] = {}
+    home: dict[str, str] = {}
+    for tensor in seen.tensors.values():
+        for stack, number, pattern in patterns:
+            if match := pattern.fullmatch(tensor.name):
+                home[tensor.name] = match[1] + stack.tensor
+                found.setdefault(home[tensor.name], (stack, {}))[1][int(match[2]), number] = tensor
+                break
+    made = {name: _joined(name, stack, parts) for name, (stack, parts) in found.items()}
+    shards = []
+    for shard in seen.shards:
+        names = dict.fromkeys(home[tensor.name] for tensor in shard.tensors if tensor.name in home)
+        rest = tuple(tensor for tensor in shard.tensors if tensor.name not in home)
+        own = tuple(made.pop(name) for name in names if name in made)
+        shards.append(replace(shard, tensors=rest, joined=own))
+    return replace(seen, shards=tuple(shards))
+
+
+def _joined(name: str, stack: Stack, parts: Mapping[tuple[int, int], LogicalTensor]) -> Joined:
+    first = next(iter(parts.values()))
+    count = max(expert for expert, _ in parts) + 1
+    experts = []
+    for expert in range(count):
+        own = [parts.get((expert, number)) for number in range(len(stack.parts))]
+        for tensor, part in zip(own, stack.names, strict=True):
+            if tensor is None or (tensor.dtype, tensor.shape) != (first.dtype, first.shape):
+                is_ = f"is {tensor.dtype} {list(tensor.shape)}" if tensor else "is missing"
+                raise SourceError(
+                    f"{(tensor or first).shard}: {name.removesuffix(stack.tensor)}{part.format(expert)} {is_}, where "
+                    f"{first.name} is {first.dtype} {list(first.shape)}, so they make no {stack.tensor}; download the "
+                    "checkpoint again"
+                )
+        experts.append(tuple(tensor for tensor in own if tensor))
+    return Joined(name, tuple(experts), stack.transposed, stack.interleaved)

@@ -11,10 +11,11 @@ from typing import Any
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.stream import tensor_bytes
-from w8a8.errors import AlreadyQuantizedError
+from w8a8.errors import AlreadyQuantizedError, SourceError, W8A8Error
 from w8a8.formats.detect import declared, detect, section, undeclared
 from w8a8.formats.foreign import quantized_as
 from w8a8.sources import fp4, gptq, nf4, packed, scaled
+from w8a8.sources.beside import REPAIR
 from w8a8.sources.complete import check
 from w8a8.sources.experts import Stack, split, stacked
 from w8a8.sources.view import LogicalTensor, View, ViewShard, plain
@@ -50,6 +51,8 @@ def view(checkpoint: Checkpoint, stacks: Sequence[Stack] = ()) -> View:
             for spec in (tensor.stored, *tensor.beside):
                 tensors.pop(spec.name, None)
     seen = quantized_as(tensors.values())
+    if seen and found:
+        raise SourceError(f"{checkpoint.path}: {seen}, and what it is read with is missing; {REPAIR}")
     if seen or (declared(checkpoint.config) is not None and not found):
         method = detect(checkpoint.config).method
         said = ", ".join(filter(None, ("" if method == "none" else f"quant_method {method}", seen)))
@@ -73,6 +76,36 @@ def as_stored(checkpoint: Checkpoint) -> View:
     """See every tensor of `checkpoint` as it is stored, whatever it means."""
     shards = tuple(ViewShard(shard, tuple(map(plain, shard.tensors))) for shard in checkpoint.shards)
     return View(checkpoint, checkpoint.config, shards)
+
+
+def as_run(checkpoint: Checkpoint) -> View:
+    """See what a model computes with: W8A8 as it is stored, any other quantization decoded, stacks of experts whole.
+
+    Raises what `view` raises.
+    """
+    return as_stored(checkpoint) if detect(checkpoint.config).w8a8 else view(checkpoint)
+
+
+def owners(checkpoint: Checkpoint) -> tuple[str, Mapping[str, LogicalTensor]]:
+    """How a checkpoint is quantized, "" where it is not; and the logical tensor of every stored one, by its name.
+
+    That is the tensor itself where `view` does not see how it is to be read, and of a GGUF file, which is counted as
+    the dense model that it becomes.
+    """
+    stored = {spec.name: plain(spec) for spec in checkpoint.tensors.values()}
+    if checkpoint.gguf:
+        return checkpoint.gguf.label, stored
+    try:
+        seen = view(checkpoint)
+    except W8A8Error:
+        return "", stored
+    parts = {spec.name: tensor for tensor in seen.tensors.values() for spec in (tensor.stored, *tensor.beside)}
+    return seen.quantized, stored | parts
+
+
+def unsplit(seen: View) -> View:
+    """The view with every stack as one tensor, not as experts."""
+    return with_stacks(seen, {stack.name for stack in seen.stacks.values()})
 
 
 def with_stacks(seen: View, names: Collection[str]) -> View:

@@ -17,7 +17,7 @@ from w8a8.formats.arithmetic import Buffer, decode
 from w8a8.kernels.cpu.bits import BITS, Bits
 from w8a8.reading import open_file, reading
 from w8a8.sources.blocks import RowBlock, grid, stretch, tensor_blocks
-from w8a8.sources.view import LogicalTensor
+from w8a8.sources.view import Joined, LogicalTensor
 
 ARRAYS = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} | {
     f"{kind}{bits}": f"<{kind.lower()}{bits // 8}" for kind in "IU" for bits in (8, 16, 32, 64)
@@ -79,6 +79,15 @@ class RowReader:
         with reading(path), open_file(path) as file:
             read_block(file.fileno(), data, block, path)
         return bytes(self.content(block, data)[(begin - first) * width : (end - first) * width])
+
+    def expert(self, joined: Joined, number: int) -> memoryview:
+        """Read the parts of one expert: its bytes in the tensor that holds all."""
+        parts = joined.experts[number]
+        shape, kind = parts[0].shape, BITS[joined.dtype]
+        read = [np.frombuffer(self.read(part), kind).reshape(shape) for part in parts]
+        whole = np.stack(read, 1 if joined.interleaved else 0).reshape(-1, *shape[1:])
+        stored: Any = np.ascontiguousarray(whole.T if joined.transposed else whole)
+        return memoryview(stored).cast("B")
 
     def values(self, tensor: LogicalTensor) -> NDArray[np.float32]:
         """Read a whole tensor as float32, in its shape."""

@@ -139,14 +139,48 @@ class LogicalTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor of the model that holds all experts of a layer, where the checkpoint has them one by one.
+
+    `experts` are the parts of each, all of one shape and dtype; they may lie in several files. `transposed` and
+    `interleaved` say how they are put together, as of `w8a8.sources.experts.Stack`.
+    """
+
+    name: str
+    experts: tuple[tuple[LogicalTensor, ...], ...]
+    transposed: bool
+    interleaved: bool
+
+    @property
+    def dtype(self) -> str:
+        """That of its parts."""
+        return self.experts[0][0].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Experts, and the rows and columns of one, or its elements."""
+        rows, *columns = self.experts[0][0].shape
+        own = (len(self.experts[0]) * rows, *columns)
+        return (len(self.experts), *(own[::-1] if self.transposed else own))
+
+    @property
+    def spec(self) -> TensorSpec:
+        """What a dense checkpoint's header would say of it; the file and the offset are those of its first part."""
+        first, nbytes = self.experts[0][0], sum(part.nbytes for parts in self.experts for part in parts)
+        return TensorSpec(self.name, self.dtype, self.shape, first.shard, first.stored.offset, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
 class ViewShard:
     """One file of a checkpoint: what is stored in it, and the logical tensors made from that, in the file's order.
 
-    Or a part of a file, from byte `begin` to byte `end`; and where the result is to have another name, `target`.
+    `joined` are those made from several, some of which may lie in other files. Or a part of a file, from byte `begin`
+    to byte `end`; and where the result is to have another name, `target`.
     """
 
     stored: Shard
     tensors: tuple[LogicalTensor, ...]
+    joined: tuple[Joined, ...] = ()
     target: str = ""
     begin: int = 0
     end: int | None = None

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, MissingExtraError, first_line
 from w8a8.evals.kld.windows import Window
+from w8a8.sources.view import View
 
 try:
     import torch
@@ -99,7 +99,7 @@ class StreamedPredictor(Predictor):
     def __init__(
         self,
         name: str,
-        folder: Path,
+        seen: View,
         windows: Sequence[Window],
         advance: Callable[[int], None] = lambda _: None,
         dtype: Dtype | None = None,
@@ -109,7 +109,7 @@ class StreamedPredictor(Predictor):
         Raises EngineError, UnsupportedModelError.
         """
         self.name = name
-        self._streamed = StreamedModel(name, Checkpoint.open(folder), getattr(torch, dtype) if dtype else None)
+        self._streamed = StreamedModel(name, seen, getattr(torch, dtype) if dtype else None)
         self.model, self.device = self._streamed.model, self._streamed.device
         self._states = self._read({window.ids[:-1]: None for window in windows}, advance)
         self._streamed.fill_head()

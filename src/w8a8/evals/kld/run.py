@@ -16,6 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +24,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
+from w8a8.checkpoint import Checkpoint, resolve
 from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
 from w8a8.evals.kld.windows import MIN_CONTEXT, Window, cut, tokenize
 from w8a8.evals.statistics import bootstrap
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
 from w8a8.memory.ram import PROCESS_BYTES
+from w8a8.sources.opening import as_run
+from w8a8.sources.view import LogicalTensor, View
 from w8a8.texts.files import Text, first_token
 from w8a8.version import __version__
 
@@ -52,14 +55,14 @@ Dtypes = tuple["Dtype | None", "Dtype | None"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A checked request: names and folders of both checkpoints, the text, its windows.
+    """A checked request: names of both checkpoints, and these as they will be read; the text, its windows.
 
     `streamed` runs both layer by layer; `dtypes` are those that they compute in, None for the stored one.
     """
 
     reference: str
     candidate: str
-    folders: tuple[Path, Path]
+    views: tuple[View, View]
     text: Text
     text_tokens: int
     windows: tuple[Window, ...]
@@ -159,12 +162,13 @@ def prepare(
     """Check the request before weights are read: to predict at most `tokens` tokens, in windows of at most `context`.
 
     `dtypes` are those that the reference and the candidate compute in, None for the stored one. Both are streamed layer
-    by layer with `stream`, or if there is no GPU and RAM cannot hold both.
+    by layer with `stream`, if there is no GPU and RAM cannot hold both, or if one has to be decoded: a GGUF file, or
+    quantized in another way than W8A8.
 
     Raises UsageError, MissingExtraError, what opening a checkpoint raises, EngineError for a config or tokenizer that
     cannot be loaded, DoesNotFitError if not even two layers fit, and UnwritableError if `out` cannot be written.
     """
-    from w8a8.evals.kld.models import limits
+    from w8a8.evals.kld.models import CHUNK_BYTES, limits
     from w8a8.runtime.loading import load_tokenizer
 
     # 1) Check the options.
@@ -174,8 +178,9 @@ def prepare(
         raise UnwritableError(f"{out}: {out.parent} is not a folder that can be written; give another --out")
     # 2) Check that the models have one vocabulary, and read windows of this length.
     names = str(reference), str(candidate)
-    folders = resolve(reference).path, resolve(candidate).path
-    ours, theirs = map(limits, names, folders)
+    paths, opened = (resolve(reference).path, resolve(candidate).path), cache(Checkpoint.open)
+    homes = [path if (path / "config.json").is_file() else opened(path).home for path in paths]  # GGUF's is made
+    ours, theirs = map(limits, names, homes)
     if ours.vocabulary != theirs.vocabulary:
         raise UsageError(
             f"{names[0]} knows {ours.vocabulary:,} tokens, {names[1]} {theirs.vocabulary:,}: not a model and its "
@@ -184,7 +189,7 @@ def prepare(
     if context > (ours.context or context):
         raise UsageError(f"--context {context}: {names[0]} reads {ours.context} tokens at most")
     # 3) Check that both cut the text into the same tokens, and cut those into windows.
-    tokenizers = [load_tokenizer(name, folder) for name, folder in zip(names, folders, strict=True)]
+    tokenizers = [load_tokenizer(name, home) for name, home in zip(names, homes, strict=True)]
     (documents, first), other = [(tokenize(text, each), first_token(each)) for each in tokenizers]
     if (documents, first) != other:
         raise UsageError(
@@ -193,31 +198,37 @@ def prepare(
         )
     windows = tuple(cut(documents, first, context, tokens))
     # 4) Choose how they run: both whole at the same time, or layer by layer.
-    opened = [Checkpoint.open(folder) for folder in folders]
-    streamed = stream or not _fit_whole(opened, dtypes, context)
+    views = as_run(opened(paths[0])), as_run(opened(paths[1]))
+    streamed = stream or any(map(_is_decoded, views)) or not _fit_whole(views, dtypes, context)
     if streamed:
-        _check_layers_fit(opened, dtypes, max(ours.layers, 1), sum(window.scored for window in windows))
-    return Job(*names, folders, text, sum(map(len, documents)), windows, context, ours.layers, streamed, dtypes)
+        needed = streamed_ram(views, dtypes, ours.vocabulary, max(ours.layers, 1), sum(w.scored for w in windows))
+        _check_fits(needed + CHUNK_BYTES)
+    return Job(*names, views, text, sum(map(len, documents)), windows, context, ours.layers, streamed, dtypes)
 
 
-def _fit_whole(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, context: int) -> bool:
+def _is_decoded(view: View) -> bool:
+    """Whether its numbers are not those of its files, so that transformers cannot load it as it is."""
+    return bool(view.quantized or view.checkpoint.gguf)
+
+
+def _fit_whole(views: Sequence[View], dtypes: Dtypes, context: int) -> bool:
     """Can both models be in memory at the same time? On a GPU they can: what it cannot hold goes to RAM."""
     from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu
 
     widened = sum(
         _in_memory(tensor, dtype) - tensor.nbytes
-        for checkpoint, dtype in zip(checkpoints, dtypes, strict=True)
-        for tensor in checkpoint.tensors.values()
+        for view, dtype in zip(views, dtypes, strict=True)
+        for tensor in view.tensors.values()
     )
-    needed = sum(ram_needed(checkpoint, context) for checkpoint in checkpoints) + widened + CHUNK_BYTES
+    needed = sum(ram_needed(view.checkpoint, context) for view in views) + widened + CHUNK_BYTES
     return has_gpu() or needed <= available_memory()
 
 
-def _check_layers_fit(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int, tokens: int) -> None:
-    """Raises DoesNotFitError if RAM, without a GPU, cannot hold both models layer by layer."""
-    from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu
+def _check_fits(needed: int) -> None:
+    """Raises DoesNotFitError if RAM, without a GPU, cannot hold what both models need layer by layer."""
+    from w8a8.evals.kld.models import has_gpu
 
-    needed, free = CHUNK_BYTES + streamed_ram(checkpoints, dtypes, layers, tokens), available_memory()
+    free = available_memory()
     if needed > free and not has_gpu():
         raise DoesNotFitError(
             f"both models, layer by layer, need about {needed / 1e9:.1f} GB of RAM, {free / 1e9:.1f} GB are "
@@ -225,23 +236,24 @@ def _check_layers_fit(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers:
         )
 
 
-def streamed_ram(checkpoints: Sequence[Checkpoint], dtypes: Dtypes, layers: int, tokens: int) -> int:
+def streamed_ram(views: Sequence[View], dtypes: Dtypes, vocabulary: int, layers: int, tokens: int) -> int:
     """Estimate the bytes of RAM that models of `layers` layers need to run layer by layer over `tokens` tokens.
 
-    RAM holds both heads, the states of all tokens, and, twice, a layer of the larger model, counted as an equal share
-    of all but its head.
+    RAM holds both heads, the states of all tokens, and, twice, a layer of the larger model, decoded, counted as an
+    equal share of all but its head: the smallest matrix with a row for each token of the `vocabulary`.
     """
     heads = states = layer = 0
-    for checkpoint, dtype in zip(checkpoints, dtypes, strict=True):
-        sizes = {name: _in_memory(tensor, dtype) for name, tensor in checkpoint.tensors.items()}
-        head = max(sizes, key=lambda name: sizes[name])
-        heads += sizes[head]
-        states += tokens * checkpoint.tensors[head].shape[-1] * 4
-        layer = max(layer, (sum(sizes.values()) - sizes[head]) // layers)
+    for view, dtype in zip(views, dtypes, strict=True):
+        whole = sum(_in_memory(tensor, dtype) for tensor in view.tensors.values())
+        tables = [t for t in view.tensors.values() if len(t.shape) == 2 and t.shape[0] == vocabulary]
+        head, width = min(((_in_memory(table, dtype), table.shape[1]) for table in tables), default=(0, 0))
+        heads += head
+        states += tokens * width * 4
+        layer = max(layer, (whole - head) // layers)
     return PROCESS_BYTES + heads + 2 * layer + states
 
 
-def _in_memory(tensor: TensorSpec, dtype: "Dtype | None") -> int:
+def _in_memory(tensor: LogicalTensor, dtype: "Dtype | None") -> int:
     """Bytes that a tensor takes in a model that computes in `dtype`."""
     return tensor.numel * 4 if dtype == "float32" and tensor.dtype in {"BF16", "F16"} else tensor.nbytes
 
@@ -257,14 +269,15 @@ def run(
 
     start = time.monotonic()
 
-    def load(name: str, folder: Path, dtype: "Dtype | None") -> Predictor:
-        notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}")
+    def load(name: str, view: View, dtype: "Dtype | None") -> Predictor:
+        decoded = f", which is quantized already ({view.quantized})" if view.quantized else ""
+        notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}{decoded}")
         if job.streamed:
-            return StreamedPredictor(name, folder, job.windows, advance, dtype)
-        return Predictor(name, folder, dtype)
+            return StreamedPredictor(name, view, job.windows, advance, dtype)
+        return Predictor(name, view.path, dtype)
 
     # 1) Load both models; streamed, their layers read all windows here.
-    reference, candidate = map(load, (job.reference, job.candidate), job.folders, job.dtypes)
+    reference, candidate = map(load, (job.reference, job.candidate), job.views, job.dtypes)
     # 2) Let both predict every token, and compare.
     scores = score(reference, candidate, job.windows, advance=advance)
     # 3) Resample blocks of tokens: the intervals.

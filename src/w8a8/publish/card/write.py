@@ -115,7 +115,7 @@ def make(
         "made": made,
         "provenance": made.provenance,
         "inspection": inspection,
-        "compression": f"{made.provenance.bytes.source / inspection.nbytes:.1f}x",
+        "compression": f"{smaller:.1f}x" if (smaller := made.provenance.bytes.source / inspection.nbytes) > 1 else "",
         "unquantized": [row for row in inspection.components if row.dtype != "I8" and row.component != "scales"],
         "quantized": [row for row in inspection.components if row.dtype == "I8"],
         "tied_head": _tied_head(inspection),
