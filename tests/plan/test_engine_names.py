@@ -4,13 +4,15 @@ The names are those of small checkpoints that transformers 5.23 saves; `tests/en
 loads such in stock vLLM.
 """
 
+import re
+
 import pytest
 
 from tests.named import headers, plan_of
-from w8a8.errors import FusedGroupError, UsageError
+from w8a8.errors import FusedGroupError, NothingToQuantizeError, UsageError
 from w8a8.formats import FORMATS, detect
-from w8a8.plan import Plan, module_name
-from w8a8.plan.rules import NEVER
+from w8a8.plan import Plan, architecture_of, module_name
+from w8a8.plan.architectures import known
 
 LAYERS = "model.layers.0", "model.layers.1"
 
@@ -139,20 +141,20 @@ def test_what_is_no_text_decoder_is_kept_whatever_it_is_called(tower: str) -> No
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
 
 
-def test_what_vllm_fuses_with_b_proj_stays_with_it() -> None:
+def test_what_vllm_fuses_with_b_proj_is_quantized_with_it() -> None:
     gates = [f"self_attn.{leaf}_proj" for leaf in ("b", "f_a", "f_b", "g_a", "g_b")]
     latent = [f"model.layers.2.self_attn.{leaf}" for leaf in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")]
-    made = plan("kimi_linear", *QKVO, *gates, *latent, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-    mlp = {f"{layer}.mlp.{leaf}_proj" for layer in "01" for leaf in ("gate", "up", "down")}
-    assert quantized(made) == mlp | {
-        "0.self_attn.o_proj",
-        "1.self_attn.o_proj",
-        *(f"2.self_attn.{leaf}" for leaf in ("q_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")),
-    }
-    reasons = {d.reason for d in made.decisions if d.tensor.name == "model.layers.0.self_attn.q_proj.weight"}
-    assert reasons == {"engines fuse it with model.layers.0.self_attn.b_proj, which is kept"}
-    fused = [f"model.layers.0.self_attn.{leaf}" for leaf in ("q_proj", "b_proj", "f_a_proj", "in_proj_qkvgfab")]
-    assert all(detect(made.config).leaves_alone(module) for module in fused)
+    mlp = [f"mlp.{leaf}_proj" for leaf in ("gate", "up", "down")]
+    made = plan("kimi_linear", *QKVO, *gates, *latent, *mlp)
+    every_layer = {f"{layer}.{leaf}" for layer in "01" for leaf in (*QKVO, *gates[:2], *mlp)}
+    assert quantized(made) == every_layer | {name.removeprefix("model.layers.") for name in latent}
+    for leaf in ("b_proj", "f_a_proj", "k_proj"):
+        with pytest.raises(FusedGroupError, match=r"q_proj, .*b_proj, .*f_a_proj as one layer"):
+            plan("kimi_linear", *QKVO, *gates, *mlp, exclude=(f"*.{leaf}",))
+    fused = [f"self_attn.{leaf}_proj" for leaf in ("q", "k", "v", "b", "f_a")]
+    made = plan("kimi_linear", *QKVO, *gates, *mlp, exclude=tuple(f"*.{leaf}" for leaf in fused))
+    asked = (*fused, "self_attn.in_proj_qkvgfab")
+    assert all(detect(made.config).leaves_alone(f"model.layers.0.{leaf}") for leaf in asked)
 
 
 def test_one_letter_projections_that_no_one_knows_are_left_alone() -> None:
@@ -160,10 +162,54 @@ def test_one_letter_projections_that_no_one_knows_are_left_alone() -> None:
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
 
 
+@pytest.mark.parametrize(
+    ("model_type", "matrix", "why"),
+    [
+        ("gpt2", "transformer.h.0.attn.c_attn", "it is a Conv1D layer, stored [in, out]"),
+        ("openai-gpt", "transformer.h.0.mlp.c_fc", "it is a Conv1D layer, stored [in, out]"),
+        ("mamba", "backbone.layers.0.mixer.in_proj", "vLLM keeps Mamba layers of the first version"),
+        ("falcon_mamba", "backbone.layers.0.mixer.out_proj", "vLLM keeps Mamba layers of the first version"),
+        ("glm5_next", "model.language_model.layers.0.self_attn.q_proj", "vLLM keeps the attention of glm5_next"),
+    ],
+)
+def test_where_engines_take_nothing_in_int8_the_reason_is_said(model_type: str, matrix: str, why: str) -> None:
+    tensors = {f"{matrix}.weight": ("BF16", (16, 16))}
+    for include, error in (((), NothingToQuantizeError), ((matrix,), UsageError)):
+        with pytest.raises(error, match=rf"{matrix}\.weight .*since {re.escape(why)}"):
+            plan_of(headers(tensors, {"model_type": model_type}), include=include)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "left", "included"),
+    [
+        ("gemma3n_text", "model.layers.0.per_layer_input_gate", True),
+        ("kimi_linear", "model.layers.0.self_attn.f_b_proj", True),
+        ("jamba", "model.layers.0.mamba.in_proj", False),
+        ("deepseek_v4", "model.layers.0.attn.wo_a", False),
+        ("deepseek_v4", "model.layers.0.attn.indexer.weights_proj", False),
+        ("qwen4_exp", "model.language_model.layers.0.mlp_hyper_connection.input_mix_weight_up", False),
+        ("inkling_text", "model.layers.0.mlp.shared_experts.up_proj", False),
+    ],
+)
+def test_include_overrides_a_choice_but_not_what_engines_cannot_load(
+    model_type: str, left: str, included: bool
+) -> None:
+    tensors = {f"{name}.weight": ("BF16", (16, 16)) for name in (left, "model.layers.0.mlp.experts.0.up_proj")}
+    seen = headers(tensors, {"model_type": model_type})
+    reasons = {decision.tensor.name: decision.reason for decision in plan_of(seen).decisions}
+    table = architecture_of({"model_type": model_type})
+    assert reasons[f"{left}.weight"] in (table.reasons if included else table.never).values()
+    if included:
+        assert any(d.quantize and d.tensor.name == f"{left}.weight" for d in plan_of(seen, include=[left]).decisions)
+    else:
+        with pytest.raises(UsageError, match=f"{left}.weight cannot be quantized, since"):
+            plan_of(seen, include=[left])
+
+
 def test_gpt_oss_is_written_in_the_format_that_vllm_loads_and_its_experts_as_it_takes_them() -> None:
     with pytest.raises(UsageError, match="give --format compressed-tensors"):
         plan("gpt_oss", *QKVO, stacks=("mlp.experts.gate_up_proj",))
     made = plan("gpt_oss", *QKVO, format="compressed-tensors", stacks=("mlp.experts.gate_up_proj",))
     assert quantized(made) == {f"{layer}.{leaf}" for layer in "01" for leaf in QKVO}
-    assert made.warnings == (f"the experts of gpt_oss are left alone: {NEVER['experts']}",)
+    assert made.warnings == (f"the experts of gpt_oss are left alone: {known()['gpt_oss'].never['experts']}",)
     assert detect(made.config).leaves_alone("model.layers.0.mlp.experts.0.gate_proj")

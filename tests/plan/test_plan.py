@@ -273,3 +273,47 @@ def test_a_plan_can_be_made_where_there_are_no_files_at_all() -> None:
     checkpoint = tiny()
     assert not checkpoint.path.exists()
     assert plan_of(checkpoint).shards[0].data_bytes > 0
+
+
+# --- a result that is larger than its source ------------------------------------------------------------------------
+
+
+def mxfp4_experts() -> Checkpoint:
+    """gpt_oss as it is published, tiny: experts in MXFP4, attention in BF16."""
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {"model.layers.0.self_attn.q_proj.weight": ("BF16", (32, 32))}
+    for leaf, rows in (("gate_up_proj", 64), ("down_proj", 32)):
+        stack = f"model.layers.0.mlp.experts.{leaf}"
+        tensors |= {f"{stack}_blocks": ("U8", (4, rows, 1, 16)), f"{stack}_scales": ("U8", (4, rows, 1))}
+        tensors[f"{stack}_bias"] = ("BF16", (4, rows))
+    return headers(tensors, {"model_type": "gpt_oss"})
+
+
+def test_a_result_larger_than_its_source_is_a_warning_that_says_why() -> None:
+    plan = plan_of(mxfp4_experts())
+    assert plan.ratio > 2
+    kept, growth = plan.warnings
+    why = "vLLM's loader for gpt_oss transposes every expert's matrix"
+    assert kept.startswith(f"the experts of gpt_oss are left alone: {why}")
+    sizes = f"{plan.ratio * plan.bytes_in / 1000:.1f} kB > {plan.bytes_in / 1000:.1f} kB"
+    assert growth.startswith(f"OUT will be larger than SRC, {sizes}, because SRC is quantized already (MXFP4)")
+    assert f"what is left alone is stored dequantized: experts ({why}" in growth
+
+
+def test_int4_grows_to_int8() -> None:
+    layers = {f"model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")}
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {f"{name}.weight_packed": ("I32", (64, 8)) for name in layers}
+    tensors |= {f"{name}.weight_scale": ("BF16", (64, 1)) for name in layers}
+    tensors |= {f"{name}.weight_shape": ("I64", (2,)) for name in layers}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None}
+    scheme = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+    }
+    (growth,) = plan_of(headers(tensors, {**LLAMA, "quantization_config": scheme})).warnings
+    assert growth.startswith("OUT will be larger than SRC")
+    assert growth.endswith("INT8 takes 8 bits a weight")
+
+
+def test_nothing_is_said_of_a_result_that_is_smaller() -> None:
+    assert plan_of(tiny()).warnings == ()

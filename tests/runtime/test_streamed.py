@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import w8a8.runtime  # so that the whole models load too
 from tests.calibrate.checkpoints import KINDS, make
 from tests.runtime.conftest import Mixtures
+from tests.support.tiny import make_model
 from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, UnsupportedModelError
 from w8a8.formats import FORMATS
@@ -61,6 +62,12 @@ def check(folder: Path, dtype: torch.dtype | None = torch.float32) -> None:
 def test_layer_by_layer_a_model_gives_the_same_logits(kind: str, tmp_path: Path) -> None:
     check(make(tmp_path / kind, kind))
     check(tmp_path / kind, dtype=None)
+
+
+@pytest.mark.parametrize("model_type", ["chameleon", "falcon_h1", "gpt_neox_japanese"])
+def test_layers_that_give_their_states_in_tuples_do(model_type: str, tmp_path: Path) -> None:
+    make_model(model_type, torch.float32).save_pretrained(tmp_path)
+    check(tmp_path)
 
 
 def test_the_real_gemma_3_does(gemma3: Path) -> None:

@@ -31,6 +31,15 @@ def test_all_experts_are_seen() -> None:
     assert len(view_of(headers(experts(4), CONFIG)).tensors) == 12
 
 
+@pytest.mark.parametrize("unused", [(), ("gate_proj", "up_proj")])
+def test_experts_that_give_back_what_they_read_need_no_weights(unused: tuple[str, ...]) -> None:
+    config = {**CONFIG, "zero_expert_num": 2}
+    tensors = experts(4) | {f"{MLP}.{i}.{leaf}.weight": ("BF16", (16, 16)) for i in (4, 5) for leaf in unused}
+    assert len(view_of(headers(tensors, config)).tensors) == 12 + 2 * len(unused)
+    with pytest.raises(SourceError, match=r"experts\.3\.down_proj\.weight is missing, which other experts have"):
+        view_of(headers(without(tensors, f"{MLP}.3."), config))
+
+
 @pytest.mark.parametrize(
     ("tensors", "config", "missing"),
     [

@@ -1,9 +1,9 @@
 """One architecture from a tiny model to its row of the table, but for vLLM's part."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import w8a8
 from tests.support import exact, tiny
-from w8a8.plan import Plan
+from w8a8.checkpoint import TensorSpec
+from w8a8.plan import Plan, Rules
 from w8a8.quantization import Options
 
 PROMPTS = (
@@ -24,8 +25,10 @@ PROMPTS = (
 the middle between two codes, either is right, and one code apart is seen in all that follows."""
 SMALL = 16
 """Linear layers of fewer outputs (routers, gates that give a number per head) do not count as weights to quantize."""
+ALL_EXPERTS = frozenset({"w1", "v1", "w2"})
+"""Names of matrices that hold all experts of a layer, without a dimension for them (DBRX)."""
 NOT_COUNTED = frozenset(
-    {"embeddings", "lm_head", "norms", "router", "projector", "vision tower", "audio tower", "encoder"}
+    {"embeddings", "lm_head", "norms", "scalars", "convolutions", "projector", "vision tower", "audio tower", "encoder"}
 )
 """Components of which the decoder's linear layers are none."""
 
@@ -67,7 +70,9 @@ class Row:
         model_type: its `model_type`.
         name: the class of transformers.
         share: INT8 weights per weight of the text decoder's linear layers and experts.
-        left: matrices of a decoder with less than its all in INT8 that stay as they are; `*` stands for numbers.
+        kept: the share of those weights that the rules keep for a stated reason.
+        because: the components that hold these, and the reasons.
+        left: matrices that stay as they are without a stated reason, where these matter; `*` stands for numbers.
         warnings: what the plan warns of.
         verified: whether `verify` finds nothing wrong.
         runtime: relative RMS error of the logits in `w8a8.runtime` against the exact reference.
@@ -79,6 +84,8 @@ class Row:
     model_type: str
     name: str = ""
     share: float | None = None
+    kept: float = 0.0
+    because: Mapping[str, str] = field(default_factory=dict)
     left: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     verified: bool = False
@@ -86,6 +93,11 @@ class Row:
     failed: str | None = None
     vllm: Tried | None = None
     source: Tried | None = None
+
+    @property
+    def possible(self) -> float:
+        """INT8 weights per weight that is not kept for a stated reason; 0 where nothing is left, or nothing known."""
+        return (self.share or 0.0) / max(1 - self.kept, 1e-9)
 
 
 class StepError(Exception):
@@ -109,8 +121,7 @@ def check(
             model.save_pretrained(folder / "source")
         with _step("plan", folder):
             plan = w8a8.dry_run(folder / "source", Options(format=format))
-            row.share = sum(d.tensor.numel for d in plan.decisions if d.quantize) / decoder_weights(model)
-            row.left = left_alone(plan) if row.share < 0.99 else ()
+            _judge(row, plan, decoder_weights(model))
             row.warnings = plan.warnings
         with _step("quantize", folder):
             w8a8.quantize(folder / "source", folder / "result", Options(format=format))
@@ -144,24 +155,43 @@ def _step(name: str, folder: Path) -> Iterator[None]:
 
 
 def decoder_weights(model: Any) -> int:
-    """Number of weights of the text decoder's linear layers and experts."""
+    """Number of weights of the text decoder's linear layers and experts, the output layer not among them."""
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
     found = {}
-    for path, module in model.get_decoder().named_modules():
-        if not isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding) and "embed" not in path:
-            for name, values in module.named_parameters(recurse=False):
-                if values.ndim == 3 or (values.ndim == 2 and name == "weight" and len(values) >= SMALL):
-                    found[id(values)] = values.numel()
+    for path, module in (model.base_model if isinstance(decoder, nn.Linear) else decoder).named_modules():
+        others = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
+        if module is head or path.endswith("lm_head") or isinstance(module, others):
+            continue
+        for name, values in module.named_parameters(recurse=False):
+            stack = values.ndim == 3 and name != "A_log"
+            matrix = values.ndim == 2 and len(values) >= SMALL and name in {"weight", *ALL_EXPERTS}
+            if stack or matrix:
+                found[id(values)] = values.numel()
     return sum(found.values())
 
 
-def left_alone(plan: Plan) -> tuple[str, ...]:
-    """The decoder's matrices and stacks that are not quantized; `*` stands for numbers."""
-    matrices = [
-        d.tensor.name
-        for d in plan.decisions
-        if not d.quantize and d.component not in NOT_COUNTED and len(d.tensor.shape) > 1 and d.tensor.shape[0] >= SMALL
-    ]
-    return tuple(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in matrices}))
+def _judge(row: Row, plan: Plan, weights: int) -> None:
+    """Say in `row` how many of the decoder's `weights` are INT8, and what is not, and why."""
+    rules = Rules.for_config(plan.config)
+    reasons = {**rules.never, **rules.reasons}
+    matrices = [d for d in plan.decisions if d.component not in NOT_COUNTED and _is_counted(d.tensor)]
+    kept = [d for d in matrices if not d.quantize and d.component in reasons]
+    row.share = sum(d.tensor.numel for d in matrices if d.quantize) / weights
+    row.kept = sum(d.tensor.numel for d in kept) / weights
+    row.because = {d.component: reasons[d.component] for d in kept}
+    rest = [d.tensor.name for d in matrices if not d.quantize and d.component not in reasons]
+    row.left = pattern(rest) if row.possible < 0.99 else ()
+
+
+def _is_counted(tensor: TensorSpec) -> bool:
+    """Whether a tensor is a weight, or holds experts, of `SMALL` outputs at least."""
+    matrix = len(tensor.shape) == 2 and tensor.name.rpartition(".")[2] in {"weight", *ALL_EXPERTS}
+    return (matrix or len(tensor.shape) == 3) and tensor.shape[-2] >= SMALL
+
+
+def pattern(names: Sequence[str]) -> tuple[str, ...]:
+    """The names with `*` for numbers, each once."""
+    return tuple(sorted({re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}))
 
 
 def _scores(logits: Tensor) -> Scores:
@@ -184,7 +214,7 @@ def logits(kind: Any, folder: Path) -> tuple[Tensor, Tensor, Tensor]:
         source = reference(input_ids=ids, use_cache=False).logits.float()
         with exact.InInt8(exact.int8_weights(reference, ours)) as mode:
             wanted = reference(input_ids=ids, use_cache=False).logits.float()
-    if unused := sorted(mode.names[storage] for storage in mode.unused):
+    if unused := sorted(name for storage in mode.unused if "vision" not in (name := mode.names[storage])):
         raise StepError(f"{len(unused)} INT8 weights are not used by the decoder, {unused[0]} for one")
     return got, wanted, source
 

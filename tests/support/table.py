@@ -50,7 +50,8 @@ Every architecture of transformers {transformers} with a text decoder, made tiny
 verified and run. `make support` makes this table; it goes on where it was interrupted.
 
 - **INT8**: the share of the weights of the decoder's linear layers and experts that become INT8. Layers of fewer than
-  {small} outputs (routers, gates that give a number per head) do not count.
+  {small} outputs (routers, gates that give a number per head), convolutions and parameters outside linear layers do not
+  count.
 - **verified**: `w8a8 verify` finds nothing wrong.
 - **runtime**: the relative RMS error of the logits in `w8a8.runtime` against the exact reference: transformers' own
   model of the source in FP32, whose products with INT8 weights are computed as the format defines them. At most
@@ -63,7 +64,8 @@ verified and run. `make support` makes this table; it goes on where it was inter
   model of the source in FP32.
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
-`w8a8.runtime`. What vLLM makes of these and of the others:
+`w8a8.runtime`. Another {but} are like that but for layers that stay as they are, for the reason that their rows give.
+What vLLM makes of these and of the others:
 
 """
 MEANING = {
@@ -101,7 +103,8 @@ def page(results: Results) -> str:
     """The page of the documentation."""
     rows = sorted(results.rows.values(), key=lambda row: row.model_type)
     whole = [row for row in rows if right(row)]
-    rest = [row for row in rows if not right(row)]
+    but = [row for row in rows if not right(row) and explained(row)]
+    rest = [row for row in rows if not (right(row) or explained(row))]
     head = HEAD.format(
         **results.versions,
         small=SMALL,
@@ -109,9 +112,10 @@ def page(results: Results) -> str:
         vllm_bound=VLLM_BOUNDS["float32"],
         bf16_bound=VLLM_BOUNDS["bfloat16"],
         whole=len(whole),
+        but=len(but),
         all=len(rows),
     )
-    counted = [Counter(map(in_vllm, some)) for some in (whole, rest)]
+    counted = [Counter(map(in_vllm, some)) for some in (whole, [*but, *rest])]
     verdicts = [
         f"| {meaning.format(**results.versions)} | {counted[0][verdict]} | {counted[1][verdict]} |"
         for verdict, meaning in MEANING.items()
@@ -121,6 +125,8 @@ def page(results: Results) -> str:
         head + "| in vLLM | whole | others |\n| --- | ---: | ---: |\n" + "\n".join(verdicts) + "\n",
         "## Whole\n",
         _table(whole),
+        "## Whole, but for what engines take in no INT8\n",
+        _table(but),
         "## In part, or not\n",
         _table(rest),
         "## Not tried\n",
@@ -132,8 +138,16 @@ def page(results: Results) -> str:
 
 def right(row: Row) -> bool:
     """Whether all of the decoder is in INT8, without a warning, and runs right."""
-    whole = row.share is not None and ENOUGH <= row.share <= 1
-    return whole and not row.warnings and row.verified and row.runtime is not None and row.runtime <= RUNTIME_BOUND
+    return row.share is not None and ENOUGH <= row.share <= 1 and not row.warnings and _runs(row)
+
+
+def explained(row: Row) -> bool:
+    """Whether all of the decoder is in INT8 but for what stays as it is for a stated reason, and runs right."""
+    return bool(row.because) and ENOUGH <= row.possible <= 1 + 1e-6 and _runs(row)
+
+
+def _runs(row: Row) -> bool:
+    return row.verified and row.runtime is not None and row.runtime <= RUNTIME_BOUND
 
 
 def agrees(tried: Tried) -> bool:
@@ -179,6 +193,7 @@ def _remark(row: Row) -> str:
     remarks = []
     if row.failed:
         remarks.append(row.failed)
+    remarks += [f"{part}: {reason}" for part, reason in row.because.items()]
     if row.left:
         more = len(row.left) - SHOWN
         remarks.append("left: " + ", ".join(row.left[:SHOWN]) + (f" and {more} more" if more > 0 else ""))

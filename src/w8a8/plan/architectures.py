@@ -16,12 +16,10 @@ from w8a8.sources.experts import Stack
 
 GENERIC = "generic"
 Kind = Literal["norm", "linear", "value"]
-_KEYS = {
-    "like", "model_types", "keep", "quantize", "fused", "whole", "stacks", "stacked", "spellings", "groups", "memory",
-}  # fmt: skip
 
-_BY_KEY = ("keep", "quantize", "memory")
+_BY_KEY = ("keep", "never", "reasons", "quantize", "memory")
 """What a table takes from another one key by key."""
+_KEYS = {"like", "model_types", "text", "fused", "whole", "stacks", "stacked", "spellings", "groups", *_BY_KEY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +102,17 @@ class MemoryRules:
 class Architecture:
     """One table, with what is common to all; `keep` and `quantize` are patterns by component.
 
-    `stacks` are all that tensors of experts may be, its own first; `saved` are those that transformers saves.
+    `never` and `reasons` say why components are kept. `stacks` are all that tensors of experts may be, its own first;
+    `saved` are those that transformers saves.
     """
 
     name: str
     model_types: tuple[str, ...]
     keep: Mapping[str, tuple[str, ...]]
+    never: Mapping[str, str]
+    reasons: Mapping[str, str]
     quantize: Mapping[str, tuple[str, ...]]
+    text: tuple[str, ...]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
     saved: tuple[Stack, ...]
@@ -145,7 +147,7 @@ def known() -> Mapping[str, Architecture]:
 def read(text: str) -> Mapping[str, Architecture]:
     """The tables of a TOML text by name. Raises `ValueError`, which says what is wrong where."""
     values = tomllib.loads(text)
-    _check_keys(values, {"stacks", "keep", "quantize", "memory", "architecture"}, "the file")
+    _check_keys(values, {"stacks", "keep", "never", "quantize", "memory", "architecture"}, "the file")
     tables: dict[str, Mapping[str, Any]] = {}
     for name, table in values["architecture"].items():
         _check_keys(table, _KEYS, name)
@@ -175,10 +177,13 @@ def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]
             part: (*_strings(own.get(part, []), f"{name}.keep"), *_strings(kept.get(part, []), "keep"))
             for part in {**own, **kept}
         },
+        never=_texts({**common["never"], **table.get("never", {})}, f"{name}.never"),
+        reasons=_texts(table.get("reasons", {}), f"{name}.reasons"),
         quantize={
             part: _strings(globs, f"{name}.quantize")
             for part, globs in {**common["quantize"], **table["quantize"]}.items()
         },
+        text=_strings(table.get("text", []), f"{name}.text"),
         fused=tuple(_strings(group, f"{name}.fused") for group in table["fused"]),
         whole=_value(bool, table.get("whole", False), f"{name}.whole"),
         saved=(*stacks, *(shared if _value(bool, table.get("stacked", False), f"{name}.stacked") else ())),
@@ -227,6 +232,10 @@ def _value(kind: Any, value: Any, where: str) -> Any:
     if (kind == Mapping[str, Any] and isinstance(value, dict)) or type(value) is kind:
         return value
     raise ValueError(f"{where}: {value!r} is of the wrong type")
+
+
+def _texts(values: Mapping[str, Any], where: str) -> Mapping[str, str]:
+    return {key: _value(str, value, f"{where}.{key}") for key, value in values.items()}
 
 
 def _strings(values: Any, where: str) -> tuple[str, ...]:

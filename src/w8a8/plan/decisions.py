@@ -1,7 +1,7 @@
 """What becomes of tensors, and of those together that engines load as one: fused layers, and the experts of a layer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import FusedGroupError
@@ -18,20 +18,6 @@ class Decision:
     component: str
     quantize: bool
     reason: str
-
-
-def kept_whole(decisions: list[Decision], rules: Rules) -> list[Decision]:
-    """Leave alone what engines fuse with a layer that the rules keep."""
-    kept = [module_name(d.tensor.name) for d in decisions if d.component in rules.keep]
-    fused = {rules.unit_of(module): module for module in sorted(kept, reverse=True) if rules.group_of(module)}
-
-    def judged(decision: Decision) -> Decision:
-        other = fused.get(rules.unit_of(module_name(decision.tensor.name))) if decision.quantize else None
-        if other is None:
-            return decision
-        return replace(decision, quantize=False, reason=f"engines fuse it with {other}, which is kept")
-
-    return list(map(judged, decisions))
 
 
 def check_groups(decisions: list[Decision], rules: Rules) -> None:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -19,11 +20,12 @@ from w8a8.errors import AlreadyQuantizedError, NothingToQuantizeError, UsageErro
 from w8a8.formats import Format, detect
 from w8a8.formats.foreign import is_adapter
 from w8a8.formats.provenance import CalibrationRecord
-from w8a8.plan.decisions import Decision, check_groups, kept_whole, select
+from w8a8.plan.decisions import Decision, check_groups, select
 from w8a8.plan.layout import ScaleSpec, ShardPlan, Write, lay_out
-from w8a8.plan.rules import NEVER, QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
+from w8a8.plan.rules import QUANTIZABLE, Rules, Verdict, is_linear, module_name, scale_name, wrong_dtype
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import View
+from w8a8.terminal.wording import size
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +134,7 @@ def make_plan(
     rules = Rules.for_config(view.config)
     check_spelling(view, fmt)
     decisions = [_decide(tensor.spec, rules) for shard in view.shards for tensor in shard.tensors]
-    decisions = kept_whole(decisions, rules)
-    decisions = _override(decisions, include, quantize=True)
+    decisions = _override(decisions, include, quantize=True, never=rules.never)
     decisions = _override(decisions, exclude, quantize=False)
     decisions = [_calibrated(decision, kept or {}, calibration.folded if calibration else ()) for decision in decisions]
     # 2) Check that the decisions can be carried out, and that engines can load the result.
@@ -146,7 +147,7 @@ def make_plan(
     _check_new_names(view, quantized)
     # 3) Lay the output out, and write the config.
     selection = select(decisions, rules, split)
-    return Plan(
+    plan = Plan(
         source=source,
         revision=revision,
         architecture=rules.architecture,
@@ -169,6 +170,7 @@ def make_plan(
         calibration=calibration,
         quantized_source=view.quantized,
     )
+    return replace(plan, warnings=(*plan.warnings, *_growth(plan, view, rules)))
 
 
 def check_spelling(view: View, fmt: Format) -> None:
@@ -206,6 +208,9 @@ def _nothing(view: View, rules: Rules, decisions: Sequence[Decision]) -> str:
             f"the linear layers are {', '.join(dtypes)}, and only BF16, F16 and F32 are quantized; convert them first "
             "(in transformers: from_pretrained(SRC, dtype=torch.bfloat16).save_pretrained(NEW_FOLDER))"
         )
+    if kept := [d for d in decisions if d.component in rules.reasons and is_linear(d.tensor, d.component)]:
+        why = f"{kept[0].tensor.name} is left alone, since {kept[0].reason}"
+        return f"{rules.architecture} has no layer to quantize, and --include would not help: {why}"
     what = "sentence-transformers model" if "modules.json" in view.sidecars else "model"
     return (
         f"no tensor of this {rules.architecture} {what} is a decoder linear layer by the rules; "
@@ -224,7 +229,14 @@ def _decide(tensor: TensorSpec, rules: Rules) -> Decision:
     return Decision(tensor, verdict.component, verdict.quantize, verdict.reason)
 
 
-def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool) -> list[Decision]:
+def _override(
+    decisions: list[Decision],
+    globs: Sequence[str],
+    *,
+    quantize: bool,
+    never: Mapping[str, str] = MappingProxyType({}),
+) -> list[Decision]:
+    """The decisions with what `globs` name quantized, but for the components in `never`, or not quantized."""
     option = "--include" if quantize else "--exclude"
     used: set[str] = set()
     refused: dict[str, str] = {}
@@ -232,15 +244,15 @@ def _override(decisions: list[Decision], globs: Sequence[str], *, quantize: bool
     for decision in decisions:
         name, dtype = decision.tensor.name, decision.tensor.dtype
         matching = [g for g in globs if fnmatchcase(name, g) or fnmatchcase(module_name(name), g)]
-        never = NEVER.get(decision.component) if quantize and not decision.quantize and dtype in QUANTIZABLE else None
+        why = never.get(decision.component) if not decision.quantize and dtype in QUANTIZABLE else None
         # A bias, norm or embedding that a wide --include happens to match is none of its business.
         if not matching or (
             quantize and not (is_linear(decision.tensor, decision.component) and decision.tensor.numel)
         ):
             pass
-        elif never is not None:
-            refused.update(dict.fromkeys(matching, f"{name} cannot be quantized, since {never}"))
-            decision = replace(decision, reason=never)
+        elif why is not None:
+            refused.update(dict.fromkeys(matching, f"{name} cannot be quantized, since {why}"))
+            decision = replace(decision, reason=why)
         else:
             used.update(matching)
             if quantize and dtype not in QUANTIZABLE:
@@ -292,8 +304,8 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
             f"no rules for architecture {rules.architecture!r}; the generic ones decided. Quantized: "
             f"{', '.join(chosen)}. Left alone: {', '.join(kept) or 'nothing else with two dimensions'}"
         )
-    if "experts" in rules.keep:
-        yield f"the experts of {rules.architecture} are left alone: {NEVER['experts']}"
+    if "experts" in rules.never:
+        yield f"the experts of {rules.architecture} are left alone: {rules.never['experts']}"
     if wrong := [d for d in decisions if _of_wrong_dtype(d)]:
         dtypes = ", ".join(sorted({d.tensor.dtype for d in wrong}))
         patterns = ", ".join(dict.fromkeys(_pattern(d.tensor.name) for d in wrong))
@@ -305,6 +317,23 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
     )
     if rules.known and odd:
         yield f"matrices that no rule names are left alone: {', '.join(dict.fromkeys(odd))}"
+
+
+def _growth(plan: Plan, view: View, rules: Rules) -> Iterator[str]:
+    """Say that the result is larger than a quantized source, and why."""
+    if plan.ratio <= 1:
+        return
+    sizes = f"{size(plan.ratio * plan.bytes_in)} > {size(plan.bytes_in)}"
+    decoded: dict[str, int] = {}
+    for d in plan.decisions:
+        if not d.quantize and not view.tensors[d.tensor.name].plain:
+            decoded[d.component] = decoded.get(d.component, 0) + d.tensor.nbytes
+    parts = sorted(decoded, key=lambda part: -decoded[part])
+    kept = ", ".join(part + (f" ({rules.reasons[part]})" if part in rules.reasons else "") for part in parts)
+    yield (
+        f"OUT will be larger than SRC, {sizes}, because SRC is quantized already ({plan.quantized_source}): INT8 takes "
+        "8 bits a weight" + (f", and what is left alone is stored dequantized: {kept}" if parts else "")
+    )
 
 
 def _pattern(name: str) -> str:

@@ -19,12 +19,8 @@ QUANTIZABLE = frozenset({"BF16", "F16", "F32"})
 NEVER = {
     "lm_head": "vLLM keeps output layers in the model's dtype and could not load one in INT8",
     "router": "vLLM keeps routers in the model's dtype and could not load one in INT8",
-    "conv1d": "it is stored [in, out], and vLLM transposes what it loads",
-    "mamba": "vLLM keeps Mamba layers of the first version in the model's dtype and could not load one in INT8",
-    "experts": "vLLM's loader for this architecture takes none in INT8",
-    "indexer": "vLLM keeps it in the model's dtype and could not load it in INT8",
 }
-"""Component -> why `--include` refuses it, for any format; checked against vLLM 0.32."""
+"""Component -> why `--include` refuses it, for any architecture and format; checked against vLLM 0.32."""
 
 _NUMBER = re.compile(r"\.\d+(?=\.|$)")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
@@ -44,12 +40,16 @@ class Verdict:
 class Rules:
     """One architecture's rules. `known` is false where the generic table had to do.
 
+    `never` says why components are kept that no engine takes in INT8, `reasons` why others are kept by default.
     `layers` is the number of decoder layers by the config, if it says it: layers behind them are MTP heads.
     """
 
     architecture: str
     known: bool
     keep: Mapping[str, re.Pattern[str]]
+    never: Mapping[str, str]
+    reasons: Mapping[str, str]
+    text: re.Pattern[str]
     quantize: Mapping[str, re.Pattern[str]]
     fused: tuple[tuple[str, ...], ...]
     whole: bool
@@ -66,6 +66,9 @@ class Rules:
             architecture=str(config.get("model_type", "")) or "unknown",
             known=table.name != GENERIC,
             keep={component: _compile(patterns) for component, patterns in table.keep.items()},
+            never={**NEVER, **table.never},
+            reasons={**table.never, **table.reasons},
+            text=_compile(table.text or ("",)),
             quantize={component: _compile(patterns) for component, patterns in table.quantize.items()},
             fused=table.fused,
             whole=table.whole,
@@ -81,14 +84,18 @@ class Rules:
             component, quantize = "mtp head", False
         if quantize:
             return self._judge_linear(tensor, component)
-        reason = "no rule names it" if component == "other" else f"kept in {tensor.dtype}"
+        otherwise = "no rule names it" if component == "other" else f"kept in {tensor.dtype}"
+        reason = self.reasons.get(component, otherwise) if len(tensor.shape) > 1 else otherwise
         return Verdict(component, quantize=False, reason=reason)
 
     def _component(self, module: str) -> tuple[str, bool]:
         """The component of a module and whether its weight is to be quantized; looked up once for all layers."""
         name = _NUMBER.sub(".0", f".{module}")
         if name not in self._found:
-            of_keep = ((component, False) for component, pattern in self.keep.items() if pattern.fullmatch(name))
+            keep = {part: pattern for part, pattern in self.keep.items() if pattern.fullmatch(name)}
+            if self.text.fullmatch(name):
+                keep.pop("encoder", None)
+            of_keep = ((component, False) for component in keep)
             to_quantize = ((component, True) for component, pattern in self.quantize.items() if pattern.fullmatch(name))
             self._found[name] = next(chain(of_keep, to_quantize), ("other", False))
         return self._found[name]

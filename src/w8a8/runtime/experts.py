@@ -86,6 +86,10 @@ class W8A8Experts(Experts):
 
         `chosen` [tokens, k] are experts' numbers, `weights` [tokens, k] theirs; a number past the last one is nobody's.
         """
+        return self.total(hidden_states, chosen, weights).to(hidden_states.dtype)
+
+    def total(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Compute the same in FP32."""
         total = torch.zeros_like(hidden_states, dtype=torch.float32)
         order = chosen.reshape(-1).argsort(stable=True)
         counts = chosen.reshape(-1).bincount(minlength=len(self.down_proj)).tolist()
@@ -94,7 +98,16 @@ class W8A8Experts(Experts):
                 tokens = places // chosen.shape[1]
                 states = self.expert(number, hidden_states[tokens])
                 total.index_add_(0, tokens, states.float() * weights.reshape(-1, 1)[places])
-        return total.to(hidden_states.dtype)
+        return total
+
+
+class W8A8ZeroExperts(W8A8Experts):
+    """Experts of which those past the last one give back what they read (LongCat Flash)."""
+
+    def total(self, hidden_states: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Add to what the chosen experts give the states times the weights of those that change nothing."""
+        unchanged = (weights.float() * (chosen >= len(self.down_proj))).sum(-1, keepdim=True)
+        return super().total(hidden_states, chosen, weights) + hidden_states.float() * unchanged
 
 
 class W8A8ScaledExperts(Experts):
@@ -119,11 +132,16 @@ def in_int8(name: str, experts: nn.Module, *, split: bool, joined: bool = False)
     Raises UnsupportedSchemeError for a module of an unknown kind.
 
     Known are classes that follow transformers' interface for experts (`transformers.integrations.moe`), which take
-    states, numbers and weights, and say by `_apply_gate` what lies between the projections; and Llama 4's.
+    states, numbers and weights, and say by `_apply_gate` what lies between the projections; those of Llama 4 and of
+    LongCat Flash.
     """
     if type(experts).__name__ == "Llama4TextExperts":
         return W8A8ScaledExperts(
             experts, partial(_default_apply_gate, experts), transposed=True, split=split, joined=joined
+        )
+    if type(experts).__name__ == "LongcatFlashExperts":
+        return W8A8ZeroExperts(
+            experts, partial(_default_apply_gate, experts), transposed=False, split=split, joined=joined
         )
     if not hasattr(experts, "_apply_gate"):
         raise UnsupportedSchemeError(

@@ -2,11 +2,13 @@
 
 A module whose weight is stored as I8 is quantized. Names in the files become names in the model by transformers' own
 renamings. Its loader would then merge the tensors of a layer's experts into one; those of INT8 experts stay apart
-(`w8a8.runtime.experts`), so they are renamed once more, to what the loader leaves alone.
+(`w8a8.runtime.experts`), so they are renamed once more, to what the loader leaves alone. Where it cuts a matrix into
+those of several layers, or puts some together, along their rows, it does so with codes and scales alike.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    Split,
     WeightConverter,
     WeightRenaming,
     apply_renamings,
@@ -38,6 +43,9 @@ EXPERT = re.compile(r"(?P<place>.+)\.(?P<number>\d+)\.(?P<part>gate_up_proj|gate
 LINEAR = frozenset({"FalconLinear"})
 """Classes of transformers that are `nn.Linear` in all but the order in which they round."""
 
+UNUSED = "weights_of_no_use"
+"""What names begin with that weights of experts get that need none (LongCat Flash)."""
+
 PARTS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 """Other names of an expert's linear layers."""
 
@@ -59,12 +67,12 @@ class Names(WeightRenaming):  # type: ignore[misc]
 class Fitted:
     """Where a file's tensors go: `places` has each one's name in the model, several the same where they are merged.
 
-    `mapping` is what transformers' loader does to them, `names` what it must do besides, last of its renamings.
+    `mapping` is what transformers' loader does to them, `more` what it must do besides, after that.
     """
 
     places: Mapping[str, str]
     mapping: Sequence[Any]
-    names: Names
+    more: Sequence[Any]
 
     def load(self, model: PreTrainedModel, tensors: Mapping[str, Any], device: torch.device) -> Mapping[str, str]:
         """Give `model` those weights that are made of `tensors`, by name in the file; `tensor[...]` reads one.
@@ -74,7 +82,7 @@ class Fitted:
         config = LoadStateDictConfig(
             device_map={"": device},
             dtype_plan=model._get_dtype_plan(model.dtype),
-            weight_mapping=[*self.mapping, self.names],
+            weight_mapping=[*self.mapping, *self.more],
         )
         with torch.no_grad():
             info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
@@ -89,31 +97,57 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     Raises `UnsupportedSchemeError` or `MissingTensorError` where something does not fit.
     """
     naming = _Naming(model)
-    quantized = {t.name.removesuffix(".weight") for t in tensors if t.dtype == "I8" and t.name.endswith(".weight")}
+    stored = {tensor.name: tensor for tensor in tensors}
+    quantized = [t.name.removesuffix(".weight") for t in tensors if t.dtype == "I8" and t.name.endswith(".weight")]
+    found = {module: naming.find(module) for module in quantized}
     places: dict[str, str] = {}
     table: dict[str, str] = {}
-    layers: dict[str, Tensor] = {}
-    experts: set[str] = set()
     for tensor in tensors:
         module, _, parameter = tensor.name.rpartition(".")
-        if module not in quantized:
+        if module not in found:
             places[tensor.name] = naming.full(tensor.name)
             continue
-        stack, layer = naming.layer(module)  # a scale goes where its weight goes
-        places[tensor.name] = table[naming.renamed(tensor.name)] = f"{layer}.{parameter}"
-        if parameter == "weight":
-            layers[layer] = tensor
-        if stack:
-            experts.add(stack)
+        place = found[module]
+        places[tensor.name] = f"{place.layers[0]}.{parameter}"  # a scale goes where its weight goes
+        if place.converter is None:
+            table[naming.renamed(tensor.name)] = places[tensor.name]
     named = {places[tensor.name]: tensor for tensor in tensors}
-    for stack in sorted(experts):
+    for stack in sorted({place.stack for place in found.values()} - {""}):
         split, joined = f"{stack}.down_proj.0.bias" in named, f"{stack}.gate_up_proj.0.weight" in named
         model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split, joined=joined))
         model.get_submodule(stack.rpartition(".")[0])._is_hf_initialized = True  # some would fill the weights replaced
         _check_whole(stack, model.get_submodule(stack), named)
-    for layer, weight in layers.items():
-        _fit(model, layer, weight, named.get(f"{layer}.weight_scale"))
-    return Fitted(places, naming.mapping, Names(table))
+    parts = defaultdict(list)
+    for module, place in found.items():
+        if UNUSED in place.layers[0]:
+            model._keys_to_ignore_on_load_unexpected.add(UNUSED)
+            continue
+        parts[place.layers].append((stored[f"{module}.weight"], stored.get(f"{module}.weight_scale")))
+    for layers, own in parts.items():
+        _fit(model, layers, own)
+    scales = {id(place.converter): place.converter for place in found.values() if place.converter}
+    return Fitted(places, naming.mapping, [Names(table), *map(_for_scales, scales.values())])
+
+
+def _for_scales(converter: WeightConverter) -> WeightConverter:
+    """What does with scales as `converter` does with weights."""
+    sources, targets = (
+        [re.sub("weight$", "weight_scale", pattern) for pattern in patterns]
+        for patterns in (converter.source_patterns, converter.target_patterns)
+    )
+    return converter.copy(sources, targets, operations=converter.operations)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a quantized module of a file goes: into one of `layers`, or as parts into all of them, by `converter`.
+
+    `stack` is the place of the experts that it is one of; empty for none.
+    """
+
+    layers: tuple[str, ...]
+    stack: str = ""
+    converter: WeightConverter | None = None
 
 
 class _Naming:
@@ -131,26 +165,56 @@ class _Naming:
 
     def full(self, name: str) -> str:
         """The name in the model, for one of several tensors that are converted into one too."""
-        prefix = self._model.base_model_prefix
-        return str(rename_source_key(name, self._renamings, self._converters, prefix, self._known)[0])
+        return self._converted(name)[0]
 
-    def layer(self, module: str) -> tuple[str, str]:
-        """The place of the experts that a quantized `module` is part of, empty for none, and its own name."""
-        found = EXPERT.fullmatch(self.renamed(f"{module}.weight").removesuffix(".weight"))
-        if found:
-            prefix, near = f"{self._model.base_model_prefix}.", found["place"]
-            stack, _, _ = self.full(f"{near.removesuffix('.experts')}.down_proj.weight").rpartition(".down_proj")
-            for place in (near, prefix + near, near.removeprefix(prefix), stack):
-                if holds_experts(_submodule(self._model, place)):
-                    return place, f"{place}.{PARTS.get(found['part'], found['part'])}.{found['number']}"
-        return "", self.full(f"{module}.weight").removesuffix(".weight")
+    def find(self, module: str) -> _Place:
+        """The place of a quantized `module`."""
+        full, pattern = self._converted(f"{module}.weight")
+        converter = next((each for each in self._converters if pattern in each.source_patterns), None)
+        first, *others = converter.target_patterns if converter else [""]
+        names = (full, *(full.replace(first, other) for other in others))
+        if found := EXPERT.fullmatch(self.renamed(f"{module}.weight").removesuffix(".weight")):
+            part, number = PARTS.get(found["part"], found["part"]), int(found["number"])
+            for place in self._stacks(found["place"], names if others else ()):
+                experts = _submodule(self._model, place)
+                count = len(experts.down_proj) if holds_experts(experts) else 0
+                if number < count or (count and not others):
+                    unused = number >= count and bool(getattr(experts, "zero_expert_num", 0))
+                    return _Place(
+                        (f"{place}.{UNUSED}_{number}_{part}" if unused else f"{place}.{part}.{number}",), place
+                    )
+                number -= count
+        if converter is None or not all(map(_by_rows, converter.operations)):
+            return _Place((full.removesuffix(".weight"),))
+        return _Place(tuple(name.removesuffix(".weight") for name in names), converter=converter)
+
+    def _stacks(self, near: str, names: Sequence[str]) -> Iterator[str]:
+        """Where the experts may be that a file has at `near`; by `names`, where the model has them in parts."""
+        if names:
+            yield from (name.rpartition(".")[0] for name in names)
+            return
+        prefix = f"{self._model.base_model_prefix}."
+        yield from (near, prefix + near, near.removeprefix(prefix))
+        yield self.full(f"{near.removesuffix('.experts')}.down_proj.weight").rpartition(".down_proj")[0]
+
+    def _converted(self, name: str) -> tuple[str, str | None]:
+        """The name in the model, and the pattern of the converter that makes it, if one does."""
+        prefix = self._model.base_model_prefix
+        full, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._known)
+        return str(full), pattern
+
+
+def _by_rows(operation: Any) -> bool:
+    """Whether an operation cuts matrices into pieces of whole rows, or puts such together."""
+    known = isinstance(operation, Chunk | Split | Concatenate)
+    return known and operation.dim == 0 and not getattr(operation, "num_shards_attribute", None)
 
 
 def _check_whole(place: str, experts: nn.Module, named: Mapping[str, Tensor]) -> None:
     """Check that a file has each tensor of INT8 experts, and no other in their place."""
     wanted = {f"{place}.{name}" for name in experts.state_dict()}
     for name, tensor in named.items():
-        if name.startswith(f"{place}.") and name not in wanted:
+        if name.startswith(f"{place}.") and name not in wanted and UNUSED not in name:
             raise UnsupportedSchemeError(
                 f"{tensor.shard}: {tensor.name} ({tensor.dtype}) is no part of the INT8 experts beside it; all experts "
                 "of a layer that the config counts must be INT8, or none"
@@ -162,30 +226,42 @@ def _check_whole(place: str, experts: nn.Module, named: Mapping[str, Tensor]) ->
         )
 
 
-def _fit(model: PreTrainedModel, name: str, weight: Tensor, scale: Tensor | None) -> None:
-    """Put an INT8 layer in the place `name` for a `weight` and its `scale`, where there is none already."""
-    layer = _submodule(model, name)
-    if type(layer) not in (nn.Linear, W8A8Linear) and type(layer).__name__ not in LINEAR:
-        found = "no layer" if layer is None else f"a {type(layer).__name__}"
-        raise UnsupportedSchemeError(
-            f"{weight.shard}: {weight.name} is INT8, but {type(model).__name__} has {found} in its place; only plain "
-            "linear layers and experts can run in INT8 here. vLLM may load it"
-        )
-    if scale is None:
-        raise MissingTensorError(
-            f"{weight.shard}: {weight.name} is INT8 and has no weight_scale; the checkpoint is broken"
-        )
-    rows, columns = layer.out_features, layer.in_features
-    if weight.shape != (rows, columns) or scale.shape not in ((rows,), (rows, 1)):
-        raise UnsupportedSchemeError(
-            f"{weight.shard}: {weight.name} has shape {list(weight.shape)} and scales {list(scale.shape)}; a linear "
-            f"layer of {rows} x {columns} with one scale per output channel was expected"
-        )
-    with torch.device("meta"):
-        if not isinstance(layer, W8A8Linear):
-            layer = W8A8Linear(columns, rows, bias=layer.bias is not None, dtype=layer.weight.dtype)
-            model.set_submodule(name, layer)
-        layer.weight_scale = frozen(torch.empty(scale.shape, dtype=torch.float32))
+def _fit(model: PreTrainedModel, names: Sequence[str], parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    """Put INT8 layers in the places `names` for weights and their scales, where there are none already.
+
+    Together the layers have as many rows as the weights: one weight is cut, or several are put together.
+    """
+    layers = [_submodule(model, name) for name in names]
+    weight = parts[0][0]
+    for layer in layers:
+        if type(layer) not in (nn.Linear, W8A8Linear) and type(layer).__name__ not in LINEAR:
+            found = "no layer" if layer is None else f"a {type(layer).__name__}"
+            raise UnsupportedSchemeError(
+                f"{weight.shard}: {weight.name} is INT8, but {type(model).__name__} has {found} in its place; only "
+                "plain linear layers and experts can run in INT8 here. vLLM may load it"
+            )
+    rows, columns = sum(layer.out_features for layer in layers), layers[0].in_features
+    of_weights = sum(weight.shape[0] for weight, _ in parts)
+    scale_columns: tuple[int, ...] = ()
+    for weight, scale in parts:
+        if scale is None:
+            raise MissingTensorError(
+                f"{weight.shard}: {weight.name} is INT8 and has no weight_scale; the checkpoint is broken"
+            )
+        own = weight.shape[0]
+        if (of_weights, weight.shape[1:]) != (rows, (columns,)) or scale.shape not in ((own,), (own, 1)):
+            raise UnsupportedSchemeError(
+                f"{weight.shard}: {weight.name} has shape {list(weight.shape)} and scales {list(scale.shape)}; a "
+                f"linear layer of {rows} x {columns} with one scale per output channel was expected"
+            )
+        scale_columns = scale.shape[1:]
+    for name, layer in zip(names, layers, strict=True):
+        with torch.device("meta"):
+            new = layer
+            if not isinstance(layer, W8A8Linear):
+                new = W8A8Linear(columns, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
+                model.set_submodule(name, new)
+            new.weight_scale = frozen(torch.empty(layer.out_features, *scale_columns, dtype=torch.float32))
 
 
 def _submodule(model: nn.Module, name: str) -> Any:

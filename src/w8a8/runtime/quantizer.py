@@ -47,11 +47,11 @@ class W8A8Quantizer(HfQuantizer):  # type: ignore[misc]
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         tensors = [t for file in checkpoint_files or () for t in read_header(Path(file)).tensors]
-        self._names = fit_to(model, tensors).names
+        self._more = fit_to(model, tensors).more
 
     def update_weight_conversions(self, weight_conversions: Sequence[Any], model: PreTrainedModel) -> list[Any]:  # noqa: ARG002
         """Add where the tensors of INT8 layers go."""
-        return [*weight_conversions, self._names]
+        return [*weight_conversions, *self._more]
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         """Leave Llama 4's experts to `fit_to`: transformers would give them modules that run all experts."""

@@ -19,7 +19,7 @@ from accelerate import init_empty_weights  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from transformers.quantizers.base import _assign_is_quantized
 
-from w8a8.errors import UnsupportedModelError
+from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.formats import detect
 from w8a8.runtime.fitting import fit_to, settle
 from w8a8.runtime.linear import frozen
@@ -68,6 +68,7 @@ class StreamedModel:
             below, _, _ = self._fitted.places[tensor.name].removeprefix(f"{self._prefix}.").partition(".")
             self._parts.get(int(below) if below.isdecimal() else -1, []).append(tensor)
         self._calls: list[tuple[Tensor, dict[str, Any]]] = []
+        self._in_tuples = False  # how layers return their states
         for layer in self._layers:
             self._hollow_out(layer)
         self._fill_surroundings(decoder, places[id(decoder)])
@@ -84,14 +85,27 @@ class StreamedModel:
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the states [1, tokens, hidden] that enter the first layer, and each layer's other arguments."""
+        problem = self._note_calls(ids)
+        if problem and not self._in_tuples:  # some models take the states out of a tuple
+            self._in_tuples = True
+            if self._note_calls(ids) is None:
+                problem = None
+        if problem:
+            kind = type(self.model).__name__
+            raise UnsupportedModelError(f"{self.name}: {kind} cannot be run without its layers: {problem}")
+        return self._calls[0][0], [kwargs for _, kwargs in self._calls]
+
+    def _note_calls(self, ids: Sequence[int]) -> str | None:
+        """Run the hollow model on `ids`, and say what is wrong, if anything."""
         self._calls.clear()
         try:
             self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
-            raise UnsupportedModelError(f"{self.name}: cannot be run without its layers: {error}") from error
+            return first_line(error)
         if len(self._calls) != self.count:
-            raise UnsupportedModelError(f"{self.name}: {len(self._calls)} of its {self.count} layers were run")
-        return self._calls[0][0], [kwargs for _, kwargs in self._calls]
+            return f"{len(self._calls)} of its {self.count} layers were run"
+        shapes = {tuple(states.shape) for states, _ in self._calls}
+        return None if len(shapes) == 1 else f"its layers read states of {len(shapes)} shapes"
 
     def embed_all(self, samples: Iterable[Sequence[int]], kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
         """Yield the states that enter the first layer, for each sample.
@@ -155,16 +169,16 @@ class StreamedModel:
     def last_states(self, states: Tensor) -> None:
         """Make `states` [1, tokens, hidden] the output of the hollow model's last layer in its next reading."""
         self._calls.clear()
-        self._layers[-1].forward = lambda *_, **__: states
+        self._layers[-1].forward = lambda *_, **__: (states,) if self._in_tuples else states
 
     def _hollow_out(self, layer: nn.Module) -> None:
         signature = inspect.signature(type(layer).forward)
 
-        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
             extra = bound.pop("kwargs", {})
             self._calls.append((hidden_states, {**dict(list(bound.items())[2:]), **extra}))
-            return hidden_states
+            return (hidden_states,) if self._in_tuples else hidden_states
 
         layer.forward = note
 

@@ -11,6 +11,8 @@ from w8a8.sources.view import LogicalTensor
 
 _EXPERT = re.compile(r"(.*\bexperts)\.(\d{1,6})\.(.+)")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ZERO = "zero_expert_num"
+"""How many experts behind those counted give back what they read (LongCat Flash): any weights they have are unused."""
 
 
 def check(tensors: Iterable[LogicalTensor], config: Mapping[str, Any], where: str) -> None:
@@ -28,17 +30,17 @@ def check(tensors: Iterable[LogicalTensor], config: Mapping[str, Any], where: st
         if found := _EXPERT.fullmatch(tensor.name):
             layer, number, leaf = found.groups()
             experts[layer].setdefault(int(number), set()).add(leaf)
-    stated = _count(config)
+    stated = _stated(config, *_COUNTS)
     for layer, own in experts.items():
         leaves = set[str]().union(*own.values())
-        for number in range(max(stated, *(n + 1 for n in own))):
+        count = stated if stated and _stated(config, _ZERO) else max(stated, *(n + 1 for n in own))
+        for number in range(count):
             if lacking := leaves - own.get(number, set()):
                 missing = f"{layer}.{number}.{min(lacking)}"
                 raise SourceError(f"{where}: {missing} is missing, which other experts have; download it again")
 
 
-def _count(config: Mapping[str, Any]) -> int:
-    """The number of experts that a config states; 0 where it states none."""
+def _stated(config: Mapping[str, Any], *keys: str) -> int:
+    """The smallest number that a config states by one of the `keys`; 0 where it states none."""
     places = (config, section(config, "text_config"))
-    stated = [place[key] for place in places for key in _COUNTS if type(place.get(key)) is int]
-    return min(stated, default=0)
+    return min((place[key] for place in places for key in keys if type(place.get(key)) is int), default=0)
