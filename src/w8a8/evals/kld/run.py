@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint, resolve
-from w8a8.errors import DoesNotFitError, UnwritableError, UsageError
+from w8a8.errors import DoesNotFitError, UnsupportedModelError, UnwritableError, UsageError
 from w8a8.evals.kld.windows import MIN_CONTEXT, Window, cut, tokenize
 from w8a8.evals.statistics import bootstrap
 from w8a8.machine import available_memory
@@ -272,9 +272,16 @@ def run(
     def load(name: str, view: View, dtype: "Dtype | None") -> Predictor:
         decoded = f", which is quantized already ({view.quantized})" if view.quantized else ""
         notice(f"{'reading layer by layer' if job.streamed else 'loading'} {name}{decoded}")
-        if job.streamed:
+        if not job.streamed:
+            return Predictor(name, view.path, dtype)
+        try:
             return StreamedPredictor(name, view, job.windows, advance, dtype)
-        return Predictor(name, view.path, dtype)
+        except UnsupportedModelError as error:
+            if not _is_decoded(view):
+                raise
+            raise UnsupportedModelError(
+                f"{error}; `w8a8 convert {name} COPY --format bf16` makes a copy that need not be decoded"
+            ) from error
 
     # 1) Load both models; streamed, their layers read all windows here.
     reference, candidate = map(load, (job.reference, job.candidate), job.views, job.dtypes)
