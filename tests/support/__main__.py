@@ -16,7 +16,7 @@ import transformers
 
 from tests.support import table, tiny
 from tests.support.check import Row, check
-from tests.support.engine import started
+from tests.support.engine import distance, started
 
 ASK_VERSION = "from importlib.metadata import version as v, packages_distributions as p; print(v(p()['vllm'][0]))"
 
@@ -51,6 +51,7 @@ def main() -> None:
                     row.vllm = vllm(Path(scratch) / "result", expected.result)
                     if row.vllm.known and not table.agrees(row.vllm):
                         row.source = vllm(Path(scratch) / "source", expected.source)
+                        row.rounding = distance(expected.result, expected.source)
             table.write(table.Results(versions, rows))
             print(row, flush=True)
 

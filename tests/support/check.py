@@ -79,6 +79,7 @@ class Row:
         failed: the first step that failed, and why.
         vllm: what vLLM makes of the result.
         source: what it makes of the source, where the result is not right in it.
+        rounding: what INT8 changes then: the largest difference of a log-probability between what is expected of both.
     """
 
     model_type: str
@@ -93,6 +94,7 @@ class Row:
     failed: str | None = None
     vllm: Tried | None = None
     source: Tried | None = None
+    rounding: float | None = None
 
     @property
     def possible(self) -> float:

@@ -48,11 +48,12 @@ def started(python: Path) -> Iterator[Engine]:
 
 
 def compared(answer: Answer, expected: Scores, folder: Path) -> Tried:
-    """How far `answer` for `folder` is from what is `expected`: in the middle one of the prompts."""
+    """How far `answer` for `folder` is from what is `expected`."""
     if answer.error:
         return Tried(None, answer.dtype, reason(answer.error, folder.parent), answer.known)
-    largest = (
-        max(abs(ours - wanted) for ours, wanted in zip(*both, strict=True))
-        for both in zip(answer.scores, expected, strict=True)
-    )
-    return Tried(median(largest), answer.dtype)
+    return Tried(distance(answer.scores, expected), answer.dtype)
+
+
+def distance(some: Scores, others: Scores) -> float:
+    """The largest difference of a log-probability in the middle one of the prompts, nats."""
+    return median(max(abs(a - b) for a, b in zip(*both, strict=True)) for both in zip(some, others, strict=True))

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import inf
+from math import sqrt
 from pathlib import Path
 
 import msgspec
@@ -26,8 +26,12 @@ VLLM_BOUNDS = {"float32": 0.01, "bfloat16": 0.25}
 
 In FP32 both sides compute the same: weights are such that vLLM's INT8 sums are exact on every CPU (`tiny.py`).
 """
-ALIKE = 2
-"""Times the source's difference up to which the result's is said to come from vLLM, too."""
+ALIKE = 3
+"""Times the difference that one of vLLM's with the source explains, up to which the result's is said to come from it.
+
+A small change d of activations that are rounded in steps of s moves a share d/s of them by a whole step: what is
+rounded then differs by about the square root of d * s.
+"""
 SHOWN = 3
 """How many names of matrices a remark gives."""
 
@@ -70,7 +74,7 @@ What vLLM makes of these and of the others:
 """
 MEANING = {
     Verdict.RIGHT: "right",
-    Verdict.ALIKE: "as far off with the source: vLLM computes this model in another way than transformers",
+    Verdict.ALIKE: "off with the source too: vLLM computes this model in another way than transformers",
     Verdict.NO_SOURCE: "vLLM does not run the source on a CPU either",
     Verdict.UNKNOWN: "vLLM {vllm}, and transformers beside it, have no such model",
     Verdict.OURS: "wrong, or not run, where the source is right",
@@ -165,7 +169,8 @@ def in_vllm(row: Row) -> Verdict:
         return Verdict.RIGHT
     if row.source and row.source.failed:
         return Verdict.NO_SOURCE
-    if row.source and not agrees(row.source) and (row.vllm.difference or inf) <= ALIKE * (row.source.difference or 0):
+    ours, theirs, step = row.vllm.difference, row.source and row.source.difference, row.rounding
+    if ours and theirs and step and ours <= ALIKE * max(theirs, sqrt(theirs * step)):
         return Verdict.ALIKE
     return Verdict.OURS
 
