@@ -50,7 +50,7 @@ def started(python: Path) -> Iterator[Engine]:
 def compared(answer: Answer, expected: Scores, folder: Path) -> Tried:
     """How far `answer` for `folder` is from what is `expected`."""
     if answer.error:
-        return Tried(None, answer.dtype, reason(answer.error, folder.parent), answer.known)
+        return Tried(None, answer.dtype, reason(answer.error.replace(str(folder), "the model"), folder), answer.known)
     return Tried(distance(answer.scores, expected), answer.dtype)
 
 

@@ -49,7 +49,7 @@ def scores(folder: Path, prompts: Sequence[Sequence[int]], dtype: str) -> list[l
         max_num_batched_tokens=64,
         kv_cache_memory_bytes=2**26,
         enable_prefix_caching=False,
-        compilation_config={"custom_ops": ["none"]},
+        compilation_config={"custom_ops": ["none"]},  # its rotary one is wrong for DeepSeek's attention on CPUs
         language_model_only=True,  # of a model with towers
     )
     sampling = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)

@@ -63,9 +63,10 @@ verified and run. `make support` makes this table; it goes on where it was inter
 - **vLLM**: the largest difference of a log-probability from that reference, in nats, when stock vLLM {vllm} loads the
   result on a CPU and computes in FP32. At most {vllm_bound} is right; {bf16_bound} where vLLM computes in BF16 alone.
   Where a CPU has no AMX, vLLM has no kernel for experts in INT8; its own configuration, loader and router run
-  there with that kernel replaced by plain torch. Of models for text and images, the text decoder alone runs.
-  Where the result is not right in vLLM, it runs the source too, and what that gives is compared with transformers'
-  model of the source in FP32.
+  there with that kernel replaced by plain torch. Its other operators run as plain PyTorch, too (`custom_ops: none`): on
+  CPUs its compiled rotary one is wrong for DeepSeek's attention, whatever the weights. Of models for text and images,
+  the text decoder alone runs. Where the result is not right in vLLM, it runs the source too, and what that gives is
+  compared with transformers' model of the source in FP32.
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
 `w8a8.runtime`. Another {but} are like that but for layers that stay as they are, for the reason that their rows give.
