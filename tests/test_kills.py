@@ -23,6 +23,8 @@ from tests.calibrate.checkpoints import make, write_text
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.evals.api import KEY, running_api, write_data
 from tests.publish.hub import TOKEN, Hub, receiving_hub
+from tests.runtime.moe import make as make_mixture
+from tests.sources.makers import rewrite
 from w8a8 import quantize
 
 pytestmark = pytest.mark.slow
@@ -71,6 +73,8 @@ class World:
         match name:
             case "quantize":
                 return Command(name, ("quantize", source, out, "--workers", "1"), work, done_already=40)
+            case "mixture in FP8":
+                return Command(name, ("quantize", str(home / "fp8"), out, "--workers", "1"), work, done_already=40)
             case "fill":
                 before = lambda work: (work / "out").mkdir()  # noqa: E731
                 return Command(name, ("quantize", source, out, "--workers", "1"), work, before, done_already=40)
@@ -106,7 +110,7 @@ class World:
         return dict(self.hub.repositories[REPO].files) if REPO in self.hub.repositories else {}
 
 
-NAMES: tuple[str, ...] = ("quantize", "fill", "overwrite", "recipe", "report", "card", "eval", "push")
+NAMES: tuple[str, ...] = ("quantize", "mixture in FP8", "fill", "overwrite", "recipe", "report", "card", "eval", "push")
 
 
 def _old_report(work: Path) -> None:
@@ -124,6 +128,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     home = tmp_path_factory.mktemp("kills")
     source = write_checkpoint(home / "llama", llama_tensors(), shards=4)
     (source / "tokenizer.json").write_text("{}")
+    rewrite(make_mixture(home / "qwen3_moe", "qwen3_moe"), home / "fp8", "fp8", shards=4)
     quantize(write_checkpoint(home / "older", llama_tensors(seed=1)), home / "old")
     make(home / "small", num_hidden_layers=2)
     quantize(home / "small", home / "made")

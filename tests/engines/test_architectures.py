@@ -16,7 +16,11 @@ from w8a8.formats import FORMATS
 
 DENSE = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "olmo2", "glm4")
 MIXTURES = ("qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "gemma4", "granitemoe", "granitemoeshared", "aria")
-TRIED = [(name, form) for name in DENSE for form in FORMATS] + [(name, "compressed-tensors") for name in MIXTURES]
+TRIED = [
+    *((name, form) for name in DENSE for form in FORMATS),
+    *((name, "compressed-tensors") for name in MIXTURES),
+    *((name, "quark") for name in ("qwen3_moe", "gemma4")),
+]
 
 
 @pytest.fixture(scope="module")

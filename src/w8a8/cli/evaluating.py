@@ -115,7 +115,9 @@ Examples:
 """,
 )
 def eval_kld(
-    reference: Annotated[str, typer.Argument(metavar="REF", help="The original checkpoint: folder or Hub id.")],
+    reference: Annotated[
+        str, typer.Argument(metavar="REF", help="The original checkpoint: folder, GGUF file, or Hub id.")
+    ],
     candidate: Annotated[str, typer.Argument(metavar="CAND", help="The quantized checkpoint: folder or Hub id.")],
     text: Annotated[
         Path | None, typer.Option(help="Plain text file to read.", show_default="GSM8K's test split")
@@ -141,7 +143,7 @@ def eval_kld(
     """Measure how far one model's predictions lie from another's: KL divergence per token, agreement, perplexity.
 
     Both models are loaded at the same time, on the GPU if there is one, else in RAM, and read the same text. If RAM
-    cannot hold both, they run one decoder layer at a time.
+    cannot hold both, or one is quantized in another way than W8A8, they run one decoder layer at a time.
     """
     from w8a8.evals.kld.run import prepare, run
     from w8a8.evals.kld.showing import show

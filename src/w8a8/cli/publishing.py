@@ -84,7 +84,7 @@ def report(
     source: Annotated[
         str | None,
         typer.Option(
-            help="The source checkpoint: folder or Hub id `org/name[@revision]`.",
+            help="The source checkpoint: folder, GGUF file, or Hub id `org/name[@revision]`.",
             show_default="the source that OUT names, if it lies beside OUT or in the Hub's cache",
         ),
     ] = None,

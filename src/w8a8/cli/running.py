@@ -20,7 +20,10 @@ Examples:
 )
 def fit(
     checkpoint: Annotated[
-        str, typer.Argument(metavar="CKPT", help="Folder, or Hub id `org/name[@revision]` (only headers are fetched).")
+        str,
+        typer.Argument(
+            metavar="CKPT", help="Folder, GGUF file, or Hub id `org/name[@revision]` (only headers are fetched)."
+        ),
     ],
     gpu: Annotated[
         str | None,
