@@ -14,6 +14,7 @@ from tests.sources.ggufs import write_gguf
 from tests.sources.makers import MAKERS, rewrite
 from w8a8.checkpoint import Checkpoint
 from w8a8.cli import app
+from w8a8.machine import describe
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +69,12 @@ def test_the_result_is_that_of_the_dense_copy(case: Case, tmp_path: Path) -> Non
 
 
 def test_fit_counts_it_as_it_is_stored(case: Case) -> None:
-    found = json.loads(case.run("fit", case.source, "--gpu", "24GiB", "--json"))
-    assert found["fits"]
+    found, dense = (w8a8.fit(each, describe("24GiB")) for each in (case.source, case.dense))
+    if case.label.startswith("GGUF"):  # counted dequantized
+        assert found.weights == dense.weights
+    else:
+        assert found.weights < dense.weights
+    assert f"quantized already ({case.label})" in case.run("fit", case.source, "--gpu", "24GiB")
 
 
 def test_it_is_streamed_as_its_dense_copy(case: Case) -> None:
@@ -92,8 +97,8 @@ def test_it_is_calibrated_as_its_dense_copy(case: Case, tmp_path: Path) -> None:
 def test_it_is_published(case: Case, tmp_path: Path) -> None:
     case.run("card", case.out)
     assert "is quantized itself" in (case.out / "README.md").read_text()
-    case.run("report", case.out, "--source", case.source, "--out", tmp_path / "report.html")
-    assert "SQNR" in (tmp_path / "report.html").read_text()
+    made = json.loads(case.run("report", case.out, "--out", tmp_path / "report.html", "--json"))
+    assert "dB SQNR" in made["headline"]  # so it has found the source, beside OUT
     case.run("push", case.out, "me/small", "--dry-run", "--source", case.source)
 
 

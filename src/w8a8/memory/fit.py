@@ -294,7 +294,7 @@ def _quantized(case: _Case) -> _Case | None:
         for shard in plan.shards
         for w in shard.writes
     )
-    result = replace(source, config=plan.config, shards=(Shard("", plan.bytes_out, tensors),))
+    result = replace(source, config=plan.config, shards=(Shard("", plan.bytes_out, tensors),), gguf=None)
     return replace(case, model=Model.read(result))
 
 

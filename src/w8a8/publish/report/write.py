@@ -140,7 +140,7 @@ def _beside(out: Checkpoint) -> verification.Job | None:
             folder = cached(hub_id(source.name)[0], source.revision)
         else:
             folder = inside(out.path.resolve().parent, source.name)
-        return verification.prepare(out.path, folder) if folder is not None and folder.is_dir() else None
+        return verification.prepare(out.path, folder) if folder is not None and folder.exists() else None
     except W8A8Error:
         return None
 
