@@ -70,6 +70,12 @@ def test_layers_that_give_their_states_in_tuples_do(model_type: str, tmp_path: P
     check(tmp_path)
 
 
+def test_an_embedding_that_is_stored_in_parts_is_refused(tmp_path: Path) -> None:
+    make_model("molmo2").save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight is no embedding of the checkpoint"):
+        check(tmp_path)
+
+
 def test_the_real_gemma_3_does(gemma3: Path) -> None:
     check(gemma3)
 

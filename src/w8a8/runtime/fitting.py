@@ -8,7 +8,7 @@ those of several layers, or puts some together, along their rows, it does so wit
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,10 +67,12 @@ class Names(WeightRenaming):  # type: ignore[misc]
 class Fitted:
     """Where a file's tensors go: `places` has each one's name in the model, several the same where they are merged.
 
-    `mapping` is what transformers' loader does to them, `more` what it must do besides, after that.
+    `changed` are those that transformers' loader does not take as they are. `mapping` is what it does to them, `more`
+    what it must do besides, after that.
     """
 
     places: Mapping[str, str]
+    changed: Set[str]
     mapping: Sequence[Any]
     more: Sequence[Any]
 
@@ -102,15 +104,20 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     found = {module: naming.find(module) for module in quantized}
     places: dict[str, str] = {}
     table: dict[str, str] = {}
+    changed = set()
     for tensor in tensors:
         module, _, parameter = tensor.name.rpartition(".")
-        if module not in found:
-            places[tensor.name] = naming.full(tensor.name)
+        place = found.get(module)
+        if place is None:
+            places[tensor.name], pattern = naming.converted(tensor.name)
+            if pattern:
+                changed.add(tensor.name)
             continue
-        place = found[module]
         places[tensor.name] = f"{place.layers[0]}.{parameter}"  # a scale goes where its weight goes
         if place.converter is None:
             table[naming.renamed(tensor.name)] = places[tensor.name]
+        else:
+            changed.add(tensor.name)
     named = {places[tensor.name]: tensor for tensor in tensors}
     for stack in sorted({place.stack for place in found.values()} - {""}):
         split, joined = f"{stack}.down_proj.0.bias" in named, f"{stack}.gate_up_proj.0.weight" in named
@@ -126,7 +133,7 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     for layers, own in parts.items():
         _fit(model, layers, own)
     scales = {id(place.converter): place.converter for place in found.values() if place.converter}
-    return Fitted(places, naming.mapping, [Names(table), *map(_for_scales, scales.values())])
+    return Fitted(places, changed, naming.mapping, [Names(table), *map(_for_scales, scales.values())])
 
 
 def _for_scales(converter: WeightConverter) -> WeightConverter:
@@ -163,13 +170,9 @@ class _Naming:
         """The name before tensors are converted, which `Names` sees."""
         return str(apply_renamings(name, self._renamings))
 
-    def full(self, name: str) -> str:
-        """The name in the model, for one of several tensors that are converted into one too."""
-        return self._converted(name)[0]
-
     def find(self, module: str) -> _Place:
         """The place of a quantized `module`."""
-        full, pattern = self._converted(f"{module}.weight")
+        full, pattern = self.converted(f"{module}.weight")
         converter = next((each for each in self._converters if pattern in each.source_patterns), None)
         first, *others = converter.target_patterns if converter else [""]
         names = (full, *(full.replace(first, other) for other in others))
@@ -195,10 +198,11 @@ class _Naming:
             return
         prefix = f"{self._model.base_model_prefix}."
         yield from (near, prefix + near, near.removeprefix(prefix))
-        yield self.full(f"{near.removesuffix('.experts')}.down_proj.weight").rpartition(".down_proj")[0]
+        yield self.converted(f"{near.removesuffix('.experts')}.down_proj.weight")[0].rpartition(".down_proj")[0]
 
-    def _converted(self, name: str) -> tuple[str, str | None]:
-        """The name in the model, and the pattern of the converter that makes it, if one does."""
+    def converted(self, name: str) -> tuple[str, str | None]:
+        """The name in the model, for one of several tensors that are converted into one too; and the pattern of the
+        converter that makes it, if one does."""
         prefix = self._model.base_model_prefix
         full, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._known)
         return str(full), pattern

@@ -49,7 +49,7 @@ class StreamedModel:
         if detect(seen.checkpoint.config).w8a8:
             _assign_is_quantized(self.model)  # some layers then leave their weights alone
         self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
-        self._named = {self._fitted.places[tensor.name]: tensor for tensor in tensors}
+        self._named = {self._fitted.places[t.name]: t for t in tensors if t.name not in self._fitted.changed}
         decoder = self.model.get_decoder()
         layers = getattr(decoder, "layers", None)
         if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
