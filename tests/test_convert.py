@@ -56,7 +56,9 @@ def test_bf16_is_codes_times_scales(llama: Path, tmp_path: Path, name: str) -> N
 def test_a_mixture_in_bf16_is_what_transformers_saves_and_loads(tmp_path: Path, family: str) -> None:
     source, out = make(tmp_path / family, family), tmp_path / "out"
     result = quantize(source, tmp_path / "result")
-    w8a8.convert(result, out, "bf16")
+    done: list[int] = []
+    w8a8.convert(result, out, "bf16", advance=done.append)
+    assert sum(done) == sum(path.stat().st_size for path in result.glob("*.safetensors"))
     made, saved, before = map(tensors_of, (out, source, result))
     assert {name: (t.shape, t.dtype) for name, t in made.items()} == {n: (t.shape, t.dtype) for n, t in saved.items()}
     seen, reader = view_of(Checkpoint.open(out)), RowReader(out)

@@ -10,7 +10,7 @@ exchanges with the run it belongs to are messages: bytes done, and whether to st
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ from w8a8.plan import ShardPlan, Write
 from w8a8.reading import open_file, reading
 from w8a8.sources.blocks import RowBlock, shard_blocks, tensor_blocks
 from w8a8.sources.rows import RowReader, rows
-from w8a8.sources.view import ViewShard
+from w8a8.sources.view import LogicalTensor, ViewShard
 from w8a8.storage.writer import SequentialWriter
 
 Scales = NDArray[np.float32]
@@ -102,7 +102,7 @@ def quantize_shard(
         writer.append(job.header)
         run.stream_through(writer, advance)
         for write in job.plan.tail:
-            run.write_late(writer, write)
+            run.write_late(writer, write, advance)
         writer.finish()
         # 3) nobody may have written to the source meanwhile
         if Identity.of(job.source) != before:
@@ -135,6 +135,7 @@ class _ShardRun:
     def stream_through(self, writer: SequentialWriter, advance: Callable[[int], None]) -> None:
         """Pass over the whole source: find the scales, and write what keeps the source's order."""
         streamed = {write.source: write for write in self.job.plan.writes[: self.job.plan.streamed]}
+        late = sum(self._bytes_here(expert) for joined in self.job.shard.joined for expert in joined.experts)
         with closing(stream(self.job.source, self.blocks, self.stopped, self.digest)) as blocks:
             for block, data in blocks:
                 if block.tensor is not None:
@@ -144,9 +145,11 @@ class _ShardRun:
                     if name in streamed:
                         self._put(writer, streamed[name], block, content)
                 if block.hashed:
-                    advance(block.nbytes)
+                    passed = min(late, block.nbytes) if block.passing else 0  # done when it is read again
+                    late -= passed
+                    advance(block.nbytes - passed)
 
-    def write_late(self, writer: SequentialWriter, write: Write) -> None:
+    def write_late(self, writer: SequentialWriter, write: Write, advance: Callable[[int], None]) -> None:
         """Write one tensor of the tail: a scale from memory, anything else from a second look at the source.
 
         Joined experts are in memory one at a time.
@@ -163,10 +166,15 @@ class _ShardRun:
                 if self.stopped():
                     raise Stopped
                 writer.append(self.reader.expert(joined, number))
+                advance(self._bytes_here(joined.experts[number]))
         else:
             with closing(stream(self.job.source, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
                 for block, data in blocks:
                     self._put(writer, write, block, self.reader.content(block, data))
+
+    def _bytes_here(self, parts: Sequence[LogicalTensor]) -> int:
+        """The bytes of parts of an expert that are stored in this file."""
+        return sum(part.stored.nbytes for part in parts if part.shard == self.job.shard.stored.name)
 
     def _put(self, writer: SequentialWriter, write: Write, block: RowBlock, content: memoryview) -> None:
         """Write what a block of the source becomes: a part of a finished tensor, codes, or its numbers."""
