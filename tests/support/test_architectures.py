@@ -8,6 +8,10 @@ import pytest
 
 from tests.support import table, tiny
 from tests.support.check import check
+from w8a8.checkpoint import Checkpoint
+from w8a8.plan.architectures import architecture_of
+from w8a8.plan.viewing import view_of
+from w8a8.sources.experts import join
 
 KEPT = table.read()
 
@@ -37,6 +41,11 @@ def test_an_architecture_is_what_the_table_says_or_better(model_type: str, folde
     assert found.runtime is not None or kept.runtime is None, found.failed
     if table.right(kept):
         assert table.right(found), found
+    if (folder / "source").is_dir():  # `convert` to BF16 joins what transformers saves joined, and nothing else
+        seen = view_of(Checkpoint.open(folder / "source"))
+        joined = join(seen, architecture_of(seen.config).saved)
+        names = {each.name for shard in joined.shards for each in shard.joined}
+        assert names == {stack.name for stack in seen.stacks.values()}
 
 
 def test_what_is_not_whole_says_why() -> None:
