@@ -30,6 +30,9 @@ from w8a8.sources.view import LogicalTensor, View
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 """The dtypes that the tensors of a streamed model may have."""
 
+LAYERS = ("layers", "h", "blocks")
+"""What decoders call the list of their layers."""
+
 
 class StreamedModel:
     """A causal language model of `count` layers, hollow: `layer(i)` fills one with its weights.
@@ -51,12 +54,16 @@ class StreamedModel:
         self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
         self._named = {self._fitted.places[t.name]: t for t in tensors if t.name not in self._fitted.changed}
         decoder = self.model.get_decoder()
-        layers = getattr(decoder, "layers", None)
-        if not isinstance(layers, nn.ModuleList) or self.model.get_output_embeddings() is None:
+        decoder = getattr(decoder, "model", decoder)  # some say that it is the model with the head
+        layers = next(
+            (found for name in LAYERS if isinstance(found := getattr(decoder, name, None), nn.ModuleList)), None
+        )
+        if layers is None or self.model.get_output_embeddings() is None:
             raise UnsupportedModelError(
                 f"{name}: {type(self.model).__name__} is no stack of decoder layers with a head"
             )
         self._layers: Any = layers
+        self._body = decoder if self.model.base_model is self.model else self.model.base_model
         if getattr(decoder.config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
 
@@ -99,7 +106,7 @@ class StreamedModel:
         """Run the hollow model on `ids`, and say what is wrong, if anything."""
         self._calls.clear()
         try:
-            self.model.base_model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+            self._body(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
         except (RuntimeError, NotImplementedError, ValueError, IndexError) as error:
             return first_line(error)
         if len(self._calls) != self.count:
@@ -257,11 +264,13 @@ def _hollow(name: str, folder: Path, dtype: torch.dtype | None) -> Any:
 
 def _by_rows(embedding: nn.Embedding, model: StreamedModel, tensor: LogicalTensor) -> Any:
     """Make a `forward` for `embedding` that reads only the rows it looks up."""
-    hollow, embedding.padding_idx = embedding.weight, None
+    shape, dtype, embedding.padding_idx = embedding.weight.shape, embedding.weight.dtype, None
+    # Without memory, but on the device: some models ask their embedding where to send what it shall look up.
+    hollow = embedding.weight = frozen(torch.empty((), dtype=dtype, device=model.device).expand(shape))
 
     def look_up(ids: Tensor) -> Tensor:
         rows, places = ids.unique(return_inverse=True)
-        embedding.weight = frozen(model.rows(tensor, rows.tolist(), hollow.dtype))
+        embedding.weight = frozen(model.rows(tensor, rows.tolist(), dtype))
         try:
             found: Tensor = type(embedding).forward(embedding, places)
             return found
@@ -273,4 +282,4 @@ def _by_rows(embedding: nn.Embedding, model: StreamedModel, tensor: LogicalTenso
 
 def states_of(output: Any) -> Tensor:
     """Return the states in a decoder layer's output, which some layers put into a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    return output[0] if isinstance(output, tuple | list) else output
