@@ -38,6 +38,12 @@ class Case:
         assert found.exit_code == 0, found.output
         return found.stdout
 
+    def divergence(self, candidate: Path) -> dict[str, float]:
+        """The figures of the KL divergence of a candidate from the source."""
+        options = ("--text", self.text, "--tokens", "64", "--context", "32", "--json")
+        found: dict[str, float] = json.loads(self.run("eval", "kld", self.source, candidate, *options))["kl"]
+        return found
+
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,10 +84,12 @@ def test_fit_counts_it_as_it_is_stored(case: Case) -> None:
 
 
 def test_it_is_streamed_as_its_dense_copy(case: Case) -> None:
-    options = ("--text", case.text, "--tokens", "64", "--context", "32", "--json")
-    same = json.loads(case.run("eval", "kld", case.source, case.dense, *options))
-    assert same["kl"]["max"] == 0
-    assert json.loads(case.run("eval", "kld", case.source, case.out, *options))["kl"]["mean"] > 0
+    assert case.divergence(case.dense)["max"] == 0
+
+
+@pytest.mark.parametrize("case", ["fp8", "gguf"], indirect=True, scope="module")
+def test_the_divergence_of_its_result_is_measured(case: Case) -> None:
+    assert case.divergence(case.out)["mean"] > 0
 
 
 @pytest.mark.parametrize("case", ["fp8", "nf4", "gguf"], indirect=True, scope="module")
