@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from math import sqrt
 from pathlib import Path
 
 import msgspec
@@ -26,11 +25,13 @@ VLLM_BOUNDS = {"float32": 0.01, "bfloat16": 0.25}
 
 In FP32 both sides compute the same: weights are such that vLLM's INT8 sums are exact on every CPU (`tiny.py`).
 """
-ALIKE = 3
-"""Times the difference that one of vLLM's with the source explains, up to which the result's is said to come from it.
+EXACT = 1e-5
+"""The difference of a log-probability, in nats, that FP32 explains where both compute the same."""
+ALIKE = 2
+"""Times what explains a result's difference, where vLLM is not exact with the source: up to which it does.
 
-A small change d of activations that are rounded in steps of s moves a share d/s of them by a whole step: what is
-rounded then differs by about the square root of d * s.
+What explains it is the source's difference, and what rounding to INT8 changes: activations that differ a little fall on
+other steps, more of them with every layer.
 """
 SHOWN = 3
 """How many names of matrices a remark gives."""
@@ -41,7 +42,7 @@ class Verdict(StrEnum):
 
     RIGHT = "right"
     ALIKE = "off with the source too"
-    NO_SOURCE = "runs no such source"
+    NO_SOURCE = "not even the source"
     UNKNOWN = "no such model"
     OURS = "wrong"
     NOT_RUN = "not run"
@@ -171,7 +172,7 @@ def in_vllm(row: Row) -> Verdict:
     if row.source and row.source.failed:
         return Verdict.NO_SOURCE
     ours, theirs, step = row.vllm.difference, row.source and row.source.difference, row.rounding
-    if ours and theirs and step and ours <= ALIKE * max(theirs, sqrt(theirs * step)):
+    if ours and theirs and step and theirs > EXACT and ours <= ALIKE * max(theirs, step):
         return Verdict.ALIKE
     return Verdict.OURS
 

@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 DATA = tomllib.loads(Path(__file__).with_name("architectures.toml").read_text())
-SIZES, TOWER, SPECIAL, OTHERS = (DATA[key] for key in ("sizes", "tower", "architecture", "others"))
+SEEDS, SIZES, TOWER, SPECIAL, OTHERS = (DATA[key] for key in ("seeds", "sizes", "tower", "architecture", "others"))
 PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 """Lists of a config that say what each layer is."""
 
@@ -33,7 +33,7 @@ def make_config(model_type: str) -> Any:
 
 def make_model(model_type: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """A tiny model of this type with random weights."""
-    transformers.set_seed(0)
+    transformers.set_seed(SEEDS.get(model_type, 0))
     config = make_config(model_type)
     mapping = _IMAGE if model_type in _IMAGE else _CAUSAL
     kind = mapping[model_type]
