@@ -143,7 +143,7 @@ def check(
 
 def reason(error: str, folder: Path) -> str:
     """An error as one short line that is the same whichever folder a model lay in."""
-    return " ".join(error.replace(f"{folder}/", "").split())[:200]
+    return " ".join(error.replace(f"{folder}/", "").split())[:300]
 
 
 @contextmanager
