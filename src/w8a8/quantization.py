@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING
 
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
+from w8a8.checkpoint.remote import remote_id
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
 from w8a8.plan.viewing import format_for, view_of
+from w8a8.sources import nf4
 from w8a8.sources.view import View
+from w8a8.storage.arrivals import Arrivals, Repository
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
@@ -86,16 +89,32 @@ class Job:
     plan: Plan
     make: Callable[..., Plan]
     request: Request | None
+    repository: Repository | None = None
     finished: Mapping[str, "Finished"] = field(default_factory=dict)
 
 
-def prepare(source: str | Path, options: Options = Options()) -> Job:
-    """Find, open and plan; reads headers only. Raises `W8A8Error`."""
+def prepare(source: str | Path, options: Options = Options(), *, cache: bool = False) -> Job:
+    """Find, open and plan; reads headers only.
+
+    A model on the Hub that is not in its cache is downloaded while it is quantized; now, and whole, if `cache` says so,
+    or something else has to read its weights before: calibration, or a quantization that keeps shapes in tensors.
+
+    Raises `W8A8Error`.
+    """
     # 1) the request has to make sense before anything is downloaded
     asked = options.request()
     # 2) the source, by its headers
-    found = resolve(source)
-    view = view_of(Checkpoint.open(found.path), split=options.compat is None)  # no other tool splits stacks
+    remote = None if cache or asked else remote_id(source)
+    repository = Repository.open(*remote) if remote else None
+    if repository and nf4.is_here(repository.checkpoint.tensors):
+        repository = None
+    if repository:
+        found = Source(repository.checkpoint.path, repository.name, repository.commit)
+        opened = repository.checkpoint
+    else:
+        found = resolve(source)
+        opened = Checkpoint.open(found.path)
+    view = view_of(opened, split=options.compat is None)  # no other tool splits stacks
     # 3) the plan
     fmt = format_for(view, options.format, options.compat)
     recipe = asked.recipe if asked else "rtn"
@@ -115,7 +134,7 @@ def prepare(source: str | Path, options: Options = Options()) -> Job:
             "w8a8_recipe": recipe,
         },
     )
-    return Job(found, view, fmt, make(), make, asked)
+    return Job(found, view, fmt, make(), make, asked, repository)
 
 
 def dry_run(source: str | Path, options: Options = Options()) -> Plan:
@@ -131,6 +150,8 @@ def quantize(
     overwrite: bool = False,
     workers: int | None = None,
     hash_source: bool = False,
+    cache: bool = False,
+    disk_budget: int | None = None,
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
@@ -148,16 +169,26 @@ def quantize(
         workers: shards to work on at once; default: one per core, at most 8.
         hash_source: put the SHA-256 of every source file into w8a8.json, so that `verify` can tell it from another;
             that of files in the Hub's cache is known without reading them.
+        cache: download a model from the Hub whole, into its cache, before it is quantized.
+        disk_budget: bytes of source files to hold while a model is downloaded as it is quantized; default: two shards
+            per worker.
         advance: called with numbers of source bytes as they are done.
         notice: called with sentences for the user.
 
     Raises:
         W8A8Error: whatever went wrong; `out` is untouched.
     """
-    job = prepare(source, options)
+    job = prepare(source, options, cache=cache)
     with calibrated(job, out, overwrite=overwrite, notice=notice) as ready:
         return run(
-            ready, out, overwrite=overwrite, workers=workers, hash_source=hash_source, advance=advance, notice=notice
+            ready,
+            out,
+            overwrite=overwrite,
+            workers=workers,
+            hash_source=hash_source,
+            disk_budget=disk_budget,
+            advance=advance,
+            notice=notice,
         )
 
 
@@ -200,11 +231,17 @@ def run(
     overwrite: bool = False,
     workers: int | None = None,
     hash_source: bool = False,
+    disk_budget: int | None = None,
     advance: Advance = lambda _: None,
+    arrived: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
-    """Carry out a prepared job; see `quantize`."""
+    """Carry out a prepared job; see `quantize`. `arrived` is called with numbers of bytes as they are downloaded."""
     from w8a8.execute import execute
+    from w8a8.execute.workers import worker_count
+
+    workers = workers or worker_count()
+    arriving = partial(_arrivals, job.repository, disk_budget, workers, arrived) if job.repository else None
 
     for warning in job.plan.warnings:
         notice(f"warning: {warning}")
@@ -220,5 +257,22 @@ def run(
         notice=notice,
         finished=job.finished,
         hash_source=hash_source,
+        arriving=arriving,
     )
-    return QuantizeResult(job.view.path, Path(out), job.plan, time.perf_counter() - start, resumed)
+    return QuantizeResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed)
+
+
+def _arrivals(
+    repository: Repository, budget: int | None, workers: int, arrived: Advance, view: View, folder: Path
+) -> Arrivals:
+    """What brings the shards of a model on the Hub."""
+    files = {shard.stored.name: shard.stored.size for shard in view.shards}
+    beside = {
+        spec: None
+        for shard in view.shards
+        for tensor in shard.tensors
+        for spec in tensor.beside
+        if spec.shard != shard.stored.name
+    }
+    budget = budget or 2 * workers * max(files.values())
+    return Arrivals(repository, folder, budget=budget, beside=[*beside], arrived=arrived)

@@ -2,10 +2,10 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import sha1
+from hashlib import sha1, sha256
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Any
@@ -33,8 +33,11 @@ class Request:
 class Hub:
     """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything.
 
-    Without `ranges` it sends whole files whatever is asked for, `lengths` are what it claims of a file instead of its
-    length, and `redirecting` it sends every request for a file back to itself. `sent` counts the bytes of bodies.
+    `fault` may name what goes wrong with a request for a file, given its name and the first byte asked for: a status to
+    answer, or one of "cut", "short", "long", "wrong", "elsewhere" (a redirect to the server `other`). `wait` is its
+    Retry-After. `digests` are what it claims of a file instead of its SHA-256. Without `ranges` it sends whole files
+    whatever is asked for, `lengths` are what it claims of a file instead of its length, and `redirecting` it sends
+    every request for a file back to itself. `sent` counts the bytes of bodies.
     """
 
     url: str
@@ -46,6 +49,10 @@ class Hub:
     lengths: dict[str, str] = field(default_factory=dict)
     sent: int = 0
     requests: list[Request] = field(default_factory=list)
+    fault: Callable[[str, int], HTTPStatus | str | None] = lambda _name, _begin: None
+    wait: str = "0"
+    other: str = ""
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def downloads(self) -> set[str]:
@@ -72,13 +79,23 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             hub.requests.append(Request(self.command, path, self.headers["Authorization"]))
             try:
                 body, headers = _answer(hub, path)
-                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers["Range"] or "")
+                asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
+                begin = int(asked[1]) if asked else 0
+                end = int(asked[2]) + 1 if asked and asked[2] else len(body)
+                found = _FILE.fullmatch(path)
+                fault = hub.fault(found["file"], begin) if found and self.command == "GET" else None
+                if isinstance(fault, HTTPStatus):
+                    self._answer(fault, b"", {"Retry-After": hub.wait})
+                    return
+                if fault:
+                    self._fail(fault, body, begin, end)
+                    return
                 if hub.redirecting and _FILE.fullmatch(path):
                     self._answer(HTTPStatus.FOUND, b"", {"Location": self.path})
                 elif asked and hub.ranges and _FILE.fullmatch(path):
                     total = hub.lengths.get(path.rpartition("/")[2], str(len(body)))
-                    body = body[int(asked[1]) : int(asked[2]) + 1]
-                    whole = {"Content-Range": f"bytes {asked[1]}-{int(asked[1]) + len(body) - 1}/{total}"}
+                    body = body[begin:end]
+                    whole = {"Content-Range": f"bytes {begin}-{begin + len(body) - 1}/{total}"}
                     self._answer(HTTPStatus.PARTIAL_CONTENT, body, {**headers, **whole})
                 else:
                     self._answer(HTTPStatus.OK, body, headers)
@@ -97,6 +114,27 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
                 with suppress(ConnectionError):  # a client may have enough
                     for start in range(0, len(body), _CHUNK):
                         hub.sent += self.wfile.write(body[start : start + _CHUNK])
+
+        def _fail(self, fault: str, body: bytes, begin: int, end: int) -> None:
+            """Answer with what is not what was asked for."""
+            if fault == "elsewhere":
+                self._answer(HTTPStatus.FOUND, b"", {"Location": hub.other + self.path})
+                return
+            content = body[begin:end]
+            if fault == "wrong":
+                content = bytes([content[0] ^ 1]) + content[1:] if content else b""
+            if fault == "long":
+                content += b"more"
+            sent = content[: len(content) // 2] if fault in ("cut", "short") else content
+            claimed = len(sent) if fault == "short" else len(content)
+            self.send_response(HTTPStatus.PARTIAL_CONTENT if begin else HTTPStatus.OK)
+            self.send_header("Content-Length", str(claimed))
+            if begin:
+                self.send_header("Content-Range", f"bytes {begin}-{begin + claimed - 1}/{len(body)}")
+            self.end_headers()
+            with suppress(ConnectionError):
+                self.wfile.write(sent)
+            self.close_connection = fault == "cut"
 
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
@@ -120,12 +158,24 @@ def _answer(hub: Hub, path: str) -> tuple[bytes, Mapping[str, str]]:
         if hub.gated:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "GatedRepo")
         content = files[asked["file"]]
-        return content, {"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
+        digest = (sha256 if _is_large(asked["file"]) else sha1)(content).hexdigest()
+        return content, {"ETag": f'"{digest}"', "X-Repo-Commit": COMMIT}
     if asked["what"] == "tree":
         return _json(
             [{"type": "file", "path": n, "size": len(b), "oid": sha1(b).hexdigest()} for n, b in files.items()]
         )
-    return _json({"id": asked["repo"], "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+    return _json({"id": asked["repo"], "sha": COMMIT, "siblings": [_sibling(hub, *file) for file in files.items()]})
+
+
+def _sibling(hub: Hub, name: str, content: bytes) -> Mapping[str, Any]:
+    """What the Hub says of a file, large ones by their SHA-256, others by git's SHA-1."""
+    known = {"rfilename": name, "size": len(content), "blobId": sha1(b"blob %d\0" % len(content) + content).hexdigest()}
+    digest = hub.digests.get(name, sha256(content).hexdigest())
+    return known | ({"lfs": {"sha256": digest, "size": len(content), "pointerSize": 134}} if _is_large(name) else {})
+
+
+def _is_large(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _json(value: Any) -> tuple[bytes, Mapping[str, str]]:

@@ -18,7 +18,7 @@ from tests.publish import results
 from w8a8.checkpoint import Checkpoint, read_header
 from w8a8.checkpoint.header import write_header
 from w8a8.checkpoint.reader import INDEX
-from w8a8.checkpoint.remote import _Files, _rebuild
+from w8a8.checkpoint.remote import HubFiles, called, lay_out
 from w8a8.checkpoint.source import refused
 from w8a8.evals.gsm8k import questions
 from w8a8.evals.gsm8k.compare import compare
@@ -194,14 +194,15 @@ def _gsm8k_journal(folder: Path) -> AbstractContextManager[OutcomeJournal]:
     return open_journal(folder / "gsm8k.jsonl", asking={"shots": 8}, started="now", questions=9, restart=False)
 
 
-class _Served(_Files):
+class _Served(HubFiles):
     """The files of a folder, as a server would send their beginnings."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def start(self, name: str, count: int) -> tuple[bytes, int]:
+    def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
         with (self._folder / name).open("rb") as file:
+            file.seek(begin)
             return file.read(count), os.fstat(file.fileno()).st_size
 
 
@@ -211,6 +212,8 @@ def _remote(folder: Path) -> None:
     laid_out.mkdir()
     names = {path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size < 1 << 30}
     try:
-        _rebuild(_Served(folder), names, laid_out, "org/name")
+        with called("org/name", laid_out):
+            lay_out(_Served(folder), names, laid_out)
+            Checkpoint.open(laid_out)
     except OSError as error:
         raise refused("org/name", error) from error

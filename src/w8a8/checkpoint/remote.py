@@ -8,9 +8,11 @@ that folder is opened like any other: the same checks hold, and the safetensors 
 
 import re
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -26,6 +28,25 @@ FIRST_BYTES = 100_000
 
 MAX_FILE_BYTES = 2**43
 WORKERS = 8
+
+
+def remote_id(source: str | Path) -> tuple[str, str | None] | None:
+    """The repository and revision that `source` names, unless it is a folder or a file, or whole in the Hub's cache.
+
+    Raises `SourceNotFoundError` where it is none of these.
+    """
+    path = Path(source)
+    with reading(path):
+        if path.exists():
+            return None
+    repo, revision = hub_id(source)
+    try:
+        if folder := cached(repo, revision):
+            Checkpoint.open(folder)
+            return None
+    except W8A8Error:
+        pass
+    return repo, revision
 
 
 def open_headers(source: str | Path) -> Checkpoint:
@@ -58,20 +79,21 @@ def _open_remote(repo: str, revision: str | None) -> Checkpoint:
         info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
         names = {file.rfilename for file in info.siblings or ()}
         refuse_pickles(label, names)
-        with TemporaryDirectory(prefix="w8a8-headers-") as folder:
-            return _rebuild(_Files(repo, info.sha), names, Path(folder), label)
+        with TemporaryDirectory(prefix="w8a8-headers-") as folder, called(label, folder):
+            lay_out(HubFiles(repo, info.sha), names, Path(folder))
+            return Checkpoint.open(folder)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
         raise refused(label, error) from error
 
 
-class _Files:
-    """The files of one commit."""
+class HubFiles:
+    """The files of one commit, a few bytes at a time."""
 
     def __init__(self, repo: str, commit: str | None) -> None:
         self._repo, self._commit = repo, commit
 
-    def start(self, name: str, count: int) -> tuple[bytes, int]:
-        """Fetch at most the first `count` bytes of a file; return them and its length."""
+    def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
+        """Fetch at most `count` bytes of a file, from `begin` on; return them and its length."""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
             build_hf_headers,
@@ -80,7 +102,7 @@ class _Files:
         )
 
         url = hf_hub_url(self._repo, name, revision=self._commit)
-        headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
+        headers = {**build_hf_headers(), "Range": f"bytes={begin}-{begin + count - 1}", "Accept-Encoding": "identity"}
         content = bytearray()
         with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
             if response.is_error:
@@ -90,34 +112,41 @@ class _Files:
             length = length or response.headers.get("Content-Length", "")
             if not re.fullmatch(r"\d{1,13}", length) or int(length) > MAX_FILE_BYTES:
                 raise ValueError(f"{name}: the server does not say how long it is ({length!r:.40})")
+            skipped = begin if response.status_code == HTTPStatus.OK else 0  # it sends all, whatever it was asked for
             for chunk in response.iter_bytes():
                 content += chunk
-                if len(content) >= count:
+                if len(content) >= skipped + count:
                     break
-        return bytes(content[:count]), int(length)
+        return bytes(content[skipped : skipped + count]), int(length)
 
 
-def _rebuild(files: _Files, names: set[str], folder: Path, label: str) -> Checkpoint:
-    """Lay the headers out in `folder` and open it; errors speak of `label`, not of `folder`."""
+@contextmanager
+def called(label: str, folder: str | Path) -> Iterator[None]:
+    """Let errors speak of `label`, not of `folder`."""
     try:
-        require_config(folder, names)
-        for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
-            if name not in names:
-                continue
-            content, length = files.start(name, limit)
-            if len(content) < length:
-                raise HubError(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
-            (folder / name).write_bytes(content)
-        _, shards = weight_files(folder, {name for name in names if "/" not in name})
-        if missing := sorted({*shards} - names):
-            raise HubError(f"{folder}: the index names {missing[0]}, which the repository does not hold")
-        _lay_out(files, shards, folder)
-        return Checkpoint.open(folder)
+        yield
     except W8A8Error as error:
         raise type(error)(str(error).replace(str(folder), label)) from error
 
 
-def _lay_out(files: _Files, shards: Iterable[str], folder: Path) -> None:
+def lay_out(files: HubFiles, names: set[str], folder: Path) -> Sequence[str]:
+    """Lay config, index and the shards' headers out in `folder`; return the names of the shards."""
+    require_config(folder, names)
+    for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
+        if name not in names:
+            continue
+        content, length = files.start(name, limit)
+        if len(content) < length:
+            raise HubError(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
+        (folder / name).write_bytes(content)
+    _, shards = weight_files(folder, {name for name in names if "/" not in name})
+    if missing := sorted({*shards} - names):
+        raise HubError(f"{folder}: the index names {missing[0]}, which the repository does not hold")
+    _headers(files, shards, folder)
+    return shards
+
+
+def _headers(files: HubFiles, shards: Iterable[str], folder: Path) -> None:
     def shard(name: str) -> None:
         content, length = files.start(name, FIRST_BYTES)
         if len(content) >= 8:

@@ -94,6 +94,14 @@ def refused(label: str, error: Exception) -> W8A8Error:
     return HubError(f"{label}: the Hub could not deliver it: {_one_line(error)}")
 
 
+def unreachable(label: str, error: Exception) -> HubError:
+    """Say that the Hub cannot be asked for what is not here."""
+    return HubError(
+        f"{label}: no such folder, not (or not whole) in the cache, "
+        f"and the Hub could not deliver it: {_one_line(error)}"
+    )
+
+
 def _local(path: Path) -> Source:
     """Describe a local folder; in a Hub cache its path tells repository and commit."""
     folder = path.resolve()
@@ -122,14 +130,11 @@ def _download(repo: str, revision: str | None) -> Source:
         folder = _fetch(repo, revision)
     except (HFValidationError, RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise refused(label, error) from error
-    except (OfflineModeIsEnabled, HTTPError) as unreachable:
+    except (OfflineModeIsEnabled, HTTPError) as reason:
         try:
             folder = _fetch(repo, revision, cached=True)
         except LocalEntryNotFoundError as error:
-            raise HubError(
-                f"{label}: no such folder, not (or not whole) in the cache, "
-                f"and the Hub could not deliver it: {_one_line(unreachable)}"
-            ) from error
+            raise unreachable(label, reason) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(label, error) from error
     return Source(folder, repo, folder.name)
@@ -151,6 +156,13 @@ def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
         repo, revision=revision, ignore_patterns=ignored, local_files_only=cached, tqdm_class=Bars
     )
     return Path(folder)
+
+
+def needed(names: Iterable[str]) -> list[str]:
+    """Those of a repository's files that a result may need, shards among them."""
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+    return list(filter_repo_objects(names, ignore_patterns=list(_NOT_FETCHED)))
 
 
 def refuse_pickles(label: str, files: Iterable[str]) -> None:

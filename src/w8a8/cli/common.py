@@ -1,5 +1,6 @@
 """Shared by all commands: the apps they belong to, their common options, and how they are interrupted."""
 
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.errors import OutputError
+from w8a8.errors import OutputError, UsageError
 
 app = typer.Typer(
     name="w8a8",
@@ -33,6 +34,14 @@ Workers = Annotated[
     int | None,
     typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
 ]
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Read a size such as `20GB` or `1.5TiB`. Raises `UsageError` that says `where` it stands."""
+    match = re.fullmatch(r"(?P<number>\d{1,6}(\.\d{1,3})?) ?(?P<prefix>[MGT])(?P<binary>i?)B", text.strip())
+    if match is None or not float(match["number"]):
+        raise UsageError(f"{where}: {text!r} is no size; write it as 500MB, 20GB or 1.5TiB")
+    return int(float(match["number"]) * (1024 if match["binary"] else 1000) ** ("MGT".index(match["prefix"]) + 2))
 
 
 def engines() -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from w8a8.calibrate.request import SAMPLES, TOKENS
-from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, showing
+from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, parse_bytes, showing
 from w8a8.errors import UsageError
 from w8a8.recipes import RECIPES
 
@@ -33,6 +33,7 @@ def _compats() -> list[str]:
 Examples:
 
 - `w8a8 quantize google/gemma-4-31b-it gemma-4-31b-it-W8A8`
+- `w8a8 quantize deepseek-ai/DeepSeek-V3 ./DeepSeek-V3-W8A8 --disk-budget 20GB`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
@@ -102,6 +103,17 @@ def quantize(
         bool,
         typer.Option("--hash-source", help="Note the SHA-256 of local source files, too; takes another core's time."),
     ] = False,
+    disk_budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Source files to hold at once while a model on the Hub is downloaded as it is quantized: `20GB`.",
+            show_default="two shards per worker",
+        ),
+    ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Download a model from the Hub whole, into its cache, and keep it there.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -110,6 +122,8 @@ def quantize(
 
     Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
     opened again. Give the same command again to resume a run that was killed.
+
+    A model on the Hub arrives while it is quantized, and its shards leave the disk as they are done.
 
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
     there is one. OUT has the same size and speed, and is closer to SRC.
@@ -135,7 +149,8 @@ def quantize(
         tokens=tokens,
         keep_bf16=keep_bf16,
     )
-    job = prepare(source, options)
+    budget = None if disk_budget is None else parse_bytes(disk_budget, "--disk-budget")
+    job = prepare(source, options, cache=cache)
     if dry_run or out is None:
         show_plan(terminal, job.plan)
         return
@@ -156,7 +171,9 @@ def quantize(
             overwrite=overwrite,
             workers=workers,
             hash_source=hash_source,
+            disk_budget=budget,
             advance=advance,
+            arrived=advance.arrived,
             notice=terminal.notice,
         )
     with showing(f"{out} is whole"):
@@ -277,3 +294,23 @@ def inspect(
     from w8a8.terminal.output import Terminal
 
     show_inspected(Terminal(json=json), inspect_(checkpoint), tensors=tensors)
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 status ./gemma-W8A8`
+- `w8a8 status ./gemma-W8A8 --json`
+"""
+)
+def status(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that a run is making, or was.")],
+    json: Json = False,
+) -> None:
+    """Say how far a run of `quantize` or `convert` is that is under way, or was interrupted: from its journal."""
+    from w8a8.cli.tables import show_status
+    from w8a8.execute.status import status as status_
+    from w8a8.terminal.output import Terminal
+
+    show_status(Terminal(json=json), status_(out))

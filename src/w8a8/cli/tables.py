@@ -11,6 +11,7 @@ from w8a8.terminal.wording import clean, count, first_few, plural, size
 
 if TYPE_CHECKING:
     from w8a8.conversion import ConvertResult
+    from w8a8.execute.status import Status
     from w8a8.inspection import Inspection
     from w8a8.memory import Fit
     from w8a8.plan import Plan
@@ -242,3 +243,29 @@ def _totals(plan: "Plan") -> dict[str, Any]:
         "ratio": plan.ratio,
         "components": plan.components(),
     }
+
+
+def show_status(terminal: Terminal, found: "Status") -> None:
+    """Print how far a run is."""
+    if terminal.json:
+        terminal.print_json(found.to_dict())
+        return
+    if found.state == "whole":
+        terminal.say(f"[bold]{clean(found.out)}[/bold] is whole; no run is making it")
+        return
+    terminal.say(f"[bold]{clean(found.out)}[/bold] is not whole; its run is {_STATES[found.state]}")
+    if not found.shards:
+        terminal.say("no shard has been begun")
+        return
+    share = found.bytes_done / max(found.bytes, 1)
+    terminal.say(
+        f"{clean(found.format)}, {clean(found.recipe)}: {found.shards_done:,} of {plural(found.shards, 'shard')} done, "
+        f"{size(found.bytes_done)} of {size(found.bytes)} ({share:.0%})"
+    )
+    if found.downloaded:
+        terminal.say(f"{size(found.downloaded)} of the source are downloaded and wait")
+    if found.remaining:
+        terminal.say(f"remaining: {first_few(found.remaining)}")
+
+
+_STATES = {"running": "under way", "interrupted": "interrupted; the same command goes on"}

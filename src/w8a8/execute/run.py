@@ -7,13 +7,14 @@ small files follow; then the whole folder is opened again as any reader would, a
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256, known_sha256
+from w8a8.checkpoint.stream import BLOCK_BYTES, Identity, file_sha256
 from w8a8.errors import (
     DiskFullError,
     NonFiniteWeightError,
@@ -25,6 +26,7 @@ from w8a8.errors import (
 )
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
+from w8a8.execute.supply import Local, Supply
 from w8a8.execute.workers import carry_out, each, worker_count
 from w8a8.formats import Arithmetic
 from w8a8.formats.provenance import (
@@ -46,6 +48,9 @@ from w8a8.version import __version__
 Describe = Callable[[Mapping[str, ShardFile], Mapping[str, SmallFile]], Provenance | None]
 """Makes the content of w8a8.json, given the output shards and the other files."""
 
+Arriving = Callable[[View, Path], Supply]
+"""Brings the files that a view needs into a folder."""
+
 SLACK_BYTES = 16 << 20
 """Room to leave for the small files, and for a file system's own bookkeeping."""
 
@@ -63,13 +68,15 @@ def execute(
     finished: Mapping[str, Finished] | None = None,
     hash_source: bool = False,
     provenance: Describe | None = None,
+    arriving: Arriving | None = None,
 ) -> int:
     """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
     Returns how many shards an earlier run had finished. Tensors of the result in `finished` are taken from there.
     `hash_source` puts the SHA-256 of every source file into w8a8.json; else only files of the Hub's cache, which are
     named by it, have theirs there.
-    `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none.
+    `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none. `arriving`
+    says where the source's files come from, given a folder to put them into; by default they are here.
 
     `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
     of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
@@ -81,7 +88,10 @@ def execute(
     view = with_stacks(view, {decision.tensor.name for decision in plan.decisions})
     with Staging.claim(out, overwrite=overwrite) as staging:
         workers = workers or worker_count()
-        changed = staging.begin(_job(plan, view), view.path, workers)
+        supply: Supply = arriving(view, staging.arrivals) if arriving else Local(view.checkpoint)
+        hash_source = hash_source and not arriving  # what arrives was hashed on its way
+        view = replace(view, checkpoint=supply.checkpoint())
+        changed = staging.begin(_job(plan, view, supply), view.path, workers)
         if changed:
             notice(changed)
         resumed = len(staging.finished)
@@ -89,13 +99,13 @@ def execute(
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
             advance(sum(shard.size for shard in view.shards if shard.name in staging.finished))
         # 2) the shards that are missing
-        jobs = list(_jobs(plan, view, staging, arithmetic, finished or {}, hash_source))
-        _check_room(plan, jobs, view, staging.home)
+        jobs = list(_jobs(plan, view, supply, staging, arithmetic, finished or {}, hash_source))
+        _check_room(plan, jobs, view, supply.room if jobs else 0, staging.home)
         try:
-            carry_out(jobs, workers, advance=advance, record=staging.record)
+            carry_out(jobs, workers, supply, advance=advance, record=staging.record)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
-            describe = provenance or partial(_provenance, plan, view, records, hash_source)
+            describe = provenance or partial(_provenance, plan, view, supply, records, hash_source)
             _write_small_files(plan, view, records, staging.folder, describe)
             _self_check(plan, staging.folder)
         except (NonFiniteWeightError, SelfCheckError, SourceError):
@@ -109,6 +119,7 @@ def execute(
 def _jobs(
     plan: Plan,
     view: View,
+    supply: Supply,
     staging: Staging,
     arithmetic: Arithmetic,
     finished: Mapping[str, Finished],
@@ -121,11 +132,12 @@ def _jobs(
             own = {write.name: finished[write.name] for write in shard.writes if write.name in finished}
             seen, target = shards[shard.name], staging.folder / shard.name
             source, header = view.path / seen.stored.name, plan.header(shard)
-            yield ShardJob(source, seen, shard, header, target, arithmetic, own, hashed)
+            known = supply.sha256(seen.stored.name)
+            yield ShardJob(source, seen, shard, header, target, arithmetic, own, known, hashed)
 
 
-def _job(plan: Plan, view: View) -> Job:
-    sources = {shard.name: Identity.of(view.path / shard.stored.name) for shard in view.shards}
+def _job(plan: Plan, view: View, supply: Supply) -> Job:
+    sources = {shard.name: supply.identity(shard.stored.name) for shard in view.shards}
     return Job(__version__, plan.format, plan.recipe, plan.fingerprint(), sources)
 
 
@@ -136,9 +148,9 @@ def check_apart(view: View, out: Path) -> None:
             raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
-def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, folder: Path) -> None:
+def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, arriving: int, folder: Path) -> None:
     sidecars = sum(Identity.of(view.home / name).size for name in plan.sidecars)
-    needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + SLACK_BYTES
+    needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + arriving + SLACK_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(
@@ -161,12 +173,12 @@ def _write_small_files(
         write_json(folder / PROVENANCE, provenance.to_dict(), resumable=True)
 
 
-def _digests(view: View, records: Sequence[ShardRecord], hashed: bool) -> dict[str, str]:
-    """The SHA-256 of each source file: if `hashed`, as read; else of those that the Hub's cache names by it.
+def _digests(view: View, supply: Supply, records: Sequence[ShardRecord], hashed: bool) -> dict[str, str]:
+    """The SHA-256 of each source file as far as it is known; if `hashed`, of all.
 
-    Raises `SourceChangedError` where the two differ.
+    Raises `SourceChangedError` where a file in the Hub's cache is not what its name says.
     """
-    known = {shard.name: known_sha256(view.path / shard.name) for shard in view.checkpoint.shards}
+    known = {shard.name: supply.sha256(shard.name) for shard in view.checkpoint.shards}
     if not hashed:
         return {name: digest for name, digest in known.items() if digest}
     passed = {record.name: record.source_sha256 for record in records}
@@ -195,6 +207,7 @@ def _index(plan: Plan) -> dict[str, Any]:
 def _provenance(
     plan: Plan,
     view: View,
+    supply: Supply,
     records: tuple[ShardRecord, ...],
     hashed: bool,
     shards: Mapping[str, ShardFile],
@@ -202,7 +215,7 @@ def _provenance(
 ) -> Provenance:
     return Provenance(
         version=__version__,
-        source=SourceFiles(plan.source, plan.revision, _digests(view, records, hashed), plan.quantized_source),
+        source=SourceFiles(plan.source, plan.revision, _digests(view, supply, records, hashed), plan.quantized_source),
         architecture=plan.architecture,
         format=plan.format,
         recipe=plan.recipe,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
 from w8a8.checkpoint.reader import stored_tensors
-from w8a8.checkpoint.stream import Identity, Stopped, known_sha256, read_exactly, stream
+from w8a8.checkpoint.stream import Identity, Stopped, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -67,7 +67,7 @@ class ShardJob:
     """All that makes one output shard.
 
     `source` and `target` are files, `header` is the target's safetensors header; tensors of the result in `finished`,
-    by name, are taken from there. `hashed` asks for the SHA-256 of the source.
+    by name, are taken from there. `sha256` is that of the source file, where it is known; `hashed` asks for it.
     """
 
     source: Path
@@ -77,6 +77,7 @@ class ShardJob:
     target: Path
     arithmetic: Arithmetic
     finished: Mapping[str, Finished] = field(default_factory=dict)
+    sha256: str = ""
     hashed: bool = False
 
 
@@ -107,7 +108,7 @@ def quantize_shard(
         # 3) nobody may have written to the source meanwhile
         if Identity.of(job.source) != before:
             raise SourceChangedError(f"{job.source}: changed while it was being read; run the same command again")
-        source = run.digest.hexdigest() if run.digest else known_sha256(job.source) if job.shard.whole else ""
+        source = run.digest.hexdigest() if run.digest else job.sha256 if job.shard.whole else ""
         return ShardRecord(job.plan.name, writer.size, writer.sha256, source)
 
 

@@ -1,9 +1,9 @@
 """The hidden folder of an unfinished result, and how it becomes the result.
 
-Beside OUT lies a hidden folder `.OUT.w8a8` with three things: `out/`, which will become OUT by a single rename;
-`journal.jsonl`, whose first line says what is being made from what, and each further line that a shard is on the disk;
-and `old/`, while an OUT is being replaced. An exclusive lock on the hidden folder keeps a second run away, and the
-kernel drops it with the process, however that ends.
+Beside OUT lies a hidden folder `.OUT.w8a8` with `out/`, which will become OUT by a single rename; `journal.jsonl`,
+whose first line says what is being made from what, and each further line that a shard is on the disk; `source/`, where
+source files arrive; and `old/`, while an OUT is being replaced. An exclusive lock on the hidden folder keeps a second
+run away, and the kernel drops it with the process, however that ends.
 
 A run that finds a journal with its own first line goes on behind the shards it lists, where they still have the
 SHA-256 it noted. Resuming is by whole shards: a part of one has no SHA-256 yet.
@@ -28,7 +28,7 @@ from w8a8.errors import TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
 from w8a8.execute.workers import each
 from w8a8.storage.folders import acquire, keep_only, remove, sync_folder
-from w8a8.storage.journal import Journal, differing
+from w8a8.storage.journal import Journal, Noted, differing
 from w8a8.storage.writer import disk_errors
 
 
@@ -49,8 +49,13 @@ class Staging:
 
     out: Path
     home: Path
-    lock: int
+    lock: int = -1
     finished: dict[str, ShardRecord] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, out: Path) -> Self:
+        """The staging folder of `out`, which need not be there, not locked."""
+        return cls(out, out.parent / f".{out.name}.w8a8")
 
     @classmethod
     def claim(cls, out: Path, *, overwrite: bool) -> Self:
@@ -59,8 +64,8 @@ class Staging:
         Raises `TargetExistsError`, `TargetBusyError`, `UnwritableError`, or `UsageError` where `overwrite` would
         remove something that is not a checkpoint.
         """
-        home = out.parent / f".{out.name}.w8a8"
-        staging = cls(out, home, acquire(home, out))
+        staging = cls.of(out)
+        staging.lock = acquire(staging.home, out)
         try:
             staging._recover()
             staging._check_target(overwrite=overwrite)
@@ -76,7 +81,7 @@ class Staging:
         """Finish or undo a publishing, remove what is not worth resuming, and drop the lock."""
         try:
             self._recover()
-            if not self.folder.exists() or not self._journal.read().done:
+            if not self.folder.exists() or not (self._journal.read().done or self.arrived()):
                 shutil.rmtree(self.home, ignore_errors=True)
         finally:
             os.close(self.lock)
@@ -86,13 +91,27 @@ class Staging:
         """The folder that will become OUT."""
         return self.home / "out"
 
+    @property
+    def arrivals(self) -> Path:
+        """The folder for source files that have to arrive first."""
+        return self.home / "source"
+
+    def arrived(self) -> int:
+        """The bytes that source files take which have arrived and were not used yet."""
+        files = (path for path in self.arrivals.rglob("*.safetensors*") if path.is_file())
+        return sum(path.stat().st_blocks * 512 for path in files)
+
+    def noted(self) -> Noted[Job, ShardRecord]:
+        """What the journal says."""
+        return self._journal.read()
+
     def begin(self, job: Job, source: Path, workers: int = 1) -> str | None:
         """Start `job` from the files in `source`, or go on where a journal says that it was interrupted.
 
         `finished` then lists what is done, and still is what was written; all else in the folder is removed. Returns a
         sentence for the user where an unfinished run was of another job, or something of it is damaged.
         """
-        noted = self._journal.read()
+        noted = self.noted()
         records = {record.name: record for record in noted.done if record.name in job.sources}
         reason = ""
         if noted.damage:

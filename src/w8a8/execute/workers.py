@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from w8a8.checkpoint.stream import Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
+from w8a8.execute.supply import Supply
 
 T = TypeVar("T")
 
@@ -20,22 +21,31 @@ def worker_count() -> int:
 def carry_out(
     jobs: Sequence[ShardJob],
     workers: int,
+    supply: Supply,
     *,
     advance: Callable[[int], None],
     record: Callable[[ShardRecord], None],
 ) -> None:
-    """Carry out all `jobs` on `workers` threads; `record` is told of each finished shard, one at a time.
+    """Carry out all `jobs` on `workers` threads, as `supply` brings their files.
 
-    Raises the first error of `quantize_shard`; the other jobs stop.
+    `record` is told of each finished shard, one at a time. Raises the first error of `quantize_shard` or `supply`; the
+    other jobs stop.
     """
     recording = threading.Lock()
 
     def run(job: ShardJob, stopped: Callable[[], bool]) -> None:
-        finished = quantize_shard(job, advance=advance, stopped=stopped)
-        with recording:
-            record(finished)
+        with supply.hold(job.source.name, stopped):
+            finished = quantize_shard(job, advance=advance, stopped=stopped)
+            with recording:
+                record(finished)
 
-    each(sorted(jobs, key=lambda job: -job.shard.size), run, workers)
+    def place(job: ShardJob) -> tuple[int, str, int]:
+        """The largest file first; the parts of a file one after the other, since it may leave behind the last one."""
+        return -job.shard.stored.size, job.source.name, -job.shard.size
+
+    ordered = sorted(jobs, key=place)
+    with supply.running([job.source.name for job in ordered], workers):
+        each(ordered, run, workers)
 
 
 def each(items: Iterable[T], work: Callable[[T, Callable[[], bool]], None], workers: int) -> None:

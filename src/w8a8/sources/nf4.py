@@ -8,7 +8,7 @@ Defined in bitsandbytes, functional.py (`QuantState`) and csrc/kernels.cu (`kDeq
 A weight is `table[code] * absmax`, a float32 product rounded to the dtype. A block of zeros has the factor 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,11 @@ class Table(Decoder):
         table, factors = prepared
         codes = np.frombuffer(data, np.uint8).reshape(len(out), -1)
         decoding.looked_up(codes, table, factors, self.block, begin, out)
+
+
+def is_here(names: Iterable[str]) -> bool:
+    """Whether tensors have shapes among their values, so that headers alone do not say what they are."""
+    return any(_STATE in name for name in names)
 
 
 def find(tensors: Tensors, read: Read) -> Iterator[LogicalTensor]:

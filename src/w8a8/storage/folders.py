@@ -33,6 +33,21 @@ def acquire(home: Path, out: Path) -> int:
     raise TargetBusyError(f"{out}: another run is writing it now; wait for it, or stop it first")
 
 
+def is_locked(home: Path) -> bool:
+    """Whether a run holds the lock of the folder `home`; False where there is none."""
+    try:
+        folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(folder, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(folder)
+    return False
+
+
 @contextmanager
 def lock_folder(home: Path, out: Path) -> Iterator[None]:
     """Make and lock the folder `home`, on which `out` depends. Raises `TargetBusyError` or `UnwritableError`."""

@@ -6,7 +6,7 @@ It goes to standard error. Where that is no terminal, plain lines appear there n
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 
 from rich.console import Console
@@ -36,6 +36,8 @@ class Live:
 
     advance: Callable[[int, str], None]
     _said: str = ""
+    _arrived: int = 0
+    _lock: Lock = field(default_factory=Lock)
 
     def __call__(self, done: int) -> None:
         """Add `done` to what is done."""
@@ -44,6 +46,13 @@ class Live:
     def say(self, text: str) -> None:
         """Show `text` beside the numbers from the next call on, such as the accuracy so far."""
         self._said = text
+
+    def arrived(self, nbytes: int) -> None:
+        """Show beside the numbers how many bytes have been downloaded: `nbytes` more."""
+        with self._lock:
+            self._arrived += nbytes
+            self.say(f"{size(self._arrived)} downloaded")
+        self(0)
 
 
 @contextmanager

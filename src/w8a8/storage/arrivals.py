@@ -1,0 +1,266 @@
+"""A model on the Hub as a folder whose shards arrive when they are needed, and leave when they are done with.
+
+The folder holds config, small files, and for each shard a file of its length with nothing behind the header (a sparse
+file takes no room), so it opens and plans like any other. While the present shards are worked on, the next ones are
+downloaded; what is held, or on its way, stays within a budget of bytes. Of tensors that lie beside others in another
+shard (the scales of some FP8 checkpoints), the bytes are there from the start.
+"""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Self
+
+from w8a8.checkpoint import Checkpoint, TensorSpec
+from w8a8.checkpoint.reader import INDEX, inside
+from w8a8.checkpoint.remote import MAX_FILE_BYTES, HubFiles, called, lay_out
+from w8a8.checkpoint.source import needed, refuse_pickles, refused, unreachable
+from w8a8.checkpoint.stream import Identity, Stopped, is_whole
+from w8a8.errors import HubError
+from w8a8.reading import show
+from w8a8.storage.download import RemoteFile, download
+from w8a8.storage.folders import keep_only
+from w8a8.storage.writer import disk_errors
+
+POLL_SECONDS = 0.2
+"""How often one who waits for a shard looks whether the run was stopped."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model on the Hub at one commit: its files, and its checkpoint, laid out in a folder that lasts as long as this.
+
+    Of its shards, only the headers are there.
+    """
+
+    name: str
+    commit: str
+    files: Mapping[str, RemoteFile]
+    checkpoint: Checkpoint
+    _folder: TemporaryDirectory[str] = field(repr=False)
+
+    @classmethod
+    def open(cls, name: str, revision: str | None) -> Self:
+        """Look the model up, and fetch headers and small files.
+
+        Raises `HubError`, `SourceNotFoundError`, `PickleOnlyError`, and what `Checkpoint.open` raises.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            HTTPError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        label = name + (f"@{revision}" if revision else "")
+        try:
+            info = HfApi().model_info(
+                name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
+            )
+            commit = str(info.sha)
+            files = {file.name: file for file in _listed(name, commit, info.siblings or ())}
+            refuse_pickles(label, files)
+            folder = TemporaryDirectory(prefix="w8a8-headers-")
+            path = Path(folder.name)
+            with called(label, path):
+                shards = lay_out(HubFiles(name, commit), {*files}, path)
+                for early in {"config.json", INDEX} & {*files}:
+                    _check(path / early, files[early])
+                for small in needed(files):
+                    if small not in shards and not (path / small).exists():
+                        target = inside(path, small)
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        download(files[small], target)
+                return cls(name, commit, files, Checkpoint.open(path), folder)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise refused(label, error) from error
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            raise unreachable(label, error) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise refused(label, error) from error
+
+    def read(self, name: str, begin: int, nbytes: int) -> bytes:
+        """Fetch a few bytes of a file. Raises `HubError`."""
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+        try:
+            content, _ = HubFiles(self.name, self.commit).start(name, nbytes, begin)
+        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+            raise refused(f"{self.name}@{self.commit}, {name}", error) from error
+        if len(content) != nbytes:
+            raise HubError(f"{self.name}@{self.commit}, {name}: {len(content):,} bytes came, of {nbytes:,}")
+        return content
+
+
+def _listed(repo: str, commit: str, siblings: Sequence[Any]) -> Iterator[RemoteFile]:
+    for sibling in siblings:
+        size, large = sibling.size, sibling.lfs
+        if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
+            raise HubError(f"{repo}@{commit}: the Hub does not say how long {show(sibling.rfilename)} is")
+        sha256 = str(large.sha256) if large else ""
+        yield RemoteFile(repo, commit, sibling.rfilename, size, sha256, str(sibling.blob_id or ""))
+
+
+def _check(path: Path, file: RemoteFile) -> None:
+    """Raise `HubError` unless the file at `path` has the hash that the Hub gives for it."""
+    digest = file.digest()
+    digest.update(path.read_bytes())
+    if digest.hexdigest() != (file.sha256 or file.blob):
+        raise HubError(f"{path}: its hash is not the one that the Hub gives for it; give the same command again")
+
+
+class Arrivals:
+    """The shards of a repository in `folder`, in the order of `names`, within `budget` bytes."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        folder: Path,
+        *,
+        budget: int,
+        beside: Sequence[TensorSpec] = (),
+        arrived: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`beside` are tensors to have from the start; `arrived` is told of bytes as they come.
+
+        Raises `HubError`, `DiskFullError`, `UnwritableError`.
+        """
+        self.folder = folder / repository.commit
+        self._repository, self._budget, self._arrived = repository, budget, arrived
+        self._kept = {
+            shard.name: [(0, _header(repository.checkpoint.path / shard.name))]
+            for shard in repository.checkpoint.shards
+        }
+        for spec in beside:
+            self._kept[spec.shard].append((spec.offset, repository.read(spec.shard, spec.offset, spec.nbytes)))
+        self._changed = threading.Condition()
+        self._held = self._admitted = 0
+        self._left: Counter[str] = Counter()
+        self._futures: dict[str, Future[None]] = {}
+        self._ended = threading.Event()
+        self._there: set[str] = set()
+        self._lay_out(folder)
+
+    @property
+    def room(self) -> int:
+        """The bytes that shards take at most: the budget, or what there is, or the largest of them."""
+        sizes = [self._repository.files[name].size for name in self._kept]
+        return max(min(self._budget, sum(sizes)), *sizes)
+
+    def checkpoint(self) -> Checkpoint:
+        """The repository's checkpoint as it lies in `folder`."""
+        return replace(self._repository.checkpoint, path=self.folder)
+
+    def identity(self, name: str) -> Identity:
+        """What tells a file from another one of its name: at a commit, there is no other."""
+        return Identity(0, self._repository.files[name].size, 0, 0)
+
+    def sha256(self, name: str) -> str:
+        """The SHA-256 of a file as it arrived."""
+        return self._repository.files[name].sha256
+
+    @contextmanager
+    def running(self, names: Sequence[str], workers: int) -> Iterator[None]:
+        """Download `names`, in order, while the context lasts; a name may come several times, once per use."""
+        self._left = Counter(names)
+        pool = ThreadPoolExecutor(max(2, workers), thread_name_prefix="download")
+        try:
+            self._futures = {
+                name: pool.submit(self._fetch, name, place) for place, name in enumerate(dict.fromkeys(names))
+            }
+            yield
+        finally:
+            self._ended.set()
+            with self._changed:
+                self._changed.notify_all()
+            pool.shutdown(cancel_futures=True)
+
+    @contextmanager
+    def hold(self, name: str, stopped: Callable[[], bool]) -> Iterator[None]:
+        """Wait for a file; behind its last use it leaves. Raises what `download` raises, and `Stopped`."""
+        while True:
+            if stopped():
+                raise Stopped
+            try:
+                self._futures[name].result(POLL_SECONDS)
+                break
+            except NotYet:
+                continue
+        yield
+        with self._changed:
+            self._left[name] -= 1
+            if not self._left[name]:
+                self._write_stub(name)
+                self._held -= self._repository.files[name].size
+                self._changed.notify_all()
+
+    def _fetch(self, name: str, place: int) -> None:
+        """Download a file once those before it are on their way, and there is room for it."""
+        file, target = self._repository.files[name], self.folder / name
+        with self._changed:
+            self._changed.wait_for(lambda: self._ended.is_set() or self._may_begin(file, place))
+            if self._ended.is_set():
+                raise Stopped
+            self._admitted += 1
+            self._held += file.size
+            self._changed.notify_all()
+        if name in self._there:
+            self._arrived(file.size)
+        else:
+            download(file, target, advance=self._arrived, stopped=self._ended.is_set)
+
+    def _may_begin(self, file: RemoteFile, place: int) -> bool:
+        """Whether all files before it are on their way, and there is room for it: for one there always is."""
+        return self._admitted == place and (not self._held or self._held + file.size <= self._budget)
+
+    def _lay_out(self, home: Path) -> None:
+        """Put all but the shards' contents into the folder; what an earlier run had downloaded stays."""
+        source = self._repository.checkpoint.path
+        with disk_errors(self.folder):
+            home.mkdir(parents=True, exist_ok=True)
+            for entry in home.iterdir():
+                if entry != self.folder:
+                    keep_only(entry, ())
+                    entry.rmdir()
+            self.folder.mkdir(exist_ok=True)
+            for path in sorted(source.rglob("*")):
+                target = self.folder / path.relative_to(source)
+                if path.is_dir():
+                    target.mkdir(exist_ok=True)
+                elif path.name not in self._kept:
+                    target.write_bytes(path.read_bytes())
+                elif self._is_there(path.name, target):
+                    self._there.add(path.name)
+                else:
+                    self._write_stub(path.name)
+
+    def _is_there(self, name: str, target: Path) -> bool:
+        """Whether an earlier run has downloaded a shard: it takes as much room as it has bytes, and has the hash."""
+        file = self._repository.files[name]
+        dense = target.is_file() and target.stat().st_blocks * 512 >= file.size
+        return dense and file.sha256 != "" and is_whole(target, file.size, file.sha256)
+
+    def _write_stub(self, name: str) -> None:
+        """Put a file of the shard's length in its place, of which only what is always needed is there."""
+        stub = self.folder / f".{name}.stub"
+        with disk_errors(stub):
+            with stub.open("wb") as file:
+                for offset, content in self._kept[name]:
+                    file.seek(offset)
+                    file.write(content)
+                file.truncate(self._repository.files[name].size)
+            stub.replace(self.folder / name)
+
+
+def _header(path: Path) -> bytes:
+    """The header of a safetensors file, with its length before it."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return length + file.read(int.from_bytes(length, "little"))
