@@ -162,7 +162,7 @@ def decoder_weights(model: Any) -> int:
     found = {}
     for path, module in (model.base_model if isinstance(decoder, nn.Linear) else decoder).named_modules():
         others = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Embedding
-        if module is head or path.endswith("lm_head") or isinstance(module, others):
+        if module is head or path.endswith("lm_head") or "embed_tokens" in path or isinstance(module, others):
             continue
         for name, values in module.named_parameters(recurse=False):
             stack = values.ndim == 3 and name != "A_log"
