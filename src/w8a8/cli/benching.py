@@ -62,6 +62,33 @@ def bench_quantize(
 
 
 @bench_app.command(
+    "stream",
+    epilog="""
+Examples:
+
+- `w8a8 bench stream`
+- `w8a8 bench stream --mbps 100 --runs 3`
+""",
+)
+def bench_stream(
+    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
+    mbps: Annotated[float, typer.Option(min=1, help="Megabytes a second that the server gives.")] = 300,
+    runs: Runs = 5,
+    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
+        ".cache/bench"
+    ),
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time quantizing a model while it is downloaded from a server on this machine, against doing both in turn."""
+    from w8a8.bench.stream import bench, show
+    from w8a8.terminal.output import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(gib, mbps, runs=runs, folder=folder, notice=terminal.notice), show)
+
+
+@bench_app.command(
     "linear",
     epilog="""
 Examples:

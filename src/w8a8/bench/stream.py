@@ -1,0 +1,147 @@
+"""`w8a8 bench stream`: quantizing a model while it is downloaded, against downloading it and quantizing it.
+
+A server on this machine gives the model at a set bandwidth, to every client alike. Three contenders take turns, each a
+whole process: the download alone (huggingface_hub's own), quantizing what is here already, and `w8a8 quantize` from the
+server, whose time should be the larger of the two others, not their sum. Its disk is looked at ten times a second: the
+source files that it holds, whole or on their way.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.bench.process import timed
+from w8a8.bench.quantize import Row, make_checkpoint
+from w8a8.bench.shop import REPOSITORY
+from w8a8.errors import W8A8Error
+from w8a8.terminal.output import plain_table
+
+DOWNLOAD, HERE, STREAM = "download alone", "quantize a folder", "quantize from the Hub"
+LOOK_SECONDS = 0.1
+
+_DOWNLOAD = "import sys; from huggingface_hub import snapshot_download; snapshot_download(sys.argv[1])"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamResult:
+    """The rows of the contenders; `bandwidth` in bytes a second, `peak_disk` in bytes of source files held."""
+
+    bytes: int
+    cores: int
+    bandwidth: float
+    rows: tuple[Row, ...]
+    peak_disk: int
+
+    @property
+    def ratio(self) -> float:
+        """Seconds of quantizing while downloading, as a multiple of the larger of the two alone."""
+        seconds = {row.name: row.seconds for row in self.rows}
+        return seconds[STREAM] / max(seconds[DOWNLOAD], seconds[HERE])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the table as plain JSON values."""
+        rows = [{**asdict(row), "seconds": row.seconds} for row in self.rows]
+        return {**asdict(self), "rows": rows, "ratio_to_larger": self.ratio}
+
+
+def bench(
+    gib: float, megabytes: float, *, runs: int, folder: Path, notice: Callable[[str], None] = lambda _: None
+) -> StreamResult:
+    """Make the checkpoint (once), and time the contenders `runs` times by turns, at `megabytes` a second."""
+    folder = folder.absolute()
+    source = folder / f"gemma-4-31b-layers-{gib:g}GiB"
+    make_checkpoint(source, gib, notice)
+    seconds: dict[str, list[float]] = {DOWNLOAD: [], HERE: [], STREAM: []}
+    peaks: dict[str, float] = dict.fromkeys(seconds, 0.0)
+    disk = 0
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _served(source, megabytes * 1e6) as url:
+        work = Path(scratch)
+        out = work / "out"
+        quantize = [sys.executable, "-m", "w8a8", "quantize", "--quiet"]
+        commands = {
+            DOWNLOAD: [sys.executable, "-c", _DOWNLOAD, REPOSITORY],
+            HERE: [*quantize, str(source), str(out)],
+            STREAM: [*quantize, REPOSITORY, str(out)],
+        }
+        environment = {
+            "HF_ENDPOINT": url, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NUMBA_CACHE_DIR": str(folder / "numba"),
+        }  # fmt: skip
+        for run in range(-1, runs):  # the first round fills the page cache and the JIT cache
+            for name, command in commands.items():
+                took, peak, held = _timed(command, environment, out)
+                shutil.rmtree(work / "hf", ignore_errors=True)
+                shutil.rmtree(out, ignore_errors=True)
+                os.sync()
+                if run >= 0:
+                    notice(f"run {run + 1}/{runs}  {name}: {took:.2f} s, {peak:.0f} MiB")
+                    seconds[name].append(took)
+                    peaks[name], disk = max(peaks[name], peak), max(disk, held)
+    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
+    rows = tuple(Row(name, tuple(seconds[name]), peaks[name]) for name in seconds)
+    return StreamResult(size, len(os.sched_getaffinity(0)), megabytes * 1e6, rows, disk)
+
+
+def show(result: StreamResult, say: Callable[[Any], None]) -> None:
+    """Print the table for a person; `say` prints text and Rich tables."""
+    table = plain_table("seconds", "min-max", "peak MiB", "contender", left=0)
+    for row in result.rows:
+        spread = f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}"
+        table.add_row(f"{row.seconds:.2f}", spread, f"{row.peak_mib:.0f}", row.name)
+    say(
+        f"{result.bytes / 2**30:.2f} GiB at {result.bandwidth / 1e6:.0f} MB/s, {result.cores} cores, "
+        f"medians of {len(result.rows[0].all_seconds)}"
+    )
+    say(table)
+    say(
+        f"quantizing while downloading takes {result.ratio:.2f} x the larger of both; "
+        f"at most {result.peak_disk / 2**30:.2f} GiB of the source on the disk"
+    )
+
+
+@contextmanager
+def _served(folder: Path, rate: float) -> Iterator[str]:
+    """The address of a Hub that serves `folder` at `rate` bytes a second."""
+    command = [sys.executable, "-m", "w8a8.bench.shop", str(folder), str(rate)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdin is not None
+        try:
+            yield server.stdout.readline().strip()
+        finally:
+            server.stdin.close()
+
+
+def _timed(command: list[str], environment: Mapping[str, str], out: Path) -> tuple[float, float, int]:
+    """Seconds, peak memory in MiB, and the most bytes of source files held beside OUT."""
+    ended, held = threading.Event(), [0]
+
+    def look() -> None:
+        while not ended.wait(LOOK_SECONDS):
+            held.append(sum(map(_taken, (out.parent / f".{out.name}.w8a8" / "source").rglob("*.safetensors*"))))
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        run = timed(command, environment)
+    finally:
+        ended.set()
+        watcher.join()
+    if run.returncode:
+        raise W8A8Error(f"{' '.join(command[:4])} ... failed: {run.complaint}")
+    return run.seconds, run.peak_mib, max(held)
+
+
+def _taken(file: Path) -> int:
+    try:
+        return file.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
