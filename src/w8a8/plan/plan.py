@@ -321,18 +321,16 @@ def _warnings(rules: Rules, decisions: Sequence[Decision]) -> Iterator[str]:
 
 def _growth(plan: Plan, view: View, rules: Rules) -> Iterator[str]:
     """Say that the result is larger than a quantized source, and why."""
-    if plan.ratio <= 1:
+    if plan.ratio <= 1 or not plan.quantized_source:
         return
-    sizes = f"{size(plan.ratio * plan.bytes_in)} > {size(plan.bytes_in)}"
-    decoded: dict[str, int] = {}
-    for d in plan.decisions:
-        if not d.quantize and not view.tensors[d.tensor.name].plain:
-            decoded[d.component] = decoded.get(d.component, 0) + d.tensor.nbytes
-    parts = sorted(decoded, key=lambda part: -decoded[part])
-    kept = ", ".join(part + (f" ({rules.reasons[part]})" if part in rules.reasons else "") for part in parts)
+    decoded = [d for d in plan.decisions if view.tensors[d.tensor.name].decoder.label]
+    kept = dict.fromkeys(d.component for d in sorted(decoded, key=lambda d: -d.tensor.nbytes) if not d.quantize)
+    parts = ", ".join(part + (f" ({rules.reasons[part]})" if part in rules.reasons else "") for part in kept)
+    why = ["INT8 takes 8 bits a weight"] if any(d.quantize for d in decoded) else []
+    why += [f"what is left alone is stored dequantized: {parts}"] if parts else []
     yield (
-        f"OUT will be larger than SRC, {sizes}, because SRC is quantized already ({plan.quantized_source}): INT8 takes "
-        "8 bits a weight" + (f", and what is left alone is stored dequantized: {kept}" if parts else "")
+        f"OUT will be larger than SRC, {size(plan.ratio * plan.bytes_in)} > {size(plan.bytes_in)}, because SRC is "
+        f"quantized already ({plan.quantized_source}): {', and '.join(why)}"
     )
 
 
