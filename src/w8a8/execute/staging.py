@@ -97,9 +97,10 @@ class Staging:
         return self.home / "source"
 
     def arrived(self) -> int:
-        """The bytes that source files take which have arrived and were not used yet."""
-        files = (path for path in self.arrivals.rglob("*.safetensors*") if path.is_file())
-        return sum(path.stat().st_blocks * 512 for path in files)
+        """The bytes of source files that have arrived, whole or in part, and were not used yet."""
+        files = [path for path in self.arrivals.rglob("*.safetensors*") if path.is_file()]
+        taken = ((path, path.stat().st_blocks * 512) for path in files)
+        return sum(size for path, size in taken if path.suffix == ".part" or size >= path.stat().st_size)
 
     def noted(self) -> Noted[Job, ShardRecord]:
         """What the journal says."""
