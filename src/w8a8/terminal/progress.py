@@ -27,6 +27,9 @@ PLAIN_INTERVAL_SECONDS = 5.0
 SPEED_SECONDS = 86_400
 """The speed is the average over this time: one layer may take many minutes."""
 
+KNOWN_SHARE = 0.01
+"""The share that has to be done before a line says how long the rest takes."""
+
 BYTES = "bytes"
 
 
@@ -107,7 +110,8 @@ class _Lines:
             self._console.print(clean(self._line(speed, said)), soft_wrap=True)
 
     def _line(self, speed: float, said: str) -> str:
-        left = f"{(self._total - self._done) / max(speed, 1e-9):.0f} s left"
+        known = self._done >= self._total * KNOWN_SHARE  # of what waits for a download, a header says nothing
+        left = f"{(self._total - self._done) / max(speed, 1e-9):.0f} s left" if known else ""
         if self._unit == BYTES:
             share = self._done / max(self._total, 1)
             done = f"{size(self._done)} of {size(self._total)} ({share:.0%}), {speed / 1e9:.2f} GB/s"
