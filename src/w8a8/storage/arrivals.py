@@ -28,6 +28,8 @@ from w8a8.storage.download import RemoteFile, download
 from w8a8.storage.folders import keep_only
 from w8a8.storage.writer import disk_errors
 
+MAX_SMALL_BYTES = 1 << 30
+"""The largest file beside the weights that is fetched; tokenizers have some 30 MB."""
 POLL_SECONDS = 0.2
 """How often one who waits for a shard looks whether the run was stopped."""
 
@@ -74,8 +76,10 @@ class Repository:
                 for early in {"config.json", INDEX} & {*files}:
                     _check(path / early, files[early])
                 for small in needed(files):
-                    if small not in shards and not (path / small).exists():
+                    if small not in shards and files[small].size <= MAX_SMALL_BYTES:
                         target = inside(path, small)
+                        if target.exists():
+                            continue
                         target.parent.mkdir(parents=True, exist_ok=True)
                         download(files[small], target)
                 return cls(name, commit, files, Checkpoint.open(path), folder)
