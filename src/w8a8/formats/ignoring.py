@@ -10,13 +10,22 @@ from collections.abc import Collection
 
 
 def whole_modules(quantized: Collection[str], left_alone: Collection[str]) -> list[str]:
-    """Patterns, as `re:` entries, for the outermost modules that hold layers left alone and no quantized one."""
+    """Patterns, as `re:` entries, for the outermost modules that hold layers left alone and no quantized one.
+
+    A layer beside the numbered ones counts as such a module: vLLM has Gemma 3n's `model.per_layer_model_projection` in
+    `model.self_decoder`.
+    """
     parts = {part for name in quantized for part in name.split(".")}
     outermost = (
-        next((part for part in name.split(".")[:-1] if not (part.isdigit() or part in parts)), None)
-        for name in left_alone
+        next((part for part in _modules(name) if not (part.isdigit() or part in parts)), None) for name in left_alone
     )
     return [within(part) for part in sorted({part for part in outermost if part})]
+
+
+def _modules(name: str) -> list[str]:
+    """The modules around a layer, and the layer itself if it lies beside the numbered ones."""
+    *around, own = name.split(".")
+    return [*around, own] if around and not any(part.isdigit() for part in around) else around
 
 
 def experts_left(left: Collection[str], quantized: Collection[str]) -> list[str]:
