@@ -68,7 +68,7 @@ def tried(folder: Path, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
             return {"dtype": dtype, "scores": scores(folder, prompts, dtype)}
         except Exception as failed:  # noqa: BLE001 - it is what the table says
             traceback.print_exc()
-            error = f"{type(failed).__name__}: {failed or traceback.extract_tb(failed.__traceback__)[-1].line}"
+            error = f"{type(failed).__name__}: {str(failed) or traceback.extract_tb(failed.__traceback__)[-1].line}"
         if "BF16" not in error and "bfloat16" not in error:
             break
     return {"dtype": dtype, "error": error, "known": not any(words in error for words in UNKNOWN)}
