@@ -63,8 +63,9 @@ verified and run. `make support` makes this table; it goes on where it was inter
   {runtime} is right.
 - **vLLM**: the largest difference of a log-probability from that reference, in nats, when stock vLLM {vllm} loads the
   result on a CPU and computes in FP32. At most {vllm_bound} is right; {bf16_bound} where vLLM computes in BF16 alone.
-  Where a CPU has no AMX, vLLM has no kernel for experts in INT8; its own configuration, loader and router run
-  there with that kernel replaced by plain torch. Its other operators run as plain PyTorch, too (`custom_ops: none`): on
+  Where a CPU has no AMX, vLLM has no kernel for experts in INT8, and its MLA asks for a weight that its kernel for
+  linear layers has let go; its own configuration, loader and router run there with the one kernel replaced by plain
+  torch, and an empty weight left by the other. Its other operators run as plain PyTorch, too (`custom_ops: none`): on
   CPUs its compiled rotary one is wrong for DeepSeek's attention, whatever the weights. Of models for text and images,
   the text decoder alone runs. Where the result is not right in vLLM, it runs the source too, and what that gives is
   compared with transformers' model of the source in FP32.

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,3 +65,10 @@ def test_what_is_neither_whole_nor_left_for_a_reason_is_refused_with_one() -> No
     assert len(refused) <= 6
     for model_type, failed in refused.items():
         assert re.match(r"plan: NothingToQuantizeError: .*since|run: UnsupportedSchemeError: ", failed), model_type
+
+
+def test_vllm_is_wrong_with_no_result_alone() -> None:
+    verdicts = Counter(map(table.in_vllm, KEPT.rows.values()))
+    assert [row.model_type for row in KEPT.rows.values() if not row.failed and not row.vllm] == []
+    assert verdicts[table.Verdict.OURS] == 0
+    assert verdicts[table.Verdict.RIGHT] >= 125
