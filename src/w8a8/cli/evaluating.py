@@ -15,12 +15,16 @@ from w8a8.errors import UsageError
 Examples:
 
 - `w8a8 eval gsm8k --base-url http://localhost:8000/v1`
+- `w8a8 eval gsm8k --base-url http://gpu1:8000/v1 --base-url http://gpu2:8000/v1`
 - `w8a8 eval gsm8k --ckpt ./gemma-W8A8 --limit 100`
 - `w8a8 eval gsm8k --ckpt ./gemma-3-270m-W8A8 --completions --data ./gsm8k --out results/quantized.json`
 """,
 )
 def eval_gsm8k(
-    base_url: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible server.")] = None,
+    base_url: Annotated[
+        list[str] | None,
+        typer.Option(help="Base URL of an OpenAI-compatible server. Repeatable: several that serve the same model."),
+    ] = None,
     ckpt: Annotated[
         str | None, typer.Option(metavar="CKPT", help="Checkpoint to serve during the run: folder or Hub id.")
     ] = None,
@@ -46,7 +50,7 @@ def eval_gsm8k(
         float, typer.Option(min=0, help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per answer.")] = 512,
-    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time.")] = 16,
+    concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Requests at the same time, to each server.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds before a request is tried again.")] = 600,
     out: Annotated[
         Path | None, typer.Option(help="Result file, ending in .json.", show_default="results/gsm8k-MODEL.json")
@@ -69,13 +73,13 @@ def eval_gsm8k(
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    if (base_url is None) == (ckpt is None):
+    if bool(base_url) == (ckpt is not None):
         raise UsageError("give --base-url of a running server, or --ckpt to serve a checkpoint")
     questions = load(data, shots=shots, limit=limit)
     with (
         interruptible("the answers so far are kept, and the same command goes on from there"),
         connected(
-            base_url,
+            base_url or (),
             ckpt,
             api_key=api_key,
             engine=engine,

@@ -3,7 +3,7 @@
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -20,7 +20,7 @@ HOST = "127.0.0.1"
 
 @contextmanager
 def connected(
-    base_url: str | None,
+    base_urls: Sequence[str],
     checkpoint: str | None,
     *,
     api_key: str | None,
@@ -29,7 +29,10 @@ def connected(
     timeout: float,
     notice: Callable[[str], None],
 ) -> Iterator[Server]:
-    """Yield the server at `base_url`, or serve `checkpoint` meanwhile. Raises UsageError and what `serving` raises."""
+    """Yield the servers at `base_urls`, or serve `checkpoint` meanwhile.
+
+    Raises UsageError and what `serving` raises.
+    """
     if checkpoint is not None:
         with serving(checkpoint, engine=engine, completions=completions, timeout=timeout, notice=notice) as server:
             yield server
@@ -37,7 +40,8 @@ def connected(
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()):
             raise UsageError("the API key (--api-key or OPENAI_API_KEY) is not printable ASCII, which HTTP requires")
-        yield Server(_address(base_url or ""), key, timeout)
+        first, *others = dict.fromkeys(map(_address, base_urls))
+        yield Server(first, key, timeout, tuple(others))
 
 
 @contextmanager

@@ -18,7 +18,8 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": KEY, "OMP_
 
 
 def run(url: str, data: Path, out: Path, *, key: str = KEY, timeout: float = 60, shots: int = 8, **how: Any) -> Result:
-    return evaluate(Server(url, key, timeout), load(data, shots=shots, limit=how.pop("limit", None)), out=out, **how)
+    server = Server(url, key, timeout, how.pop("others", ()))
+    return evaluate(server, load(data, shots=shots, limit=how.pop("limit", None)), out=out, **how)
 
 
 def command(*arguments: str) -> list[str]:

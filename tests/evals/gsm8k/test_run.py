@@ -93,6 +93,25 @@ def test_outcomes_do_not_depend_on_concurrency(data: Path, tmp_path: Path) -> No
     assert outcomes(tmp_path / "one.json") == outcomes(tmp_path / "many.json")
 
 
+def test_several_servers_share_the_questions(data: Path, tmp_path: Path) -> None:
+    with running_api(delay=0.01) as first, running_api(delay=0.01) as second:
+        run(first.url, data, tmp_path / "both.json", concurrency=2, others=(second.url,))
+        assert first.asked()
+        assert second.asked()
+        assert sorted([*first.asked(), *second.asked()]) == list(range(QUESTIONS))
+        assert max(first.most_under_way, second.most_under_way) == 2
+        run(first.url, data, tmp_path / "one.json")
+        assert f"{first.url}, {second.url}" in (tmp_path / "both.json").read_text()
+    assert outcomes(tmp_path / "both.json") == outcomes(tmp_path / "one.json")
+
+
+def test_a_server_that_has_another_model_ends_the_run_before_any_question(data: Path, out: Path) -> None:
+    with running_api() as first, running_api(models={"data": [{"id": "org/other"}]}) as second:
+        with pytest.raises(ServerError, match=rf"{second.url}: it has no model {MODEL}"):
+            run(first.url, data, out, others=(second.url,))
+        assert not first.asked()
+
+
 def test_progress_tells_accuracy_and_tokens_so_far(data: Path, out: Path) -> None:
     seen: list[Progress] = []
     with running_api() as api:

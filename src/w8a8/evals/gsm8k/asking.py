@@ -1,4 +1,4 @@
-"""Asks a server many questions at once, and reports each reply as it comes.
+"""Asks a server, or several that serve the same model, many questions at once; reports each reply as it comes.
 
 A request that fails, after the client's own retries, is a reply with an error. A server that cannot be reached, refuses
 the key or lacks the model would fail them all: asking for its models first finds that. If the server goes away later,
@@ -8,7 +8,7 @@ a number of failures in a row ends the run.
 import asyncio
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,18 @@ FAILURES_IN_A_ROW = 8
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """An OpenAI-compatible server: its base URL (most end in `/v1`) and its key."""
+    """An OpenAI-compatible server: its base URL (most end in `/v1`) and its key; `others` serve the same model."""
 
     base_url: str
     api_key: str
     timeout: float = 600
     """Seconds that each try of a request may take."""
+    others: tuple[str, ...] = ()
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The base URLs of all servers."""
+        return self.base_url, *self.others
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,18 +58,25 @@ class Reply:
 
 
 def find_model(server: Server, name: str | None) -> Model:
-    """Find the model `name`, or the only one that the server lists. Raises ServerError, also if there is none."""
-    with (
-        _explained(server.base_url),
-        connect(server.base_url, server.api_key, max_retries=0, timeout=30) as client,
-    ):
+    """Find the model `name`, or the only one that the first server lists; the others have to have it, too.
+
+    Raises ServerError, also if there is none.
+    """
+    found = _find_model(server.base_url, server.api_key, name)
+    for url in server.others:
+        _find_model(url, server.api_key, found.name)
+    return found
+
+
+def _find_model(url: str, api_key: str, name: str | None) -> Model:
+    with _explained(url), connect(url, api_key, max_retries=0, timeout=30) as client:
         listed = {str(model.id): str(getattr(model, "owned_by", "")) for model in client.models.list().data}
     known = ", ".join(list(listed)[:5]) or "none"
     if name is None and len(listed) != 1:
-        raise ServerError(f"{server.base_url}: which model? --model names one of those it lists: {known}")
+        raise ServerError(f"{url}: which model? --model names one of those it lists: {known}")
     chosen = name if name is not None else next(iter(listed))
     if chosen not in listed:
-        raise ServerError(f"{server.base_url}: it has no model {chosen}; it lists: {known}")
+        raise ServerError(f"{url}: it has no model {chosen}; it lists: {known}")
     return Model(chosen, listed[chosen])
 
 
@@ -74,10 +87,11 @@ def ask_all(
     concurrency: int,
     answered: Callable[[int, Reply, float], None],
 ) -> None:
-    """Send `requests`, `concurrency` at a time; call `answered(key, reply, seconds since the start)` for each reply.
+    """Send `requests`, `concurrency` at a time to each server, whichever is free first.
 
-    A request with `messages` goes to the chat endpoint, one with `prompt` to the completions endpoint. Raises
-    ServerError if the server refuses them all; replies before that have been reported.
+    `answered(key, reply, seconds since the start)` is called for each reply. A request with `messages` goes to the chat
+    endpoint, one with `prompt` to the completions endpoint. Raises ServerError if a server refuses them all; replies
+    before that have been reported.
     """
     asyncio.run(_ask_all(server, requests, concurrency, answered))
 
@@ -90,19 +104,21 @@ async def _ask_all(
 ) -> None:
     start = time.monotonic()
     waiting = iter(requests.items())
-    failures = FailuresInARow(server.base_url, min(len(requests), max(FAILURES_IN_A_ROW, 2 * concurrency)))
 
-    async def work(client: Any) -> None:
+    async def work(client: Any, failures: FailuresInARow) -> None:
         for key, request in waiting:
             reply = await _ask(client, request)
             answered(key, reply, time.monotonic() - start)
             failures.count(reply)
 
-    client = connect_async(server.base_url, server.api_key, max_retries=RETRIES, timeout=server.timeout)
     try:
-        async with client, asyncio.TaskGroup() as group:
-            for _ in range(min(concurrency, len(requests))):
-                group.create_task(work(client))
+        async with AsyncExitStack() as clients, asyncio.TaskGroup() as group:
+            for url in server.urls:
+                client = connect_async(url, server.api_key, max_retries=RETRIES, timeout=server.timeout)
+                await clients.enter_async_context(client)
+                failures = FailuresInARow(url, min(len(requests), max(FAILURES_IN_A_ROW, 2 * concurrency)))
+                for _ in range(min(concurrency, len(requests))):
+                    group.create_task(work(client, failures))
     except ExceptionGroup as failed:  # the first ended the others
         raise failed.exceptions[0] from None
 

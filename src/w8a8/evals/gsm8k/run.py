@@ -200,7 +200,7 @@ def evaluate(
         # 5) Build the result from all outcomes, sorted by question, and write it.
         result = Result(
             model=found.name,
-            base_url=_without_credentials(server.base_url),
+            base_url=", ".join(map(_without_credentials, server.urls)),
             protocol=protocol,
             versions=_versions(found),
             started=journal.started,
