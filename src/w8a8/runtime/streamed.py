@@ -34,6 +34,16 @@ LAYERS = ("layers", "h", "blocks")
 """What decoders call the list of their layers."""
 
 
+def body_of(model: Any) -> Any:
+    """The part of a model whose last states its head reads; the model itself where it has no such part."""
+    return model.base_model if model.base_model is not model else _decoder(model)
+
+
+def _decoder(model: Any) -> Any:
+    decoder = model.get_decoder()
+    return getattr(decoder, "model", decoder)  # some say that it is the model with the head
+
+
 class StreamedModel:
     """A causal language model of `count` layers, hollow: `layer(i)` fills one with its weights.
 
@@ -53,8 +63,7 @@ class StreamedModel:
             _assign_is_quantized(self.model)  # some layers then leave their weights alone
         self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
         self._named = {self._fitted.places[t.name]: t for t in tensors if t.name not in self._fitted.changed}
-        decoder = self.model.get_decoder()
-        decoder = getattr(decoder, "model", decoder)  # some say that it is the model with the head
+        decoder = _decoder(self.model)
         layers = next(
             (found for name in LAYERS if isinstance(found := getattr(decoder, name, None), nn.ModuleList)), None
         )
@@ -63,7 +72,7 @@ class StreamedModel:
                 f"{name}: {type(self.model).__name__} is no stack of decoder layers with a head"
             )
         self._layers: Any = layers
-        self._body = decoder if self.model.base_model is self.model else self.model.base_model
+        self._body = body_of(self.model)
         if getattr(decoder.config, "num_kv_shared_layers", 0):
             raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
 

@@ -39,10 +39,10 @@ def stacked(source: Path, out: Path) -> Path:
     return write_checkpoint(out, {n: (dtype_name(t), bits(t)) for n, t in stored.items()}, config=config, shards=2)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gemma4", "llama4"])
 def test_a_mixture_in_fp8_is_its_dense_copy(tmp_path: Path, family: str) -> None:
     source, fp8, dense = make(tmp_path / family, family), tmp_path / "fp8", tmp_path / "dense"
-    _ = stacked(source, fp8) if family == "gemma4" else rewrite(source, fp8, "fp8")
+    _ = rewrite(source, fp8, "fp8") if family == "qwen3_moe" else stacked(source, fp8)
     w8a8.convert(fp8, dense, "bf16")
     assert prepare(dense, fp8, COUNTING, context=16).streamed
     assert measure(dense, fp8, COUNTING, context=16).max == 0
@@ -51,8 +51,11 @@ def test_a_mixture_in_fp8_is_its_dense_copy(tmp_path: Path, family: str) -> None
 
 
 def test_what_cannot_be_streamed_has_a_way_out(tmp_path: Path) -> None:
-    fp8 = stacked(make(tmp_path / "llama4", "llama4"), tmp_path / "fp8")
-    with pytest.raises(UnsupportedModelError, match=r"no stack of decoder layers.*`w8a8 convert .* --format bf16`"):
+    fp8 = stacked(make(tmp_path / "gemma4", "gemma4"), tmp_path / "fp8")
+    config = json.loads((fp8 / "config.json").read_text())
+    config.get("text_config", config).update(num_kv_shared_layers=1, layer_types=2 * ["full_attention"])
+    (fp8 / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModelError, match=r"share keys and values.*`w8a8 convert .* --format bf16`"):
         measure(fp8, fp8, COUNTING, context=16)
 
 

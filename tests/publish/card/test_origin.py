@@ -51,7 +51,7 @@ def test_from_the_hub_it_has_base_model_revision_and_license(
     readme = b"---\nlicense: other\nlicense_name: terms\nlicense_link: TERMS\n---\n# Llama\n"
     with local_hub({"org/llama": {**folder_bytes(source), "README.md": readme}}) as hub:
         env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
-        assert cli("quantize", "org/llama", tmp_path / "out", env=env).returncode == 0
+        assert cli("quantize", "org/llama", tmp_path / "out", "--cache", env=env).returncode == 0
         asked = len(hub.requests)
         run = cli("card", tmp_path / "out", env=env)
         assert run.returncode == 0, run.stderr

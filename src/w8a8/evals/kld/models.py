@@ -25,7 +25,7 @@ try:
     import torch
 
     from w8a8.runtime.loading import engine_errors, load_config, load_model
-    from w8a8.runtime.streamed import StreamedModel, forward
+    from w8a8.runtime.streamed import StreamedModel, body_of, forward
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
 
@@ -60,7 +60,7 @@ class Predictor:
         """
         self.name = name
         self.model = load_model(name, folder, dtype or "auto")
-        if self.model.base_model is self.model or self.model.get_output_embeddings() is None:
+        if self.model.get_output_embeddings() is None or body_of(self.model) is self.model:
             kind = type(self.model).__name__
             raise EngineError(f"{name}: {kind} predicts no tokens; a model that generates text is needed")
         self.device = self.model.device
@@ -72,7 +72,7 @@ class Predictor:
         Exhaust one such iterator before the next: until then the body's `forward` is replaced. Raises EngineError, also
         when out of memory.
         """
-        body = self.model.base_model
+        body = body_of(self.model)
         read = body.forward
         whole: Any = None
 
