@@ -25,6 +25,7 @@ from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wa
 from w8a8 import dry_run, quantize
 from w8a8.errors import HubError, W8A8Error
 from w8a8.storage import download
+from w8a8.storage.folders import taken
 
 Files = Mapping[str, bytes]
 SHARDS = 4
@@ -162,18 +163,11 @@ def test_no_more_is_held_than_the_budget(hub: Hub, tmp_path: Path) -> None:
 
     def look(_: int) -> None:
         files = (tmp_path / ".out.w8a8" / "source").rglob("*.safetensors*")
-        held.append(sum(_blocks(file) for file in files))
+        held.append(sum(map(taken, files)))
 
     quantize("org/large", tmp_path / "out", disk_budget=5_000_000, workers=1, advance=look)
     assert 2_000_000 < max(held) < 5_000_000 + 8 * 20_000
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 8
-
-
-def _blocks(file: Path) -> int:
-    try:
-        return file.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0
 
 
 def test_scales_in_another_shard_are_there(hub: Hub, tmp_path: Path) -> None:

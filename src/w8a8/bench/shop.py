@@ -4,7 +4,6 @@
 answers what huggingface_hub and `w8a8 quantize` ask of the Hub for a download, and no more.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -16,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from w8a8.checkpoint.stream import file_sha256
 
 COMMIT = "c0ffee" * 6 + "beef"
 REPOSITORY = "org/model"
@@ -41,7 +42,7 @@ def main() -> None:
     """Serve until standard input ends."""
     folder, pace = Path(sys.argv[1]), Pace(float(sys.argv[2]))
     files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-    digests = {name: _sha256(path) for name, path in files.items()}
+    digests = {name: file_sha256(path) for name, path in files.items()}
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -94,11 +95,6 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     print(f"http://127.0.0.1:{server.server_port}", flush=True)
     sys.stdin.read()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _model(files: dict[str, Path], digests: dict[str, str]) -> Any:

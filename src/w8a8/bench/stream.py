@@ -7,27 +7,27 @@ source files that it holds, whole or on their way.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.bench.process import timed
-from w8a8.bench.quantize import Row, make_checkpoint
+from w8a8.bench.quantize import Contender, Row, make_checkpoint, race
 from w8a8.bench.shop import REPOSITORY
-from w8a8.errors import W8A8Error
+from w8a8.execute.staging import Staging
 from w8a8.terminal.output import plain_table
 
 DOWNLOAD, HERE, STREAM = "download alone", "quantize a folder", "quantize from the Hub"
 LOOK_SECONDS = 0.1
 
-_DOWNLOAD = "import sys; from huggingface_hub import snapshot_download; snapshot_download(sys.argv[1])"
+_DOWNLOAD = (
+    "import sys; from huggingface_hub import snapshot_download; snapshot_download(sys.argv[1], local_dir=sys.argv[2])"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,38 +56,26 @@ def bench(
     gib: float, megabytes: float, *, runs: int, folder: Path, notice: Callable[[str], None] = lambda _: None
 ) -> StreamResult:
     """Make the checkpoint (once), and time the contenders `runs` times by turns, at `megabytes` a second."""
-    folder = folder.absolute()
+    folder = folder.resolve()
     source = folder / f"gemma-4-31b-layers-{gib:g}GiB"
     make_checkpoint(source, gib, notice)
-    seconds: dict[str, list[float]] = {DOWNLOAD: [], HERE: [], STREAM: []}
-    peaks: dict[str, float] = dict.fromkeys(seconds, 0.0)
-    disk = 0
     with tempfile.TemporaryDirectory(dir=folder) as scratch, _served(source, megabytes * 1e6) as url:
-        work = Path(scratch)
-        out = work / "out"
+        out = Path(scratch) / "out"
+        environment = {
+            "HF_ENDPOINT": url, "HF_HOME": f"{scratch}/hf", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NUMBA_CACHE_DIR": f"{scratch}/numba",
+        }  # fmt: skip
         quantize = [sys.executable, "-m", "w8a8", "quantize", "--quiet"]
         commands = {
-            DOWNLOAD: [sys.executable, "-c", _DOWNLOAD, REPOSITORY],
+            DOWNLOAD: [sys.executable, "-c", _DOWNLOAD, REPOSITORY, str(out)],
             HERE: [*quantize, str(source), str(out)],
             STREAM: [*quantize, REPOSITORY, str(out)],
         }
-        environment = {
-            "HF_ENDPOINT": url, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NUMBA_CACHE_DIR": str(folder / "numba"),
-        }  # fmt: skip
-        for run in range(-1, runs):  # the first round fills the page cache and the JIT cache
-            for name, command in commands.items():
-                took, peak, held = _timed(command, environment, out)
-                shutil.rmtree(work / "hf", ignore_errors=True)
-                shutil.rmtree(out, ignore_errors=True)
-                os.sync()
-                if run >= 0:
-                    notice(f"run {run + 1}/{runs}  {name}: {took:.2f} s, {peak:.0f} MiB")
-                    seconds[name].append(took)
-                    peaks[name], disk = max(peaks[name], peak), max(disk, held)
+        contenders = [Contender(name, command, lambda _run: environment) for name, command in commands.items()]
+        with _watched(Staging.of(out)) as held:
+            rows = race(contenders, runs, out, {}, notice)
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    rows = tuple(Row(name, tuple(seconds[name]), peaks[name]) for name in seconds)
-    return StreamResult(size, len(os.sched_getaffinity(0)), megabytes * 1e6, rows, disk)
+    return StreamResult(size, len(os.sched_getaffinity(0)), megabytes * 1e6, rows, max(held))
 
 
 def show(result: StreamResult, say: Callable[[Any], None]) -> None:
@@ -120,28 +108,19 @@ def _served(folder: Path, rate: float) -> Iterator[str]:
             server.stdin.close()
 
 
-def _timed(command: list[str], environment: Mapping[str, str], out: Path) -> tuple[float, float, int]:
-    """Seconds, peak memory in MiB, and the most bytes of source files held beside OUT."""
+@contextmanager
+def _watched(staging: Staging) -> Iterator[list[int]]:
+    """The bytes of source files that a run holds, looked at until the context ends."""
     ended, held = threading.Event(), [0]
 
     def look() -> None:
         while not ended.wait(LOOK_SECONDS):
-            held.append(sum(map(_taken, (out.parent / f".{out.name}.w8a8" / "source").rglob("*.safetensors*"))))
+            held.append(staging.arrived())
 
     watcher = threading.Thread(target=look)
     watcher.start()
     try:
-        run = timed(command, environment)
+        yield held
     finally:
         ended.set()
         watcher.join()
-    if run.returncode:
-        raise W8A8Error(f"{' '.join(command[:4])} ... failed: {run.complaint}")
-    return run.seconds, run.peak_mib, max(held)
-
-
-def _taken(file: Path) -> int:
-    try:
-        return file.stat().st_blocks * 512
-    except FileNotFoundError:
-        return 0

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
 from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, Checkpoint, require_config, weight_files
-from w8a8.checkpoint.source import cached, hub_id, refuse_pickles, refused
+from w8a8.checkpoint.source import cached, hub_id, look_up, refused
 from w8a8.errors import HubError, W8A8Error
 from w8a8.reading import MAX_JSON_BYTES, reading
 
@@ -40,13 +40,7 @@ def remote_id(source: str | Path) -> tuple[str, str | None] | None:
         if path.exists():
             return None
     repo, revision = hub_id(source)
-    try:
-        if folder := cached(repo, revision):
-            Checkpoint.open(folder)
-            return None
-    except W8A8Error:
-        pass
-    return repo, revision
+    return None if _cached(repo, revision) else (repo, revision)
 
 
 def open_headers(source: str | Path) -> Checkpoint:
@@ -60,25 +54,26 @@ def open_headers(source: str | Path) -> Checkpoint:
         if path.is_dir() or (is_gguf(path) and path.is_file()):
             return Checkpoint.open(path)
     repo, revision = hub_id(source)
-    try:
-        folder = cached(repo, revision)
-        found = Checkpoint.open(folder) if folder else _open_remote(repo, revision)
-    except W8A8Error:
-        if folder is None:
-            raise
-        found = _open_remote(repo, revision)
+    found = _cached(repo, revision) or _open_remote(repo, revision)
     return replace(found, path=Path(repo))
 
 
+def _cached(repo: str, revision: str | None) -> Checkpoint | None:
+    """Open a repository in the cache; None where it is not there, or not whole."""
+    folder = cached(repo, revision)
+    try:
+        return Checkpoint.open(folder) if folder else None
+    except W8A8Error:
+        return None
+
+
 def _open_remote(repo: str, revision: str | None) -> Checkpoint:
-    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
 
     label = repo + (f"@{revision}" if revision else "")
     try:
-        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        info = look_up(label, repo, revision)
         names = {file.rfilename for file in info.siblings or ()}
-        refuse_pickles(label, names)
         with TemporaryDirectory(prefix="w8a8-headers-") as folder, called(label, folder):
             lay_out(HubFiles(repo, info.sha), names, Path(folder))
             return Checkpoint.open(folder)

@@ -112,7 +112,6 @@ def _local(path: Path) -> Source:
 
 
 def _download(repo: str, revision: str | None) -> Source:
-    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HFValidationError,
         HTTPError,  # of whichever HTTP library this version of huggingface_hub is built on
@@ -124,9 +123,7 @@ def _download(repo: str, revision: str | None) -> Source:
 
     label = repo + (f"@{revision}" if revision else "")
     try:
-        # The one request that does not retry for half a minute before it says that there is no network.
-        info = HfApi().model_info(repo, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+        look_up(label, repo, revision)
         folder = _fetch(repo, revision)
     except (HFValidationError, RevisionNotFoundError, RepositoryNotFoundError) as error:
         raise refused(label, error) from error
@@ -163,6 +160,19 @@ def needed(names: Iterable[str]) -> list[str]:
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     return list(filter_repo_objects(names, ignore_patterns=list(_NOT_FETCHED)))
+
+
+def look_up(label: str, repo: str, revision: str | None, *, sizes: bool = False) -> Any:
+    """Ask the Hub for a model's commit and files, with their `sizes` and hashes if these are asked for.
+
+    Raises what `refuse_pickles` raises, and errors of huggingface_hub.
+    """
+    from huggingface_hub import HfApi, constants
+
+    # The one request that does not retry for half a minute before it says that there is no network.
+    info = HfApi().model_info(repo, revision=revision, files_metadata=sizes, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+    return info
 
 
 def refuse_pickles(label: str, files: Iterable[str]) -> None:

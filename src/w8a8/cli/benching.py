@@ -15,6 +15,9 @@ Vllm = Annotated[
     ),
 ]
 Runs = Annotated[int, typer.Option(min=1, help="Turns of each contender; medians are shown.")]
+Gib = Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")]
+Folder = Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")]
+FOLDER = Path(".cache/bench")
 Peers = Annotated[
     bool, typer.Option("--peers", help="Also run AMD Quark 0.13 and llm-compressor 0.14, in environments built here.")
 ]
@@ -32,15 +35,13 @@ Examples:
 """,
 )
 def bench_quantize(
-    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
+    gib: Gib = 4,
     runs: Runs = 5,
     peers: Peers = False,
     experts: Annotated[
         bool, typer.Option("--experts", help="Compare with mixtures of 128 experts instead; needs 5 times the size.")
     ] = False,
-    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
-        ".cache/bench"
-    ),
+    folder: Folder = FOLDER,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -71,12 +72,10 @@ Examples:
 """,
 )
 def bench_stream(
-    gib: Annotated[float, typer.Option(min=0.1, help="Size of the checkpoint that is made, in GiB.")] = 4,
+    gib: Gib = 4,
     mbps: Annotated[float, typer.Option(min=1, help="Megabytes a second that the server gives.")] = 300,
     runs: Runs = 5,
-    folder: Annotated[Path, typer.Option("--dir", help="Folder to work in; needs about 2.6 times the size.")] = Path(
-        ".cache/bench"
-    ),
+    folder: Folder = FOLDER,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -27,7 +27,7 @@ from w8a8.checkpoint.stream import Identity, file_sha256, is_whole
 from w8a8.errors import TargetExistsError, UnwritableError, UsageError
 from w8a8.execute.shard import ShardRecord
 from w8a8.execute.workers import each
-from w8a8.storage.folders import acquire, keep_only, remove, sync_folder
+from w8a8.storage.folders import acquire, keep_only, remove, sync_folder, taken
 from w8a8.storage.journal import Journal, Noted, differing
 from w8a8.storage.writer import disk_errors
 
@@ -97,10 +97,9 @@ class Staging:
         return self.home / "source"
 
     def arrived(self) -> int:
-        """The bytes of source files that have arrived, whole or in part, and were not used yet."""
-        files = [path for path in self.arrivals.rglob("*.safetensors*") if path.is_file()]
-        taken = ((path, path.stat().st_blocks * 512) for path in files)
-        return sum(size for path, size in taken if path.suffix == ".part" or size >= path.stat().st_size)
+        """The bytes of source files that have arrived, whole or in part, and were not used yet; also beside a run."""
+        names = [Path(place) / name for place, _, files in os.walk(self.arrivals) for name in files]
+        return sum(taken(path) for path in names if path.suffix == ".part" or _is_dense(path))
 
     def noted(self) -> Noted[Job, ShardRecord]:
         """What the journal says."""
@@ -254,6 +253,14 @@ def _those(names: Iterable[str], hold: Callable[[str, Callable[[], bool]], bool]
 
     each(names, look, workers)
     return found
+
+
+def _is_dense(path: Path) -> bool:
+    """Whether a shard takes as much room as it has bytes."""
+    try:
+        return path.suffix == ".safetensors" and taken(path) >= path.stat().st_size
+    except FileNotFoundError:
+        return False
 
 
 def _take_rights(like: Path, folder: Path) -> None:

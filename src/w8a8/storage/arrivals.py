@@ -20,12 +20,12 @@ from typing import Any, Self
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.checkpoint.remote import MAX_FILE_BYTES, HubFiles, called, lay_out
-from w8a8.checkpoint.source import needed, refuse_pickles, refused, unreachable
+from w8a8.checkpoint.source import look_up, needed, refused, unreachable
 from w8a8.checkpoint.stream import Identity, Stopped, is_whole
 from w8a8.errors import HubError
 from w8a8.reading import show
 from w8a8.storage.download import RemoteFile, download
-from w8a8.storage.folders import keep_only
+from w8a8.storage.folders import remove, taken
 from w8a8.storage.writer import disk_errors
 
 MAX_SMALL_BYTES = 1 << 30
@@ -53,7 +53,6 @@ class Repository:
 
         Raises `HubError`, `SourceNotFoundError`, `PickleOnlyError`, and what `Checkpoint.open` raises.
         """
-        from huggingface_hub import HfApi, constants
         from huggingface_hub.errors import (  # type: ignore[attr-defined]
             HTTPError,
             OfflineModeIsEnabled,
@@ -63,12 +62,9 @@ class Repository:
 
         label = name + (f"@{revision}" if revision else "")
         try:
-            info = HfApi().model_info(
-                name, revision=revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
-            )
+            info = look_up(label, name, revision, sizes=True)
             commit = str(info.sha)
             files = {file.name: file for file in _listed(name, commit, info.siblings or ())}
-            refuse_pickles(label, files)
             folder = TemporaryDirectory(prefix="w8a8-headers-")
             path = Path(folder.name)
             with called(label, path):
@@ -116,12 +112,12 @@ def _check(path: Path, file: RemoteFile) -> None:
     """Raise `HubError` unless the file at `path` has the hash that the Hub gives for it."""
     digest = file.digest()
     digest.update(path.read_bytes())
-    if digest.hexdigest() != (file.sha256 or file.blob):
+    if digest.hexdigest() != file.hash:
         raise HubError(f"{path}: its hash is not the one that the Hub gives for it; give the same command again")
 
 
 class Arrivals:
-    """The shards of a repository in `folder`, in the order of `names`, within `budget` bytes."""
+    """The shards of a repository in a folder of its commit, within `budget` bytes."""
 
     def __init__(
         self,
@@ -231,8 +227,7 @@ class Arrivals:
             home.mkdir(parents=True, exist_ok=True)
             for entry in home.iterdir():
                 if entry != self.folder:
-                    keep_only(entry, ())
-                    entry.rmdir()
+                    remove(entry)
             self.folder.mkdir(exist_ok=True)
             for path in sorted(source.rglob("*")):
                 target = self.folder / path.relative_to(source)
@@ -248,7 +243,7 @@ class Arrivals:
     def _is_there(self, name: str, target: Path) -> bool:
         """Whether an earlier run has downloaded a shard: it takes as much room as it has bytes, and has the hash."""
         file = self._repository.files[name]
-        dense = target.is_file() and target.stat().st_blocks * 512 >= file.size
+        dense = target.is_file() and taken(target) >= file.size
         return dense and file.sha256 != "" and is_whole(target, file.size, file.sha256)
 
     def _write_stub(self, name: str) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from w8a8.checkpoint.stream import BLOCK_BYTES, Stopped
 from w8a8.errors import HubError
+from w8a8.storage.folders import remove
 from w8a8.storage.writer import disk_errors
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class RemoteFile:
     size: int
     sha256: str = ""
     blob: str = ""
+
+    @property
+    def hash(self) -> str:
+        """The hash that the Hub gives, in hex."""
+        return self.sha256 or self.blob
 
     def digest(self) -> "_Hash":
         """A hash that has seen what comes before the file's bytes."""
@@ -94,7 +100,7 @@ def download(
                     advance(len(chunk))
             if size < file.size:
                 raise _FailedError(f"the connection ended at byte {size:,} of {file.size:,}")
-            if digest.hexdigest() != (file.sha256 or file.blob):
+            if digest.hexdigest() != file.hash:
                 raise _FailedError("its hash is not the one that the Hub gives for it", over=True)
         except _FailedError as failure:
             failed, wrong = (failed + 1 if size <= before else 1), wrong + failure.over
@@ -118,7 +124,8 @@ def _begun(file: RemoteFile, part: Path, stopped: Callable[[], bool]) -> tuple["
     """What an earlier call has left: the hash of it, and its bytes. What is no file, or too long, is removed."""
     digest, size = file.digest(), 0
     if part.is_symlink() or (part.exists() and (not part.is_file() or part.stat().st_size > file.size)):
-        part.unlink()
+        with disk_errors(part):
+            remove(part)
     if part.exists():
         with disk_errors(part), part.open("rb") as begun:
             while block := begun.read(BLOCK_BYTES):

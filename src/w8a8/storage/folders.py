@@ -75,6 +75,14 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def taken(path: Path) -> int:
+    """The bytes that a file takes on the disk, which for a sparse one are few; 0 where it is gone."""
+    try:
+        return path.stat().st_blocks * 512
+    except FileNotFoundError:
+        return 0
+
+
 def keep_only(folder: Path, files: Collection[str]) -> None:
     """Make `folder` if need be, and remove all that lies in it but its `files`. Raises `OSError`."""
     if folder.is_symlink() or not folder.is_dir():
