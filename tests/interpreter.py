@@ -1,4 +1,7 @@
-"""Triton's interpreter, in a process of its own: it is chosen before Triton is imported, and excludes compiling."""
+"""Triton's kernels without a GPU, by its interpreter; with `W8A8_GPU=1`, on the GPU of this machine.
+
+The interpreter runs in a process of its own: it is chosen before Triton is imported, and excludes compiling.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -16,7 +19,10 @@ Interpreted = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Interpreted]:
-    """Calls functions where Triton's kernels are interpreted, on the CPU."""
+    """Calls functions where Triton's kernels are interpreted, on the CPU; with `W8A8_GPU=1`, on the GPU."""
+    if os.environ.get("W8A8_GPU") == "1":
+        yield _on_gpu
+        return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin) as process:
         yield lambda module, name, *args, **kwargs: process.submit(_call, module, name, args, kwargs).result()
 
@@ -24,6 +30,25 @@ def interpreted() -> Iterator[Interpreted]:
 def _call(module: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     with np.errstate(all="ignore"):
         return getattr(import_module(module), name)(*args, **kwargs)
+
+
+def _on_gpu(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function with tensors on the GPU, laid out as they are here, and bring its result back."""
+    import torch
+    from torch.utils._pytree import tree_map
+
+    def there(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        storage = value.untyped_storage().cuda()
+        moved = torch.empty(0, dtype=value.dtype, device="cuda")
+        return moved.set_(storage, value.storage_offset(), value.size(), value.stride())
+
+    def here(value: Any) -> Any:
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    args, kwargs = tree_map(there, (args, kwargs))
+    return tree_map(here, getattr(import_module(module), name)(*args, **kwargs))
 
 
 def _begin() -> None:

@@ -25,6 +25,7 @@ import triton
 from w8a8.bench.contenders import PEERS, Problem, able, check, problems, torch_kernels, vllm_kernels
 from w8a8.bench.contest import Clock, DeviceClock, race
 from w8a8.bench.model import HIDDEN, INTERMEDIATE, KV, Q
+from w8a8.bench.tuning import compile_ahead
 from w8a8.bench.tuning import tune as find_tile
 from w8a8.bench.vllm_kernel import Vllm, find_vllm
 from w8a8.errors import NoDeviceError, SelfCheckError
@@ -161,6 +162,9 @@ def bench(
     with torch.inference_mode():
         # 2) Find and store the best tiles, if asked for.
         if tune:
+            if device.type == "cuda":
+                count = compile_ahead(arch, [(m, n, k) for n, k in layers for m in tokens])
+                notice(f"{count} kernels compiled")
             found = [find_tile(arch, problem, peer, clock, notice) for problem in problems(layers, tokens, device)]
             with disk_errors(tiles.store_path(arch), resumable=False):
                 path = tiles.store(arch, found)

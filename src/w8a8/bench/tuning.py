@@ -1,13 +1,22 @@
-"""Tuning: the fastest tile for each product, found by timing candidates on the GPU that is here."""
+"""Tuning: the fastest tile for each product, found by timing candidates on the GPU that is here.
+
+Compiling takes most of the time, so all kernels are compiled before, on all cores, into Triton's cache.
+"""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 
 from w8a8.bench.contenders import Problem, able, check, takes_cutlass, vllm_kernels
 from w8a8.bench.contest import Clock, Work, race
+from w8a8.bench.targets import target
 from w8a8.bench.vllm_kernel import Vllm
 from w8a8.kernels.gpu import tiles
+from w8a8.kernels.gpu.int8 import scaled_int8_mm
 from w8a8.kernels.gpu.tiles import Tile, Tuned
 
 _FINAL_RUNS = 7
@@ -36,6 +45,31 @@ def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
                 except ValueError:
                     continue  # a neighbour that no kernel can have
     return list(tried)
+
+
+def compile_ahead(arch: str, sizes: Iterable[tuple[int, int, int]], workers: int | None = None) -> int:
+    """Compile all candidates for products of the `sizes` (M, N, K) into Triton's cache; return how many there are.
+
+    Sizes that differ by multiples of 16 share kernels. `workers` processes, by default one a core, need no GPU.
+    """
+    kernels: dict[tuple[Tile, bool, bool], tuple[Tile, int]] = {}
+    for m, n, k in sizes:
+        for tile in candidates(arch, m, n, k):
+            tail = k % (tile.block_k * tile.unroll) != 0
+            kernels.setdefault((replace(tile, split_k=1), tile.split_k > 1, tail), (tile, k))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_compile, arch), kernels.values()))
+    return len(kernels)
+
+
+def _compile(arch: str, kernel: tuple[Tile, int]) -> None:
+    """Compile a product of K inputs for `arch`, if it can be; `tune` says of a tile that it cannot."""
+    import torch
+
+    tile, k = kernel
+    x, scales = torch.empty(16, k, dtype=torch.int8, device="meta"), torch.empty(16, 1, device="meta")
+    with target(arch), suppress(Exception):
+        scaled_int8_mm(x, x, scales, scales, None, torch.bfloat16, tile=tile)
 
 
 def tune(arch: str, problem: Problem, peer: Vllm | None, clock: Clock, notice: Callable[[str], None]) -> Tuned:
