@@ -24,6 +24,7 @@ from w8a8.storage.arrivals import Arrivals, Repository
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
+    from w8a8.execute.delivery import Delivery
     from w8a8.execute.shard import Finished
 
 Advance = Callable[[int], None]
@@ -152,6 +153,7 @@ def quantize(
     hash_source: bool = False,
     cache: bool = False,
     disk_budget: int | None = None,
+    delivery: "Delivery | None" = None,
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
@@ -172,6 +174,7 @@ def quantize(
         cache: download a model from the Hub whole, into its cache, before it is quantized.
         disk_budget: bytes of source files to hold while a model is downloaded as it is quantized; default: two shards
             per worker.
+        delivery: where the result goes besides, shard by shard, or instead.
         advance: called with numbers of source bytes as they are done.
         notice: called with sentences for the user.
 
@@ -179,7 +182,8 @@ def quantize(
         W8A8Error: whatever went wrong; `out` is untouched.
     """
     job = prepare(source, options, cache=cache)
-    with calibrated(job, out, overwrite=overwrite, notice=notice) as ready:
+    appears = delivery is None or not delivery.departs
+    with calibrated(job, out, overwrite=overwrite, appears=appears, notice=notice) as ready:
         return run(
             ready,
             out,
@@ -187,6 +191,7 @@ def quantize(
             workers=workers,
             hash_source=hash_source,
             disk_budget=disk_budget,
+            delivery=delivery,
             advance=advance,
             notice=notice,
         )
@@ -198,10 +203,14 @@ def calibrated(
     out: str | Path,
     *,
     overwrite: bool = False,
+    appears: bool = True,
     progress: Progress = lambda _layers: nullcontext(lambda _: None),
     notice: Notice = lambda _: None,
 ) -> Iterator[Job]:
-    """Add to the job what calibration finds, if a recipe asks for any; `run` it before the context ends."""
+    """Add to the job what calibration finds, if a recipe asks for any; `run` it before the context ends.
+
+    `appears` says that `out` itself will be made.
+    """
     if job.request is None:
         yield job
         return
@@ -218,6 +227,7 @@ def calibrated(
         job.make,
         Path(out),
         overwrite=overwrite,
+        appears=appears,
         progress=progress,
         notice=notice,
     ) as found:
@@ -232,12 +242,18 @@ def run(
     workers: int | None = None,
     hash_source: bool = False,
     disk_budget: int | None = None,
+    delivery: "Delivery | None" = None,
     advance: Advance = lambda _: None,
     arrived: Advance = lambda _: None,
+    sent: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
-    """Carry out a prepared job; see `quantize`. `arrived` is called with numbers of bytes as they are downloaded."""
+    """Carry out a prepared job; see `quantize`.
+
+    `arrived` is called with numbers of bytes as they are downloaded, `sent` as they are sent with the `delivery`.
+    """
     from w8a8.execute import execute
+    from w8a8.execute.delivery import HERE
     from w8a8.execute.workers import worker_count
 
     workers = workers or worker_count()
@@ -258,6 +274,8 @@ def run(
         finished=job.finished,
         hash_source=hash_source,
         arriving=arriving,
+        delivery=delivery or HERE,
+        sent=sent,
     )
     return QuantizeResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed)
 

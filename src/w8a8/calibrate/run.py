@@ -43,20 +43,23 @@ def calibrated(
     out: Path,
     *,
     overwrite: bool,
+    appears: bool = True,
     progress: Progress,
     notice: Callable[[str], None],
 ) -> Iterator[Calibrated]:
     """Calibrate the model of `view` for the folder `out`; use the result before the context ends.
 
     `make` makes the plan, given what calibration adds to it. `progress(layers)` shows how many layers are done: first
-    those that costs are measured in, forwards and backwards, then those that are calibrated. The files are removed when
-    the context ends without an error; else the same job goes on from them.
+    those that costs are measured in, forwards and backwards, then those that are calibrated. `appears` says that `out`
+    itself will be made. The files are removed when the context ends without an error; else the same job goes on from
+    them.
     Raises the errors of `Staging.claim` and of `Setup.of`, DiskFullError, UnwritableError, NonFiniteWeightError.
     """
     # 1) Fail now for whatever would fail after hours: the target, the text, the model, the disk
     out = Path(os.path.realpath(out))
-    check_apart(view, out)
-    with Staging.claim(out, overwrite=overwrite):
+    if appears:
+        check_apart(view, out)
+    with Staging.claim(out, overwrite=overwrite, appears=appears):
         pass
     setup = Setup.of(name, view, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"

@@ -262,6 +262,10 @@ def show_status(terminal: Terminal, found: "Status") -> None:
         f"{clean(found.format)}, {clean(found.recipe)}: {found.shards_done:,} of {plural(found.shards, 'shard')} done, "
         f"{size(found.bytes_done)} of {size(found.bytes)} ({share:.0%})"
     )
+    if found.shards_sent:
+        terminal.say(
+            f"{plural(found.shards_sent, 'shard')} of the result {'is' if found.shards_sent == 1 else 'are'} sent"
+        )
     if found.downloaded:
         terminal.say(f"{size(found.downloaded)} of the source are downloaded and wait")
     if found.remaining:

@@ -1,7 +1,8 @@
 """`execute`: a plan and its source folder in, a published checkpoint out.
 
-Shards are independent, so they run side by side, the largest first. Each finished one is noted in the journal; the
-small files follow; then the whole folder is opened again as any reader would, and only then renamed to OUT.
+Shards are independent, so they run side by side, the largest first. Each finished one is noted in the journal, and sent
+where the result goes besides; the small files follow; then the whole folder is opened again as any reader would, and
+only then made visible there, and renamed to OUT.
 """
 
 import os
@@ -24,6 +25,7 @@ from w8a8.errors import (
     UsageError,
     W8A8Error,
 )
+from w8a8.execute.delivery import HERE, Delivery, Outbox
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
 from w8a8.execute.supply import Local, Supply
@@ -69,6 +71,8 @@ def execute(
     hash_source: bool = False,
     provenance: Describe | None = None,
     arriving: Arriving | None = None,
+    delivery: Delivery = HERE,
+    sent: Callable[[int], None] = lambda _: None,
 ) -> int:
     """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
@@ -76,33 +80,55 @@ def execute(
     `hash_source` puts the SHA-256 of every source file into w8a8.json; else only files of the Hub's cache, which are
     named by it, have theirs there.
     `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none. `arriving`
-    says where the source's files come from, given a folder to put them into; by default they are here.
+    says where the source's files come from, given a folder to put them into; by default they are here. `delivery` takes
+    the result to another place; where shards depart, no `out` is made, but its staging folder is used.
 
-    `advance` is told of source bytes as they are done, `notice` of what the user should know. Raises the target errors
-    of `w8a8.errors` and those of `quantize_shard`. Whatever is raised, `out` is untouched; finished shards are kept for
-    the next run, except by `SelfCheckError`, `NonFiniteWeightError` and `SourceError`.
+    `advance` is told of source bytes as they are done, `sent` of bytes of the result that were sent, `notice` of what
+    the user should know. Raises the target errors of `w8a8.errors`, those of `quantize_shard` and of `delivery`.
+    Whatever is raised, `out` is untouched; finished shards are kept for the next run, except by `SelfCheckError`,
+    `NonFiniteWeightError` and `SourceError`.
     """
     # 1) a place for the unfinished result, and what an earlier run left there
     out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
-    check_apart(view, out)
+    if not delivery.departs:
+        check_apart(view, out)
     view = with_stacks(view, {decision.tensor.name for decision in plan.decisions})
-    with Staging.claim(out, overwrite=overwrite) as staging:
+    with Staging.claim(out, overwrite=overwrite, appears=not delivery.departs) as staging:
         workers = workers or worker_count()
         supply: Supply = arriving(view, staging.arrivals) if arriving else Local(view.checkpoint)
         hash_source = hash_source and not arriving  # what arrives was hashed on its way
         view = replace(view, checkpoint=supply.checkpoint())
-        changed = staging.begin(_job(plan, view, supply), view.path, workers)
+        changed = staging.begin(_job(plan, view, supply), view.path, workers, delivery)
         if changed:
             notice(changed)
         resumed = len(staging.finished)
         if resumed:
             notice(f"resuming: {resumed} of {len(plan.shards)} shards are done already")
             advance(sum(shard.size for shard in view.shards if shard.name in staging.finished))
-        # 2) the shards that are missing
+        # 2) the shards that are missing, here or where they are sent
         jobs = list(_jobs(plan, view, supply, staging, arithmetic, finished or {}, hash_source))
-        _check_room(plan, jobs, view, supply.room if jobs else 0, staging.home)
+        headers = {shard.name: plan.header(shard) for shard in plan.shards}
+
+        def made(shard: ShardRecord) -> None:
+            staging.record(shard)
+            outbox.put(shard)
+
+        def safe(shard: ShardRecord) -> None:
+            sent(shard.size)
+            if delivery.departs:
+                staging.depart(shard.name, headers[shard.name])
+
+        def arrived(shard: ShardRecord) -> None:
+            staging.record(shard)
+            safe(shard)
+
+        outbox = Outbox(delivery, staging.folder, workers, arrived)
+        _check_room(plan, jobs, view, supply.room if jobs else 0, staging.home, outbox.limit)
         try:
-            carry_out(jobs, workers, supply, advance=advance, record=staging.record)
+            with outbox.running():
+                for shard in [*staging.finished.values()]:
+                    (safe if shard.receipt else outbox.put)(shard)
+                carry_out(jobs, workers, supply, advance=advance, record=made, admit=outbox.admit)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
             describe = provenance or partial(_provenance, plan, view, supply, records, hash_source)
@@ -111,8 +137,9 @@ def execute(
         except (NonFiniteWeightError, SelfCheckError, SourceError):
             staging.discard()  # going on from here would end here again
             raise
-        # 4) one rename
-        staging.publish()
+        # 4) visible at once: where it was sent, and here by one rename
+        delivery.finish(staging.folder, records)
+        (staging.drop if delivery.departs else staging.publish)()
     return resumed
 
 
@@ -148,9 +175,13 @@ def check_apart(view: View, out: Path) -> None:
             raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 
 
-def _check_room(plan: Plan, jobs: Sequence[ShardJob], view: View, arriving: int, folder: Path) -> None:
+def _check_room(
+    plan: Plan, jobs: Sequence[ShardJob], view: View, arriving: int, folder: Path, at_once: int | None
+) -> None:
+    """Raise `DiskFullError` unless there is room for the result, or for `at_once` of its shards if they depart."""
     sidecars = sum(Identity.of(view.home / name).size for name in plan.sidecars)
-    needed = sum(len(job.header) + job.plan.data_bytes for job in jobs) + sidecars + arriving + SLACK_BYTES
+    shards = sorted((len(job.header) + job.plan.data_bytes for job in jobs), reverse=True)[:at_once]
+    needed = sum(shards) + sidecars + arriving + SLACK_BYTES
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskFullError(

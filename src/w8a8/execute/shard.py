@@ -40,13 +40,15 @@ Scales = NDArray[np.float32]
 class ShardRecord:
     """A finished output shard, and the SHA-256 of the source file it was made from.
 
-    "" where that is not known: it was not asked for, or the source was a part of a file.
+    "" where that is not known: it was not asked for, or the source was a part of a file. `receipt` is what a `Delivery`
+    gave for it; "" where it was not sent.
     """
 
     name: str
     size: int
     sha256: str
     source_sha256: str
+    receipt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """The hidden folder of an unfinished result, and how it becomes the result.
 
 Beside OUT lies a hidden folder `.OUT.w8a8` with `out/`, which will become OUT by a single rename; `journal.jsonl`,
-whose first line says what is being made from what, and each further line that a shard is on the disk; `source/`, where
-source files arrive; and `old/`, while an OUT is being replaced. An exclusive lock on the hidden folder keeps a second
-run away, and the kernel drops it with the process, however that ends.
+whose first line says what is being made from what, and each further line that a shard is on the disk, or was sent to
+where the result goes; `source/`, where source files arrive; and `old/`, while an OUT is being replaced. An exclusive
+lock on the hidden folder keeps a second run away, and the kernel drops it with the process, however that ends.
 
 A run that finds a journal with its own first line goes on behind the shards it lists, where they still have the
-SHA-256 it noted. Resuming is by whole shards: a part of one has no SHA-256 yet.
+SHA-256 it noted. Resuming is by whole shards: a part of one has no SHA-256 yet. Of a shard that was sent and left the
+disk, a file of its length with only its header stays.
 
 An empty OUT is not replaced but filled, so that it stays the folder it was (its mode, and the shell that stands in it):
 `filling.jsonl` lists its files, of which config.json comes last. Killed before that, the next run takes them back.
@@ -15,9 +16,10 @@ An empty OUT is not replaced but filled, so that it stays the folder it was (its
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,11 +27,12 @@ from typing import Self
 from w8a8.checkpoint.reader import INDEX
 from w8a8.checkpoint.stream import Identity, file_sha256, is_whole
 from w8a8.errors import TargetExistsError, UnwritableError, UsageError
+from w8a8.execute.delivery import HERE, Delivery
 from w8a8.execute.shard import ShardRecord
 from w8a8.execute.workers import each
 from w8a8.storage.folders import acquire, keep_only, remove, sync_folder, taken
 from w8a8.storage.journal import Journal, Noted, differing
-from w8a8.storage.writer import disk_errors
+from w8a8.storage.writer import disk_errors, write_stub
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,7 @@ class Staging:
     home: Path
     lock: int = -1
     finished: dict[str, ShardRecord] = field(default_factory=dict)
+    _noting: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
     def of(cls, out: Path) -> Self:
@@ -58,8 +62,8 @@ class Staging:
         return cls(out, out.parent / f".{out.name}.w8a8")
 
     @classmethod
-    def claim(cls, out: Path, *, overwrite: bool) -> Self:
-        """Lock the staging folder of `out`, creating it if need be.
+    def claim(cls, out: Path, *, overwrite: bool, appears: bool = True) -> Self:
+        """Lock the staging folder of `out`, creating it if need be; `appears` says that `out` itself will be made.
 
         Raises `TargetExistsError`, `TargetBusyError`, `UnwritableError`, or `UsageError` where `overwrite` would
         remove something that is not a checkpoint.
@@ -68,7 +72,8 @@ class Staging:
         staging.lock = acquire(staging.home, out)
         try:
             staging._recover()
-            staging._check_target(overwrite=overwrite)
+            if appears:
+                staging._check_target(overwrite=overwrite)
         except BaseException:
             staging.__exit__(None, None, None)
             raise
@@ -105,11 +110,12 @@ class Staging:
         """What the journal says."""
         return self._journal.read()
 
-    def begin(self, job: Job, source: Path, workers: int = 1) -> str | None:
+    def begin(self, job: Job, source: Path, workers: int = 1, delivery: Delivery = HERE) -> str | None:
         """Start `job` from the files in `source`, or go on where a journal says that it was interrupted.
 
-        `finished` then lists what is done, and still is what was written; all else in the folder is removed. Returns a
-        sentence for the user where an unfinished run was of another job, or something of it is damaged.
+        `finished` then lists what is done, and still is what was written, here or, where shards depart, at the
+        `delivery`, with a receipt where that has it; all else in the folder is removed. Returns a sentence for the user
+        where an unfinished run was of another job, or something of it is damaged.
         """
         noted = self.noted()
         records = {record.name: record for record in noted.done if record.name in job.sources}
@@ -120,8 +126,16 @@ class Staging:
             reason = _difference(noted.job, job, source, records, workers)
         resuming = noted.job is not None and not reason
         if resuming:
-            whole = _those(records, lambda name, stopped: self._is_whole(records[name], stopped), workers)
-            self.finished = {name: record for name, record in records.items() if name in whole}
+            sent = [record for record in records.values() if record.receipt]
+            held = delivery.held(sent) if sent else set[str]()
+            whole = set(held) if delivery.departs else set[str]()
+            here = records.keys() - whole
+            whole |= _those(here, lambda name, stopped: self._is_whole(records[name], stopped), workers)
+            self.finished = {
+                name: record if name in held else replace(record, receipt="")
+                for name, record in records.items()
+                if name in whole
+            }
         with disk_errors(self.home):
             keep_only(self.folder, self.finished)
             if not resuming:
@@ -132,9 +146,14 @@ class Staging:
         return f"{damaged}: not what an interrupted run wrote any more; made again" if damaged else None
 
     def record(self, shard: ShardRecord) -> None:
-        """Note that `shard` is whole and synced."""
-        self._journal.append(shard)
-        self.finished[shard.name] = shard
+        """Note that `shard` is whole and synced, or was sent: then it has a receipt."""
+        with self._noting:
+            self._journal.append(shard)
+            self.finished[shard.name] = shard
+
+    def depart(self, name: str, header: bytes) -> None:
+        """Leave of a shard that was sent a file of its length with only its `header`, as it may be there already."""
+        write_stub(self.folder / name, [(0, header)], self.finished[name].size)
 
     def publish(self) -> None:
         """Make the folder visible as OUT; what was there is removed when the staging folder is left."""
@@ -149,6 +168,11 @@ class Staging:
                     self.out.rename(self._old)
                 self.folder.rename(self.out)
             sync_folder(self.out.parent)
+
+    def drop(self) -> None:
+        """Forget the result, which lies elsewhere now: nothing stays when the staging folder is left."""
+        with disk_errors(self.home):
+            remove(self.folder)
 
     def discard(self) -> None:
         """Forget all shards, so that the next run starts over."""

@@ -16,8 +16,8 @@ from w8a8.storage.folders import is_locked
 class Status:
     """How far the run is that makes `out`; bytes are of source files.
 
-    `state` is "whole" (there is no run any more), "running", or "interrupted". `downloaded` are bytes of source files
-    that have arrived and have not been used.
+    `state` is "whole" (there is no run any more), "running", or "interrupted". `shards_sent` have gone where the result
+    goes besides. `downloaded` are bytes of source files that have arrived and have not been used.
     """
 
     out: str
@@ -25,6 +25,7 @@ class Status:
     format: str = ""
     recipe: str = ""
     shards_done: int = 0
+    shards_sent: int = 0
     shards: int = 0
     bytes_done: int = 0
     bytes: int = 0
@@ -60,6 +61,7 @@ def status(out: str | Path) -> Status:
         noted.job.format,
         noted.job.recipe,
         len(done),
+        len({record.name for record in noted.done if record.receipt} & done),
         len(sizes),
         sum(sizes[name] for name in done),
         sum(sizes.values()),

@@ -25,15 +25,17 @@ def carry_out(
     *,
     advance: Callable[[int], None],
     record: Callable[[ShardRecord], None],
+    admit: Callable[[str, Callable[[], bool]], None] = lambda _name, _stopped: None,
 ) -> None:
     """Carry out all `jobs` on `workers` threads, as `supply` brings their files.
 
-    `record` is told of each finished shard, one at a time. Raises the first error of `quantize_shard` or `supply`; the
-    other jobs stop.
+    `record` is told of each finished shard, one at a time; `admit(name, stopped)` waits until a shard may be made.
+    Raises the first error of `quantize_shard` or `supply`; the other jobs stop.
     """
     recording = threading.Lock()
 
     def run(job: ShardJob, stopped: Callable[[], bool]) -> None:
+        admit(job.plan.name, stopped)
         with supply.hold(job.source.name, stopped):
             finished = quantize_shard(job, advance=advance, stopped=stopped)
             with recording:

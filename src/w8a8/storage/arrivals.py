@@ -26,7 +26,7 @@ from w8a8.errors import HubError
 from w8a8.reading import show
 from w8a8.storage.download import RemoteFile, download
 from w8a8.storage.folders import remove, taken
-from w8a8.storage.writer import disk_errors
+from w8a8.storage.writer import disk_errors, write_stub
 
 MAX_SMALL_BYTES = 1 << 30
 """The largest file beside the weights that is fetched; tokenizers have some 30 MB."""
@@ -248,14 +248,7 @@ class Arrivals:
 
     def _write_stub(self, name: str) -> None:
         """Put a file of the shard's length in its place, of which only what is always needed is there."""
-        stub = self.folder / f".{name}.stub"
-        with disk_errors(stub):
-            with stub.open("wb") as file:
-                for offset, content in self._kept[name]:
-                    file.seek(offset)
-                    file.write(content)
-                file.truncate(self._repository.files[name].size)
-            stub.replace(self.folder / name)
+        write_stub(self.folder / name, self._kept[name], self._repository.files[name].size)
 
 
 def _header(path: Path) -> bytes:

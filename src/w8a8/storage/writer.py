@@ -12,7 +12,7 @@ import json
 import mmap
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -93,6 +93,21 @@ def write_json(path: Path, value: Any, *, indent: int = 2, resumable: bool = Fal
     # Half a character, which UTF-8 cannot hold, is spelled as JSON spells it, which is as Python does.
     text = (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
     write_whole(path, text, resumable=resumable)
+
+
+def write_stub(path: Path, pieces: Iterable[tuple[int, bytes]], size: int) -> None:
+    """Put a file of `size` bytes at `path`, whole or not at all, that has `pieces`, each behind its offset, and holes.
+
+    A hole takes no room. Raises `DiskFullError` or `UnwritableError`.
+    """
+    stub = path.with_name(f".{path.name}.stub")
+    with disk_errors(stub):
+        with stub.open("wb") as file:
+            for offset, content in pieces:
+                file.seek(offset)
+                file.write(content)
+            file.truncate(size)
+        stub.replace(path)
 
 
 class SequentialWriter:
