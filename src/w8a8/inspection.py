@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
-from w8a8.checkpoint.remote import open_headers
+from w8a8.checkpoint.finding import open_headers
 from w8a8.formats import detect
 from w8a8.formats.detect import UNQUANTIZED
 from w8a8.formats.foreign import quantized_as

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
-from w8a8.checkpoint.remote import remote_id
+from w8a8.checkpoint.finding import remote
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
@@ -105,13 +105,13 @@ def prepare(source: str | Path, options: Options = Options(), *, cache: bool = F
     # 1) the request has to make sense before anything is downloaded
     asked = options.request()
     # 2) the source, by its headers
-    remote = None if cache or asked else remote_id(source)
-    repository = Repository.open(*remote) if remote else None
+    far = None if cache or asked else remote(source)
+    repository = Repository.open(far) if far else None
     if repository and nf4.is_here(repository.checkpoint.tensors):
         repository = None
     if repository:
-        found = Source(repository.checkpoint.path, repository.name, repository.commit)
         opened = repository.checkpoint
+        found = Source(opened.path, repository.remote.name, repository.remote.revision)
     else:
         found = resolve(source)
         opened = Checkpoint.open(found.path)

@@ -17,8 +17,9 @@ from tests.named import Family
 from tests.publish import results
 from w8a8.checkpoint import Checkpoint, read_header
 from w8a8.checkpoint.header import write_header
+from w8a8.checkpoint.hub import HubFolder
 from w8a8.checkpoint.reader import INDEX
-from w8a8.checkpoint.remote import HubFiles, called, lay_out
+from w8a8.checkpoint.remote import RemoteFile, called, lay_out
 from w8a8.checkpoint.source import refused
 from w8a8.evals.gsm8k import questions
 from w8a8.evals.gsm8k.compare import compare
@@ -194,14 +195,12 @@ def _gsm8k_journal(folder: Path) -> AbstractContextManager[OutcomeJournal]:
     return open_journal(folder / "gsm8k.jsonl", asking={"shots": 8}, started="now", questions=9, restart=False)
 
 
-class _Served(HubFiles):
+@dataclass(frozen=True)
+class _Served(HubFolder):
     """The files of a folder, as a server would send their beginnings."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
     def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
-        with (self._folder / name).open("rb") as file:
+        with (Path(self.version) / name).open("rb") as file:
             file.seek(begin)
             return file.read(count), os.fstat(file.fileno()).st_size
 
@@ -210,10 +209,11 @@ def _remote(folder: Path) -> None:
     laid_out = folder.parent / "laid_out"
     shutil.rmtree(laid_out, ignore_errors=True)
     laid_out.mkdir()
-    names = {path.name for path in folder.iterdir() if path.is_file() and path.stat().st_size < 1 << 30}
+    files = {path.name: RemoteFile(path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file()}
+    files = {name: file for name, file in files.items() if file.size < 1 << 30}
     try:
         with called("org/name", laid_out):
-            lay_out(_Served(folder), names, laid_out)
+            lay_out(_Served("name", "org/name", str(folder), files), laid_out)
             Checkpoint.open(laid_out)
     except OSError as error:
         raise refused("org/name", error) from error

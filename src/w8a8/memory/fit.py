@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.checkpoint import Checkpoint, Shard, TensorSpec
-from w8a8.checkpoint.remote import open_headers
+from w8a8.checkpoint.finding import open_headers
 from w8a8.errors import NoDeviceError, UsageError, W8A8Error
 from w8a8.formats import detect
 from w8a8.formats.detect import section

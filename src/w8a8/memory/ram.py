@@ -8,7 +8,7 @@ makes keys and values of all heads from the latents of one layer.
 from pathlib import Path
 
 from w8a8.checkpoint import Checkpoint
-from w8a8.checkpoint.remote import open_headers
+from w8a8.checkpoint.finding import open_headers
 from w8a8.memory.layers import Layer
 from w8a8.memory.model import Model
 from w8a8.memory.weights import weights_per_gpu

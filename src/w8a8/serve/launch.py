@@ -13,8 +13,8 @@ from typing import Any
 
 from w8a8 import machine
 from w8a8.checkpoint import Checkpoint, resolve
+from w8a8.checkpoint.finding import open_headers
 from w8a8.checkpoint.ggufs import is_gguf
-from w8a8.checkpoint.remote import open_headers
 from w8a8.checkpoint.source import hub_id
 from w8a8.errors import (
     MissingExtraError,

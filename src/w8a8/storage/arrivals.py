@@ -1,4 +1,4 @@
-"""A model on the Hub as a folder whose shards arrive when they are needed, and leave when they are done with.
+"""A folder far away as one here, whose shards arrive when they are needed, and leave when they are done with.
 
 The folder holds config, small files, and for each shard a file of its length with nothing behind the header (a sparse
 file takes no room), so it opens and plans like any other. While the present shards are worked on, the next ones are
@@ -6,25 +6,24 @@ downloaded; what is held, or on its way, stays within a budget of bytes. Of tens
 shard (the scales of some FP8 checkpoints), the bytes are there from the start.
 """
 
+import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Self
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.remote import MAX_FILE_BYTES, HubFiles, called, lay_out
-from w8a8.checkpoint.source import look_up, needed, refused, unreachable
+from w8a8.checkpoint.remote import Remote, RemoteFile, called, lay_out
+from w8a8.checkpoint.source import needed
 from w8a8.checkpoint.stream import Identity, Stopped, is_whole
-from w8a8.errors import HubError
-from w8a8.reading import show
-from w8a8.storage.download import RemoteFile, download
+from w8a8.storage.download import download
 from w8a8.storage.folders import remove, taken
 from w8a8.storage.writer import disk_errors, write_stub
 
@@ -36,88 +35,54 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Repository:
-    """A model on the Hub at one commit: its files, and its checkpoint, laid out in a folder that lasts as long as this.
+    """A folder far away, and its checkpoint, laid out in a folder that lasts as long as this.
 
     Of its shards, only the headers are there.
     """
 
-    name: str
-    commit: str
-    files: Mapping[str, RemoteFile]
+    remote: Remote
     checkpoint: Checkpoint
     _folder: TemporaryDirectory[str] = field(repr=False)
 
     @classmethod
-    def open(cls, name: str, revision: str | None) -> Self:
-        """Look the model up, and fetch headers and small files.
-
-        Raises `HubError`, `SourceNotFoundError`, `PickleOnlyError`, and what `Checkpoint.open` raises.
-        """
-        from huggingface_hub.errors import (  # type: ignore[attr-defined]
-            HTTPError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        label = name + (f"@{revision}" if revision else "")
-        try:
-            info = look_up(label, name, revision, sizes=True)
-            commit = str(info.sha)
-            files = {file.name: file for file in _listed(name, commit, info.siblings or ())}
-            folder = TemporaryDirectory(prefix="w8a8-headers-")
-            path = Path(folder.name)
-            with called(label, path):
-                shards = lay_out(HubFiles(name, commit), {*files}, path)
-                for early in {"config.json", INDEX} & {*files}:
-                    _check(path / early, files[early])
-                for small in needed(files):
-                    if small not in shards and files[small].size <= MAX_SMALL_BYTES:
-                        target = inside(path, small)
-                        if target.exists():
-                            continue
-                        target.parent.mkdir(parents=True, exist_ok=True)
-                        download(files[small], target)
-                return cls(name, commit, files, Checkpoint.open(path), folder)
-        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-            raise refused(label, error) from error
-        except (HTTPError, OfflineModeIsEnabled) as error:
-            raise unreachable(label, error) from error
-        except (OSError, ValueError, RuntimeError) as error:
-            raise refused(label, error) from error
+    def open(cls, remote: Remote) -> Self:
+        """Fetch headers and small files. Raises what `Remote`, `download` and `Checkpoint.open` raise."""
+        folder = TemporaryDirectory(prefix="w8a8-headers-")
+        path = Path(folder.name)
+        with called(remote.label, path):
+            shards = lay_out(remote, path)
+            for early in {"config.json", INDEX} & {*remote.files}:
+                _check(remote, path, early)
+            for small in needed(remote.files):
+                if small not in shards and remote.files[small].size <= MAX_SMALL_BYTES:
+                    target = inside(path, small)
+                    if target.exists():
+                        continue
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    download(remote, remote.files[small], target)
+            return cls(remote, Checkpoint.open(path), folder)
 
     def read(self, name: str, begin: int, nbytes: int) -> bytes:
-        """Fetch a few bytes of a file. Raises `HubError`."""
-        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
-
-        try:
-            content, _ = HubFiles(self.name, self.commit).start(name, nbytes, begin)
-        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
-            raise refused(f"{self.name}@{self.commit}, {name}", error) from error
+        """Fetch a few bytes of a file. Raises what `Remote.start` raises."""
+        content, _ = self.remote.start(name, nbytes, begin)
         if len(content) != nbytes:
-            raise HubError(f"{self.name}@{self.commit}, {name}: {len(content):,} bytes came, of {nbytes:,}")
+            raise self.remote.error(f"{self.remote.where(name)}: {len(content):,} bytes came, of {nbytes:,}")
         return content
 
 
-def _listed(repo: str, commit: str, siblings: Sequence[Any]) -> Iterator[RemoteFile]:
-    for sibling in siblings:
-        size, large = sibling.size, sibling.lfs
-        if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
-            raise HubError(f"{repo}@{commit}: the Hub does not say how long {show(sibling.rfilename)} is")
-        sha256 = str(large.sha256) if large else ""
-        yield RemoteFile(repo, commit, sibling.rfilename, size, sha256, str(sibling.blob_id or ""))
-
-
-def _check(path: Path, file: RemoteFile) -> None:
-    """Raise `HubError` unless the file at `path` has the hash that the Hub gives for it."""
+def _check(remote: Remote, folder: Path, name: str) -> None:
+    """Raise unless the file has the hash that it should have."""
+    file, path = remote.files[name], folder / name
     digest = file.digest()
     digest.update(path.read_bytes())
-    if digest.hexdigest() != file.hash:
-        raise HubError(f"{path}: its hash is not the one that the Hub gives for it; give the same command again")
+    if file.hash not in ("", digest.hexdigest()):
+        raise remote.error(
+            f"{path}: its hash is not the one that {remote.keeper} gives for it; give the same command again"
+        )
 
 
 class Arrivals:
-    """The shards of a repository in a folder of its commit, within `budget` bytes."""
+    """The shards of a repository in a folder of its version, within `budget` bytes."""
 
     def __init__(
         self,
@@ -130,9 +95,10 @@ class Arrivals:
     ) -> None:
         """`beside` are tensors to have from the start; `arrived` is told of bytes as they come.
 
-        Raises `HubError`, `DiskFullError`, `UnwritableError`.
+        Raises what `Remote.start` raises, `DiskFullError`, `UnwritableError`.
         """
-        self.folder = folder / repository.commit
+        self.folder = folder / repository.remote.version
+        self._remote, self._files = repository.remote, repository.remote.files
         self._repository, self._budget, self._arrived = repository, budget, arrived
         self._kept = {
             shard.name: [(0, _header(repository.checkpoint.path / shard.name))]
@@ -151,7 +117,7 @@ class Arrivals:
     @property
     def room(self) -> int:
         """The bytes that shards take at most: the budget, or what there is, or the largest of them."""
-        sizes = [self._repository.files[name].size for name in self._kept]
+        sizes = [self._files[name].size for name in self._kept]
         return max(min(self._budget, sum(sizes)), *sizes)
 
     def checkpoint(self) -> Checkpoint:
@@ -159,12 +125,15 @@ class Arrivals:
         return replace(self._repository.checkpoint, path=self.folder)
 
     def identity(self, name: str) -> Identity:
-        """What tells a file from another one of its name: at a commit, there is no other."""
-        return Identity(0, self._repository.files[name].size, 0, 0)
+        """What tells a file from another one of its name: its hash, or its tag, in place of a time."""
+        file = self._files[name]
+        stamp = hashlib.sha256((file.hash or file.tag).encode()).digest()[:7]
+        return Identity(0, file.size, int.from_bytes(stamp), 0)
 
     def sha256(self, name: str) -> str:
-        """The SHA-256 of a file as it arrived."""
-        return self._repository.files[name].sha256
+        """The SHA-256 of a file, where it is known: from the start, or since it arrived."""
+        noted = self._noted(name)
+        return self._files[name].sha256 or (noted.read_text() if noted.is_file() else "")
 
     @contextmanager
     def running(self, names: Sequence[str], workers: int) -> Iterator[None]:
@@ -198,12 +167,12 @@ class Arrivals:
             self._left[name] -= 1
             if not self._left[name]:
                 self._write_stub(name)
-                self._held -= self._repository.files[name].size
+                self._held -= self._files[name].size
                 self._changed.notify_all()
 
     def _fetch(self, name: str, place: int) -> None:
         """Download a file once those before it are on their way, and there is room for it."""
-        file, target = self._repository.files[name], self.folder / name
+        file, target = self._files[name], self.folder / name
         with self._changed:
             self._changed.wait_for(lambda: self._ended.is_set() or self._may_begin(file, place))
             if self._ended.is_set():
@@ -214,7 +183,10 @@ class Arrivals:
         if name in self._there:
             self._arrived(file.size)
         else:
-            download(file, target, advance=self._arrived, stopped=self._ended.is_set)
+            sha256 = download(self._remote, file, target, advance=self._arrived, stopped=self._ended.is_set)
+            if not file.hash:
+                with disk_errors(target):
+                    self._noted(name).write_text(sha256)
 
     def _may_begin(self, file: RemoteFile, place: int) -> bool:
         """Whether all files before it are on their way, and there is room for it: for one there always is."""
@@ -242,13 +214,16 @@ class Arrivals:
 
     def _is_there(self, name: str, target: Path) -> bool:
         """Whether an earlier run has downloaded a shard: it takes as much room as it has bytes, and has the hash."""
-        file = self._repository.files[name]
-        dense = target.is_file() and taken(target) >= file.size
-        return dense and file.sha256 != "" and is_whole(target, file.size, file.sha256)
+        size, sha256 = self._files[name].size, self.sha256(name)
+        return target.is_file() and taken(target) >= size and sha256 != "" and is_whole(target, size, sha256)
+
+    def _noted(self, name: str) -> Path:
+        """Where the SHA-256 is noted of a file that came without one."""
+        return self.folder / f".{name}.sha256"
 
     def _write_stub(self, name: str) -> None:
         """Put a file of the shard's length in its place, of which only what is always needed is there."""
-        write_stub(self.folder / name, self._kept[name], self._repository.files[name].size)
+        write_stub(self.folder / name, self._kept[name], self._files[name].size)
 
 
 def _header(path: Path) -> bytes:

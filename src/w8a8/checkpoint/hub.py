@@ -1,0 +1,154 @@
+"""A model on the Hub as a folder far away: one commit, whose files are listed with their lengths and hashes."""
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from typing import Any, ClassVar, Self
+
+from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile
+from w8a8.checkpoint.source import look_up, refused, unreachable
+from w8a8.errors import HubError, W8A8Error
+from w8a8.reading import show
+
+CHUNK_BYTES = 1 << 20
+TIMEOUT_SECONDS = 20.0
+"""How long a server may say nothing."""
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """A model on the Hub at the commit `version`; `label` is what the user called it."""
+
+    name: str
+    label: str
+    version: str
+    files: Mapping[str, RemoteFile]
+    keeper: ClassVar[str] = "the Hub"
+    error: ClassVar[type[W8A8Error]] = HubError
+
+    @classmethod
+    def find(cls, repo: str, revision: str | None) -> Self:
+        """Look a model up. Raises `HubError`, `SourceNotFoundError`, `PickleOnlyError`, `NoWeightsError`."""
+        from huggingface_hub.errors import (  # type: ignore[attr-defined]
+            HTTPError,
+            OfflineModeIsEnabled,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        label = repo + (f"@{revision}" if revision else "")
+        try:
+            info = look_up(label, repo, revision, sizes=True)
+        except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+            raise refused(label, error) from error
+        except (HTTPError, OfflineModeIsEnabled) as error:
+            raise unreachable(label, error) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            raise refused(label, error) from error
+        files = {sibling.rfilename: _listed(label, sibling) for sibling in info.siblings or ()}
+        return cls(repo, label, str(info.sha), files)
+
+    @property
+    def revision(self) -> str:
+        """The commit."""
+        return self.version
+
+    def where(self, name: str) -> str:
+        """A file at the commit."""
+        return f"{self.name}@{self.version}, {name}"
+
+    def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
+        """Fetch at most `count` bytes of a file, from `begin` on; return them and its length.
+
+        Raises `HubError`, `SourceNotFoundError`.
+        """
+        content = bytearray()
+        headers = {"Range": f"bytes={begin}-{begin + count - 1}"}
+        with self._translated(), self._get(name, headers) as response:
+            _raise_for_status(response)
+            length = response.headers.get("Content-Range", "").rpartition("/")[2]
+            length = length or response.headers.get("Content-Length", "")
+            if not re.fullmatch(r"\d{1,13}", length) or int(length) > MAX_FILE_BYTES:
+                raise ValueError(f"{name}: the server does not say how long it is ({length!r:.40})")
+            skipped = begin if response.status_code == HTTPStatus.OK else 0  # it sends all, whatever it was asked for
+            for chunk in response.iter_bytes():
+                content += chunk
+                if len(content) >= skipped + count:
+                    break
+        return bytes(content[skipped : skipped + count]), int(length)
+
+    def body(self, file: RemoteFile, begin: int) -> Iterator[bytes]:
+        """Fetch `file` from byte `begin` on. Raises `HubError`, `SourceNotFoundError` or `NotDeliveredError`."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        headers = {"Range": f"bytes={begin}-"} if begin else {}
+        try:
+            with self._get(file.name, headers, timeout=TIMEOUT_SECONDS) as response:
+                self._check(file, response, begin)
+                yield from response.iter_raw(CHUNK_BYTES)
+        except (HTTPError, OSError) as error:
+            raise NotDeliveredError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+    def _get(self, name: str, headers: Mapping[str, str], **options: Any) -> Any:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
+
+        url = hf_hub_url(self.name, name, revision=self.version)
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
+        return get_session().stream("GET", url, headers=headers, follow_redirects=True, **options)
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled  # type: ignore[attr-defined]
+
+        try:
+            yield
+        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+            raise refused(self.label, error) from error
+
+    def _check(self, file: RemoteFile, response: Any, begin: int) -> None:
+        """Raise unless the response is what was asked for."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        status = response.status_code
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (begin and status == HTTPStatus.OK):
+            raise NotDeliveredError("the Hub does not go on in the middle of it", over=True)
+        if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
+            raise NotDeliveredError(f"the Hub answered {status}", _retry_after(response.headers.get("Retry-After", "")))
+        try:
+            _raise_for_status(response)
+        except HTTPError as error:
+            raise refused(self.where(file.name), error) from error
+        if begin:
+            place = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15}|\*)", response.headers.get("Content-Range", ""))
+            if place is None or int(place[1]) != begin:
+                raise NotDeliveredError("the Hub sent another part of it than was asked for", over=True)
+
+
+def _listed(label: str, sibling: Any) -> RemoteFile:
+    size, large = sibling.size, sibling.lfs
+    if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
+        raise HubError(f"{label}: the Hub does not say how long {show(sibling.rfilename)} is")
+    return RemoteFile(sibling.rfilename, size, str(large.sha256) if large else "", str(sibling.blob_id or ""))
+
+
+def _raise_for_status(response: Any) -> None:
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
+    if response.is_error:
+        response.read()
+    hf_raise_for_status(response)
+
+
+def _retry_after(text: str) -> float:
+    """Seconds that a server asks to wait, given as a number or as a date."""
+    if re.fullmatch(r"\d{1,9}", text):
+        return float(text)
+    try:
+        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return 0.0
