@@ -139,16 +139,23 @@ def _options(block: int) -> dict[str, int]:
 
 @triton.jit
 def _top(x):
-    """Return the bits of the largest magnitude: they order like the numbers, with infinity and NaN above all."""
-    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    """Return the bits, as FP32 has them, of the largest magnitude: infinity and NaN are above all numbers.
+
+    Bits order like magnitudes. So 16-bit values are compared as they are, and stay two to a register until they become
+    codes: half the registers, twice the programs that load while others compute.
+    """
+    if x.dtype == tl.float32:
+        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    top = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int16)
+    return top.to(x.dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _codes(x, top):
-    """Return the INT8 codes of FP32 values whose largest magnitude has the bits `top`."""
+    """Return the INT8 codes of values whose largest magnitude has the FP32 bits `top`."""
     amax = tl.maximum(top.to(tl.float32, bitcast=True), _FLOOR)
     # The low byte of the sum's bits is the rounded number in two's complement.
-    codes = (x * tl.div_rn(127.0, amax) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
+    codes = (x.to(tl.float32) * tl.div_rn(127.0, amax) + _ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     return tl.where(top < _INFINITY, codes, 0)
 
 
@@ -166,16 +173,16 @@ def _quantize_kernel(x_ptr, codes_ptr, scales_ptr, k, stride, BLOCK: tl.constexp
     codes_ptr += token * k
     offsets = tl.arange(0, BLOCK)
     if ONE:
-        x = tl.load(x_ptr + offsets, mask=offsets < k, other=0).to(tl.float32)
+        x = tl.load(x_ptr + offsets, mask=offsets < k, other=0)
         top = _top(x)
         tl.store(codes_ptr + offsets, _codes(x, top), mask=offsets < k)
     else:
         top = 0
         for start in range(0, k, BLOCK):
-            x = tl.load(x_ptr + start + offsets, mask=start + offsets < k, other=0).to(tl.float32)
+            x = tl.load(x_ptr + start + offsets, mask=start + offsets < k, other=0)
             top = tl.maximum(top, _top(x))
         for start in range(0, k, BLOCK):
-            x = tl.load(x_ptr + start + offsets, mask=start + offsets < k, other=0).to(tl.float32)
+            x = tl.load(x_ptr + start + offsets, mask=start + offsets < k, other=0)
             tl.store(codes_ptr + start + offsets, _codes(x, top), mask=start + offsets < k)
     tl.store(scales_ptr + token, _scale(top))
 
@@ -210,7 +217,7 @@ def _rms_norm_kernel(
         x = x.to(dtype).to(tl.float32)
     if NORM == "gemma3":
         weight += 1.0
-    x = (x * weight).to(dtype).to(tl.float32)
+    x = (x * weight).to(dtype)
     top = _top(x)
     tl.store(codes_ptr + token * k + offsets, _codes(x, top), mask=mask)
     tl.store(scales_ptr + token, _scale(top))
@@ -251,4 +258,4 @@ def _gate_times_up(x_ptr, offsets, k, ACTIVATION: tl.constexpr):
         gate = gate / (1.0 + tl.exp(-1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)))
     else:
         gate = 0.5 * gate * (1.0 + tl.erf(gate * 0.7071067811865476))
-    return (gate.to(dtype).to(tl.float32) * up).to(dtype).to(tl.float32)
+    return (gate.to(dtype).to(tl.float32) * up).to(dtype)
