@@ -262,3 +262,9 @@ class UnsupportedModelError(W8A8Error):
     """No recipe knows the model's layers, they cannot run one at a time, or transformers cannot map its GGUF file."""
 
     exit_code = 61
+
+
+class ClusterError(W8A8Error):
+    """A Ray cluster could not be reached, a node of it lacks something, or a task was lost too often."""
+
+    exit_code = 62

@@ -24,6 +24,7 @@ from w8a8.storage.arrivals import Arrivals, Repository
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
+    from w8a8.cluster import NodeWork
     from w8a8.execute.delivery import Delivery
     from w8a8.execute.shard import Finished
 
@@ -66,13 +67,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """A finished run. Bytes are of tensors, seconds of wall time, `resumed` shards were done by an earlier run."""
+    """A finished run. Bytes are of tensors, seconds of wall time, `resumed` shards were done by an earlier run.
+
+    `nodes` says what each node of a cluster did.
+    """
 
     source: Path
     out: Path
     plan: Plan
     seconds: float
     resumed: int
+    nodes: Sequence["NodeWork"] = ()
 
     @property
     def gb_per_second(self) -> float:
@@ -154,6 +159,7 @@ def quantize(
     cache: bool = False,
     disk_budget: int | None = None,
     delivery: "Delivery | None" = None,
+    ray: str | None = None,
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
@@ -175,6 +181,8 @@ def quantize(
         disk_budget: bytes of source files to hold while a model is downloaded as it is quantized; default: two shards
             per worker.
         delivery: where the result goes besides, shard by shard, or instead.
+        ray: carry the plan out on a Ray cluster: `local` starts one here, `auto` joins the one that this machine
+            belongs to, `host:port` that of this head. All nodes have to see `source`, and the folder that `out` is in.
         advance: called with numbers of source bytes as they are done.
         notice: called with sentences for the user.
 
@@ -192,6 +200,7 @@ def quantize(
             hash_source=hash_source,
             disk_budget=disk_budget,
             delivery=delivery,
+            ray=ray,
             advance=advance,
             notice=notice,
         )
@@ -243,6 +252,7 @@ def run(
     hash_source: bool = False,
     disk_budget: int | None = None,
     delivery: "Delivery | None" = None,
+    ray: str | None = None,
     advance: Advance = lambda _: None,
     arrived: Advance = lambda _: None,
     sent: Advance = lambda _: None,
@@ -252,32 +262,37 @@ def run(
 
     `arrived` is called with numbers of bytes as they are downloaded, `sent` as they are sent with the `delivery`.
     """
+    from w8a8.cluster import connected
     from w8a8.execute import execute
     from w8a8.execute.delivery import HERE
+    from w8a8.execute.spread import spread
     from w8a8.execute.workers import worker_count
-
-    workers = workers or worker_count()
-    arriving = partial(_arrivals, job.repository, disk_budget, workers, arrived) if job.repository else None
 
     for warning in job.plan.warnings:
         notice(f"warning: {warning}")
     start = time.perf_counter()
-    resumed = execute(
-        job.plan,
-        job.view,
-        Path(out),
-        job.format.arithmetic,
-        overwrite=overwrite,
-        workers=workers,
-        advance=advance,
-        notice=notice,
-        finished=job.finished,
-        hash_source=hash_source,
-        arriving=arriving,
-        delivery=delivery or HERE,
-        sent=sent,
-    )
-    return QuantizeResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed)
+    with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
+        workers = cluster.slots if cluster else workers or worker_count()
+        delivery = delivery or HERE
+        stays = not job.repository and not delivery.departs
+        resumed = execute(
+            job.plan,
+            job.view,
+            Path(out),
+            job.format.arithmetic,
+            overwrite=overwrite,
+            workers=workers,
+            advance=advance,
+            notice=notice,
+            finished=job.finished,
+            hash_source=hash_source,
+            arriving=partial(_arrivals, job.repository, disk_budget, workers, arrived) if job.repository else None,
+            delivery=delivery,
+            sent=sent,
+            carry=partial(spread, cluster=cluster, together=stays, notice=notice) if cluster else None,
+        )
+        nodes = cluster.nodes() if cluster else ()
+    return QuantizeResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed, nodes)
 
 
 def _arrivals(

@@ -35,6 +35,16 @@ Workers = Annotated[
     typer.Option(min=1, max=64, help="Shards to work on at once.", show_default="one per core, at most 8"),
 ]
 
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Work on the nodes of a Ray cluster: `local` starts one here, `auto` joins the one that this machine "
+        "belongs to, `host:port` that of this head. All nodes have to see SRC, and the folder that OUT is in.",
+    ),
+]
+
 
 def parse_bytes(text: str, where: str) -> int:
     """Read a size such as `20GB` or `1.5TiB`. Raises `UsageError` that says `where` it stands."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from w8a8.calibrate.request import SAMPLES, TOKENS
-from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, parse_bytes, showing
+from w8a8.cli.common import Json, Quiet, Ray, Workers, app, interruptible, parse_bytes, showing
 from w8a8.errors import UsageError
 from w8a8.recipes import RECIPES
 
@@ -39,6 +39,7 @@ Examples:
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe smooth+gptq --calibration questions.jsonl --keep-bf16 2%`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --calibration openai/gsm8k:main --samples 128`
+- `w8a8 quantize /shared/DeepSeek-V3 /shared/DeepSeek-V3-W8A8 --ray auto`
 - `MODEL_IN=./gemma MODEL_OUT=./gemma-W8A8 w8a8 quantize`
 """
 )
@@ -114,6 +115,7 @@ def quantize(
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model from the Hub whole, into its cache, and keep it there.")
     ] = False,
+    ray: Ray = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -172,6 +174,7 @@ def quantize(
             workers=workers,
             hash_source=hash_source,
             disk_budget=budget,
+            ray=ray,
             advance=advance,
             arrived=advance.arrived,
             notice=terminal.notice,

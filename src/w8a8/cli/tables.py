@@ -55,6 +55,15 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
                 "seconds": round(result.seconds, 3),
                 "gb_per_second": round(result.gb_per_second, 3),
                 "resumed_shards": result.resumed,
+                "nodes": [
+                    {
+                        "node": work.node,
+                        "tasks": work.tasks,
+                        "bytes": work.bytes,
+                        "gb_per_second": round(work.gb_per_second, 3),
+                    }
+                    for work in result.nodes
+                ],
                 "quantized_source": plan.quantized_source,
                 "not_copied": dict(plan.left_out),
                 "warnings": list(plan.warnings),
@@ -70,6 +79,8 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
         f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
         f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
     )
+    for work in result.nodes:
+        terminal.say(f"  {clean(work.node)}: {size(work.bytes)}, {work.gb_per_second:.2f} GB/s")
 
 
 def show_converted(terminal: Terminal, result: "ConvertResult") -> None:

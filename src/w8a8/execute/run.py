@@ -29,7 +29,7 @@ from w8a8.execute.delivery import HERE, Delivery, Outbox
 from w8a8.execute.shard import Finished, ShardJob, ShardRecord
 from w8a8.execute.staging import Job, Staging
 from w8a8.execute.supply import Local, Supply
-from w8a8.execute.workers import carry_out, each, worker_count
+from w8a8.execute.workers import CarryOut, carry_out, each, worker_count
 from w8a8.formats import Arithmetic
 from w8a8.formats.provenance import (
     PROVENANCE,
@@ -73,6 +73,7 @@ def execute(
     arriving: Arriving | None = None,
     delivery: Delivery = HERE,
     sent: Callable[[int], None] = lambda _: None,
+    carry: CarryOut | None = None,
 ) -> int:
     """Carry out `plan`, made from `view`, and publish the result as the folder `out`.
 
@@ -81,7 +82,8 @@ def execute(
     named by it, have theirs there.
     `provenance` makes the content of w8a8.json, by default from the plan; where it gives None there is none. `arriving`
     says where the source's files come from, given a folder to put them into; by default they are here. `delivery` takes
-    the result to another place; where shards depart, no `out` is made, but its staging folder is used.
+    the result to another place; where shards depart, no `out` is made, but its staging folder is used. `carry` carries
+    the shards' jobs out, by default on threads; `workers` of them are at work at once.
 
     `advance` is told of source bytes as they are done, `sent` of bytes of the result that were sent, `notice` of what
     the user should know. Raises the target errors of `w8a8.errors`, those of `quantize_shard` and of `delivery`.
@@ -98,7 +100,7 @@ def execute(
         supply: Supply = arriving(view, staging.arrivals) if arriving else Local(view.checkpoint)
         hash_source = hash_source and not arriving  # what arrives was hashed on its way
         view = replace(view, checkpoint=supply.checkpoint())
-        changed = staging.begin(_job(plan, view, supply), view.path, workers, delivery)
+        changed = staging.begin(_job(plan, view, supply), view.path, min(workers, worker_count()), delivery)
         if changed:
             notice(changed)
         resumed = len(staging.finished)
@@ -128,7 +130,8 @@ def execute(
             with outbox.running():
                 for shard in [*staging.finished.values()]:
                     (safe if shard.receipt else outbox.put)(shard)
-                carry_out(jobs, workers, supply, advance=advance, record=made, admit=outbox.admit)
+                carry = carry or partial(carry_out, workers=workers)
+                carry(jobs, supply, advance=advance, record=made, admit=outbox.admit)
             # 3) the small files, and a look at the whole as any reader would
             records = tuple(staging.finished[p.name] for p in plan.shards)
             describe = provenance or partial(_provenance, plan, view, supply, records, hash_source)

@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from w8a8.checkpoint.stream import Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
@@ -12,25 +12,43 @@ from w8a8.execute.supply import Supply
 
 T = TypeVar("T")
 
+Admit = Callable[[str, Callable[[], bool]], None]
+"""`admit(name, stopped)` waits until a shard may be made."""
+
 
 def worker_count() -> int:
     """Give the default number of shards at a time: one per core this process may use, at most 8, enough for a disk."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
+class CarryOut(Protocol):
+    """What carries shard jobs out: threads of this process, or a cluster (`spread`)."""
+
+    def __call__(
+        self,
+        jobs: Sequence[ShardJob],
+        supply: Supply,
+        *,
+        advance: Callable[[int], None],
+        record: Callable[[ShardRecord], None],
+        admit: Admit = ...,
+    ) -> None:
+        """Carry out all `jobs`; see `carry_out`."""
+
+
 def carry_out(
     jobs: Sequence[ShardJob],
-    workers: int,
     supply: Supply,
     *,
+    workers: int,
     advance: Callable[[int], None],
     record: Callable[[ShardRecord], None],
-    admit: Callable[[str, Callable[[], bool]], None] = lambda _name, _stopped: None,
+    admit: Admit = lambda _name, _stopped: None,
 ) -> None:
     """Carry out all `jobs` on `workers` threads, as `supply` brings their files.
 
-    `record` is told of each finished shard, one at a time; `admit(name, stopped)` waits until a shard may be made.
-    Raises the first error of `quantize_shard` or `supply`; the other jobs stop.
+    `record` is told of each finished shard, one at a time. Raises the first error of `quantize_shard`, `admit` or
+    `supply`; the other jobs stop.
     """
     recording = threading.Lock()
 
@@ -41,13 +59,14 @@ def carry_out(
             with recording:
                 record(finished)
 
-    def place(job: ShardJob) -> tuple[int, str, int]:
-        """The largest file first; the parts of a file one after the other, since it may leave behind the last one."""
-        return -job.shard.stored.size, job.source.name, -job.shard.size
-
-    ordered = sorted(jobs, key=place)
+    ordered = in_order(jobs)
     with supply.running([job.source.name for job in ordered], workers):
         each(ordered, run, workers)
+
+
+def in_order(jobs: Iterable[ShardJob]) -> list[ShardJob]:
+    """The largest file first; the parts of a file one after the other, since it may leave behind the last one."""
+    return sorted(jobs, key=lambda job: (-job.shard.stored.size, job.source.name, -job.shard.size))
 
 
 def each(items: Iterable[T], work: Callable[[T, Callable[[], bool]], None], workers: int) -> None:

@@ -1,0 +1,134 @@
+"""What runs on the nodes: a task between a look at what the node has, and messages of how far it is."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+from uuid import uuid4
+
+from w8a8.errors import ClusterError, UnreadableError, UnwritableError, W8A8Error
+from w8a8.version import __version__
+
+T = TypeVar("T")
+
+MESSAGE_SECONDS = 0.5
+"""How often a task says how far it is."""
+GRACE_SECONDS = 5.0
+"""How long a node may take to see a file that another one has just made: network file systems remember what was not."""
+AGAIN_SECONDS = 1.0
+"""How long a task waits before its storage is tried again."""
+
+FLEETING = (UnreadableError, UnwritableError)
+"""What storage may do once and not the next time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What every node has to have: this version, files of these sizes, and a folder that it may write into."""
+
+    version: str
+    files: Mapping[Path, int]
+    folder: Path | None = None
+
+    def problem(self) -> str:
+        """Say what this machine lacks; "" where it is nothing."""
+        if self.version != __version__:
+            return f"has w8a8 {__version__}, and this run is of {self.version}; install the same version everywhere"
+        end = time.monotonic() + GRACE_SECONDS
+        for path, size in self.files.items():
+            while (found := _size(path)) != size:
+                if time.monotonic() > end:
+                    seen = "does not see" if found is None else "sees another"
+                    return f"{seen} {path}; every node has to see the same files under the same paths"
+                time.sleep(0.1)
+        try:
+            if self.folder:
+                trial = self.folder / f".trial-{uuid4().hex}"
+                trial.touch()
+                trial.unlink()
+        except OSError as error:
+            return f"cannot write into {self.folder} ({error.strerror}); every node has to write there"
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(Generic[T]):
+    """What a task gave, where, and from when to when by that node's clock, in seconds."""
+
+    value: T
+    node: str
+    began: float
+    ended: float
+
+
+@dataclass
+class Board:
+    """What tasks say: by label, the node, how many times the task was begun, and the bytes done; an actor of Ray."""
+
+    said: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+
+    def begin(self, label: str, node: str) -> None:
+        """A task begins on a node."""
+        self.said[label] = (node, self.said.get(label, ("", 0, 0))[1] + 1, 0)
+
+    def report(self, label: str, done: int) -> None:
+        """A task has done so many bytes so far."""
+        node, times, _ = self.said.get(label, ("", 1, 0))
+        self.said[label] = (node, times, done)
+
+    def read(self) -> dict[str, tuple[str, int, int]]:
+        """All that was said."""
+        return self.said
+
+
+def this_node(names: Mapping[str, str]) -> str:
+    """The name of this node, by its id; one that came later has its address for a name."""
+    import ray
+
+    found = ray.get_runtime_context().get_node_id()
+    return names.get(found) or str(ray.util.get_node_ip_address())
+
+
+def look(site: Site) -> str:
+    """Say what this node lacks; see `Site.problem`."""
+    return site.problem()
+
+
+def perform(
+    label: str, names: Mapping[str, str], site: Site, board: Any, work: Callable[..., T], *args: Any
+) -> Answer[T]:
+    """Do `work(*args, advance=)` on this node. Raises its errors with the task and the node before what they say."""
+    node = this_node(names)
+    try:
+        if problem := site.problem():
+            raise ClusterError(problem)
+        board.begin.remote(label, node)
+        began = time.time()
+        value = work(*args, advance=_messages(label, board))
+        return Answer(value, node, began, time.time())
+    except W8A8Error as error:
+        if isinstance(error, FLEETING):
+            time.sleep(AGAIN_SECONDS)
+        raise type(error)(f"{label} on node {node}: {error}") from error
+
+
+def _messages(label: str, board: Any) -> Callable[[int], None]:
+    """Make what is told of bytes, and now and then tells the board."""
+    done, last = 0, time.monotonic()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, last
+        done += nbytes
+        if time.monotonic() - last > MESSAGE_SECONDS:
+            last = time.monotonic()
+            board.report.remote(label, done)
+
+    return advance
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
