@@ -34,10 +34,11 @@ class Hub:
     """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything.
 
     `fault` may name what goes wrong with a request for a file, given its name and the first byte asked for: a status to
-    answer, or one of "cut", "short", "long", "wrong", "elsewhere" (a redirect to the server `other`). `wait` is its
-    Retry-After. `digests` are what it claims of a file instead of its SHA-256. Without `ranges` it sends whole files
-    whatever is asked for, `lengths` are what it claims of a file instead of its length, and `redirecting` it sends
-    every request for a file back to itself. `sent` counts the bytes of bodies.
+    answer, or one of "cut", "short", "long", "wrong" (at its start), "ruined" (at its end), "elsewhere" (a redirect to
+    the server `other`). `wait` is its Retry-After. `pace` is called before a chunk of a file is sent, with its name and
+    the byte it goes on at, and may take its time. `digests` are what it claims of a file instead of its SHA-256.
+    Without `ranges` it sends whole files whatever is asked for, `lengths` are what it claims of a file instead of its
+    length, and `redirecting` it sends every request for a file back to itself. `sent` counts the bytes of bodies.
     """
 
     url: str
@@ -51,6 +52,7 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
     fault: Callable[[str, int], HTTPStatus | str | None] = lambda _name, _begin: None
     wait: str = "0"
+    pace: Callable[[str, int], None] = lambda _name, _begin: None
     other: str = ""
     digests: dict[str, str] = field(default_factory=dict)
 
@@ -83,7 +85,8 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
                 begin = int(asked[1]) if asked else 0
                 end = int(asked[2]) + 1 if asked and asked[2] else len(body)
                 found = _FILE.fullmatch(path)
-                fault = hub.fault(found["file"], begin) if found and self.command == "GET" else None
+                name = found["file"] if found else ""
+                fault = hub.fault(name, begin) if found and self.command == "GET" else None
                 if isinstance(fault, HTTPStatus):
                     self._answer(fault, b"", {"Retry-After": hub.wait})
                     return
@@ -96,16 +99,18 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
                     total = hub.lengths.get(path.rpartition("/")[2], str(len(body)))
                     body = body[begin:end]
                     whole = {"Content-Range": f"bytes {begin}-{begin + len(body) - 1}/{total}"}
-                    self._answer(HTTPStatus.PARTIAL_CONTENT, body, {**headers, **whole})
+                    self._answer(HTTPStatus.PARTIAL_CONTENT, body, {**headers, **whole}, name, begin)
                 else:
-                    self._answer(HTTPStatus.OK, body, headers)
+                    self._answer(HTTPStatus.OK, body, headers, name)
             except _RefusedError as refused:
                 self._answer(refused.status, b"", {"X-Error-Code": refused.code})
 
         def do_HEAD(self) -> None:
             self.do_GET()
 
-        def _answer(self, status: HTTPStatus, body: bytes, headers: Mapping[str, str]) -> None:
+        def _answer(
+            self, status: HTTPStatus, body: bytes, headers: Mapping[str, str], name: str = "", begin: int = 0
+        ) -> None:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
@@ -113,6 +118,7 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             if self.command != "HEAD":
                 with suppress(ConnectionError):  # a client may have enough
                     for start in range(0, len(body), _CHUNK):
+                        hub.pace(name, begin + start)
                         hub.sent += self.wfile.write(body[start : start + _CHUNK])
 
         def _fail(self, fault: str, body: bytes, begin: int, end: int) -> None:
@@ -123,6 +129,8 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             content = body[begin:end]
             if fault == "wrong":
                 content = bytes([content[0] ^ 1]) + content[1:] if content else b""
+            if fault == "ruined":
+                content = content[:-64] + bytes(b ^ 0xFF for b in content[-64:])
             if fault == "long":
                 content += b"more"
             sent = content[: len(content) // 2] if fault in ("cut", "short") else content

@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from pathlib import Path
@@ -19,36 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoint.hub import COMMIT, Hub, local_hub
-from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.checkpoints import folder_bytes, write_checkpoint
 from tests.command import W8A8, cli
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
+from tests.storage.conftest import SHARDS
 from w8a8 import dry_run, quantize
 from w8a8.errors import HubError, W8A8Error
 from w8a8.storage import download
 from w8a8.storage.folders import taken
 
 Files = Mapping[str, bytes]
-SHARDS = 4
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = write_checkpoint(tmp_path_factory.mktemp("hub") / "llama", llama_tensors(), shards=SHARDS)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder_bytes(folder)
-
-
-@pytest.fixture
-def hub(llama: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A Hub with the small Llama, which this process asks; failed requests are repeated without a wait."""
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
-    with local_hub({"org/llama": llama}) as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        yield hub
 
 
 @pytest.fixture
@@ -78,7 +58,7 @@ def test_the_plan_is_made_without_a_shard(hub: Hub, tmp_path: Path) -> None:
     assert hub.sent < 1_000_000
 
 
-FAULTS = ["cut", "short", "long", "wrong", HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
+FAULTS = ["cut", "short", "long", "wrong", "ruined", HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR,
           HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, HTTPStatus.NOT_FOUND]  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 SHA-256 must see a file's bytes in order, and is the slowest thing the quantizer does to a byte (`w8a8 bench quantize`
 has it as a row). So the source's, where it is asked for, is made by the thread that reads, on bytes that are still in
 cache, and everything else (amax, codes, hashing the output, writing) happens on the other side of the queue. Memory is
-the buffers: four per file.
+the buffers: four per file. A file may still be arriving while it is read: its `Feed` says how far it has come.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import re
 import stat
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, TypeVar
 
@@ -38,6 +38,30 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 class Stopped(Exception):  # noqa: N818 - a signal between threads, never shown
     """Another shard failed, or the user interrupted; this one ends early."""
+
+
+class ArrivedWrong(Exception):  # noqa: N818 - a signal between threads, never shown
+    """What had arrived of a file is not what it holds: it comes once more, and is to be read again from its start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """A file that is read, and may still be arriving: front to back, at `path`.
+
+    `ready(end)` waits a moment for its bytes up to `end`, or, with None, for all of it to be there and to be what it
+    should be, and says whether they are. It raises `ArrivedWrong`, and what keeps the file from arriving. Bytes are
+    there before they can be trusted: whatever is made of them counts only behind `wait()`.
+    """
+
+    path: Path
+    ready: Callable[[int | None], bool] = lambda _end: True
+    stopped: Callable[[], bool] = lambda: False
+
+    def wait(self, end: int | None = None) -> None:
+        """Return once it is ready up to `end`, or whole. Raises what `ready` raises, and `Stopped`."""
+        while not self.ready(end):
+            if self.stopped():
+                raise Stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +107,14 @@ class Block:
         """Bytes of all runs."""
         return self.nbytes * self.runs
 
+    @property
+    def reach(self) -> int:
+        """The bytes of the file up to the end of its last one."""
+        return self.offset + (self.runs - 1) * self.stride + self.nbytes
+
     def within(self, other: "Block") -> bool:
         """Whether all its bytes lie in the single run of `other`."""
-        last = self.offset + (self.runs - 1) * self.stride
-        return other.offset <= self.offset and last + self.nbytes <= other.offset + other.nbytes
+        return other.offset <= self.offset and self.reach <= other.reach
 
 
 B = TypeVar("B", bound=Block)
@@ -99,14 +127,16 @@ def byte_blocks(begin: int, end: int) -> Iterator[tuple[int, int]]:
 
 
 def stream(
-    path: Path, blocks: Iterable[B], stopped: Callable[[], bool] = lambda: False, digest: "_Hash | None" = None
+    source: Path | Feed, blocks: Iterable[B], stopped: Callable[[], bool] = lambda: False, digest: "_Hash | None" = None
 ) -> Generator[tuple[B, memoryview], None, None]:
     """Yield each block with its bytes, run after run, which are valid until the next one is asked for.
 
     Close the generator (`contextlib.closing`) to end its thread early. `digest` is updated with the `hashed` blocks.
-    Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds).
+    Raises `UnreadableError`, `SourceChangedError` (the file became shorter), `Stopped` (once `stopped()` holds), and
+    what the feed of an arriving file raises.
     """
-    blocks = list(blocks)
+    feed = Feed(source) if isinstance(source, Path) else source
+    path, blocks = feed.path, list(blocks)
     size = max((block.size for block in blocks if not block.held), default=1)
     free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
     filled: queue.SimpleQueue[tuple[B, mmap.mmap] | BaseException | None] = queue.SimpleQueue()
@@ -114,14 +144,20 @@ def stream(
         free.put(mmap.mmap(-1, size))
     ended = threading.Event()
 
+    def stop() -> bool:
+        return stopped() or ended.is_set()
+
     def read() -> None:
+        wait = replace(feed, stopped=stop).wait
         kept, span = mmap.mmap(-1, max((block.size for block in blocks if block.held), default=1)), Block(0, 0)
         try:
+            wait(1)
             with reading(path), open_file(path) as file:
                 for block in blocks:
                     buffer = free.get()
-                    if stopped() or ended.is_set():
+                    if stop():
                         raise Stopped
+                    wait(block.reach)
                     view = memoryview(kept if block.held else buffer)[: block.size]
                     if block.passing and digest is None:
                         pass
@@ -182,7 +218,11 @@ def tensor_bytes(folder: Path, tensor: TensorSpec, start: int = 0, end: int | No
 
     Raises what `inside` and `read_exactly` raise.
     """
-    path = inside(folder, tensor.shard)
+    return bytes_of(inside(folder, tensor.shard), tensor, start, end)
+
+
+def bytes_of(path: Path, tensor: TensorSpec, start: int = 0, end: int | None = None) -> bytearray:
+    """Read a tensor of the file at `path`, or its bytes from `start` up to `end`. Raises what `read_exactly` raises."""
     data = bytearray((tensor.nbytes if end is None else end) - start)
     with reading(path), open_file(path) as file:
         read_exactly(file.fileno(), memoryview(data), tensor.offset + start, path)

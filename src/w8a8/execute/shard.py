@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import DTYPE_BYTES, TensorSpec
 from w8a8.checkpoint.reader import stored_tensors
-from w8a8.checkpoint.stream import Identity, Stopped, read_exactly, stream
+from w8a8.checkpoint.stream import Feed, Identity, Stopped, read_exactly, stream
 from w8a8.errors import NonFiniteWeightError, SourceChangedError
 from w8a8.formats import Arithmetic
 from w8a8.formats.arithmetic import encode
@@ -88,18 +88,20 @@ def quantize_shard(
     *,
     advance: Callable[[int], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
+    feed: Feed | None = None,
 ) -> ShardRecord:
     """Carry out `job`: tell `advance` of source bytes as they are done, and end early once `stopped()` holds.
 
-    Raises `NonFiniteWeightError`, `SourceChangedError`, `UnreadableError`, `DiskFullError`, `UnwritableError`, or
-    `Stopped`.
+    Where `feed` gives the source's bytes as they arrive, the file at `job.source` has its header alone, and the record
+    is to be believed once the feed is whole. Raises `NonFiniteWeightError`, `SourceChangedError`, `UnreadableError`,
+    `DiskFullError`, `UnwritableError`, `Stopped`, and what the feed raises.
     """
     # 1) the source has to be what the plan was made from
     before = Identity.of(job.source)
     found = stored_tensors(job.source, job.shard.stored.name)
     if before.size != job.shard.stored.size or not set(job.shard.stored.tensors) <= set(found):
         raise SourceChangedError(f"{job.source}: changed since its header was read; run the same command again")
-    run = _ShardRun(job, stopped)
+    run = _ShardRun(job, stopped, feed or Feed(job.source))
     with SequentialWriter(job.target, run.largest) as writer:
         # 2) header, then everything that keeps the source's order, then the tail
         writer.append(job.header)
@@ -117,10 +119,10 @@ def quantize_shard(
 class _ShardRun:
     """One pass under way: the blocks of the source, and the scales found so far."""
 
-    def __init__(self, job: ShardJob, stopped: Callable[[], bool]) -> None:
-        self.job, self.stopped = job, stopped
+    def __init__(self, job: ShardJob, stopped: Callable[[], bool], feed: Feed) -> None:
+        self.job, self.stopped, self.feed = job, stopped, feed
         self.blocks = list(shard_blocks(job.shard))
-        self.reader = RowReader(job.source.parent)
+        self.reader = RowReader(job.source.parent, {job.shard.stored.name: feed})
         self.digest = hashlib.sha256() if job.hashed and job.shard.whole else None
         self.tensors = {tensor.name: tensor for tensor in job.shard.tensors}
         self.joined = {joined.name: joined for joined in job.shard.joined}
@@ -139,7 +141,7 @@ class _ShardRun:
         """Pass over the whole source: find the scales, and write what keeps the source's order."""
         streamed = {write.source: write for write in self.job.plan.writes[: self.job.plan.streamed]}
         late = sum(self._bytes_here(expert) for joined in self.job.shard.joined for expert in joined.experts)
-        with closing(stream(self.job.source, self.blocks, self.stopped, self.digest)) as blocks:
+        with closing(stream(self.feed, self.blocks, self.stopped, self.digest)) as blocks:
             for block, data in blocks:
                 if block.tensor is not None:
                     name, content = block.tensor.name, self.reader.content(block, data)
@@ -171,7 +173,7 @@ class _ShardRun:
                 writer.append(self.reader.expert(joined, number))
                 advance(self._bytes_here(joined.experts[number]))
         else:
-            with closing(stream(self.job.source, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
+            with closing(stream(self.feed, tensor_blocks(self.tensors[write.source]), self.stopped)) as blocks:
                 for block, data in blocks:
                     self._put(writer, write, block, self.reader.content(block, data))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from w8a8.checkpoint import Checkpoint
-from w8a8.checkpoint.stream import Identity, known_sha256
+from w8a8.checkpoint.stream import Feed, Identity, known_sha256
 
 
 class Supply(Protocol):
@@ -30,6 +30,9 @@ class Supply(Protocol):
 
     def hold(self, name: str, stopped: Callable[[], bool]) -> AbstractContextManager[None]:
         """Wait until a file is there; it stays while the context lasts. Raises `Stopped` once `stopped()` holds."""
+
+    def feed(self, name: str, stopped: Callable[[], bool]) -> AbstractContextManager[Feed]:
+        """Read a file while it arrives; it stays while the context lasts, or raises `ArrivedWrong`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,8 @@ class Local:
     def hold(self, _name: str, _stopped: Callable[[], bool]) -> Iterator[None]:
         """The file is there."""
         yield
+
+    @contextmanager
+    def feed(self, name: str, stopped: Callable[[], bool]) -> Iterator[Feed]:
+        """The file is there."""
+        yield Feed(self.opened.path / name, stopped=stopped)

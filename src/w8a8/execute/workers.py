@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol, TypeVar
 
-from w8a8.checkpoint.stream import Stopped
+from w8a8.checkpoint.stream import ArrivedWrong, Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
 from w8a8.execute.supply import Supply
 
@@ -47,17 +47,36 @@ def carry_out(
 ) -> None:
     """Carry out all `jobs` on `workers` threads, as `supply` brings their files.
 
-    `record` is told of each finished shard, one at a time. Raises the first error of `quantize_shard`, `admit` or
-    `supply`; the other jobs stop.
+    A shard is quantized while its file arrives; what came wrong comes again, and its shard is made again. `record` is
+    told of each finished shard, one at a time, when its source is known to be right. Raises the first error of
+    `quantize_shard`, `admit` or `supply`; the other jobs stop.
     """
     recording = threading.Lock()
 
     def run(job: ShardJob, stopped: Callable[[], bool]) -> None:
         admit(job.plan.name, stopped)
-        with supply.hold(job.source.name, stopped):
-            finished = quantize_shard(job, advance=advance, stopped=stopped)
-            with recording:
-                record(finished)
+        while not made(job, stopped):
+            pass
+
+    def made(job: ShardJob, stopped: Callable[[], bool]) -> bool:
+        """Make a shard; False where its source came wrong."""
+        done = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            advance(nbytes)
+
+        try:
+            with supply.feed(job.source.name, stopped) as feed:
+                finished = quantize_shard(job, advance=count, stopped=stopped, feed=feed)
+                feed.wait()
+                with recording:
+                    record(finished)
+        except ArrivedWrong:
+            advance(-done)
+            return False
+        return True
 
     ordered = in_order(jobs)
     with supply.running([job.source.name for job in ordered], workers):

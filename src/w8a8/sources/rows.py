@@ -4,6 +4,7 @@ Whoever reads weights (the quantizer, verification, the streamed model, the repo
 decoded is its `Decoder`'s business.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint, Shaped, TensorSpec
 from w8a8.checkpoint.reader import inside
-from w8a8.checkpoint.stream import read_block, tensor_bytes
+from w8a8.checkpoint.stream import Feed, bytes_of, read_block, tensor_bytes
 from w8a8.formats.arithmetic import Buffer, decode
 from w8a8.kernels.cpu.bits import BITS, Bits
 from w8a8.reading import open_file, reading
@@ -28,8 +29,9 @@ ARRAYS = {"BOOL": "?", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "<u2"} 
 class RowReader:
     """Makes rows of logical tensors of the checkpoint in a folder. It belongs to one thread."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, feeds: Mapping[str, Feed] | None = None) -> None:
+        """Of files that are still arriving, `feeds` says by their names where they are."""
+        self._folder, self._feeds = folder, feeds or {}
         self._scratch: Any = np.empty(0, np.uint8)
         self._prepared: tuple[LogicalTensor | None, Any] = (None, None)
 
@@ -58,7 +60,7 @@ class RowReader:
         """Read a whole tensor: the bytes of a dense one."""
         found = bytearray(tensor.nbytes)
         size = tensor.nbytes // max(tensor.numel, 1)
-        path = inside(self._folder, tensor.shard)
+        path = self._place(tensor.stored)
         with reading(path), open_file(path) as file:
             for block in tensor_blocks(tensor):
                 data = memoryview(bytearray(block.size))
@@ -70,7 +72,7 @@ class RowReader:
         """Read rows `begin` to `end` of a matrix: the bytes of a dense one."""
         step, width = matrix.decoder.step, matrix.nbytes // matrix.shape[0]
         first, last = begin // step * step, min(-(-end // step) * step, matrix.shape[0])
-        place, path = stretch(matrix, first, last), inside(self._folder, matrix.shard)
+        place, path = stretch(matrix, first, last), self._place(matrix.stored)
         offset = matrix.stored.offset + place.offset
         block = RowBlock(
             offset, place.nbytes, place.runs, place.stride, tensor=matrix, matrix=matrix, begin=first, end=last
@@ -101,7 +103,14 @@ class RowReader:
         return prepared
 
     def _array(self, spec: TensorSpec) -> NDArray[Any]:
-        return np.frombuffer(tensor_bytes(self._folder, spec), ARRAYS.get(spec.dtype, "<u1")).reshape(spec.shape)
+        return np.frombuffer(bytes_of(self._place(spec), spec), ARRAYS.get(spec.dtype, "<u1")).reshape(spec.shape)
+
+    def _place(self, spec: TensorSpec) -> Path:
+        """The file in which a stored tensor lies, once it is there."""
+        if feed := self._feeds.get(spec.shard):
+            feed.wait(spec.offset + spec.nbytes)
+            return feed.path
+        return inside(self._folder, spec.shard)
 
     def _space(self, nbytes: int) -> Any:
         if len(self._scratch) < nbytes:

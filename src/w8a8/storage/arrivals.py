@@ -1,9 +1,9 @@
 """A folder far away as one here, whose shards arrive when they are needed, and leave when they are done with.
 
 The folder holds config, small files, and for each shard a file of its length with nothing behind the header (a sparse
-file takes no room), so it opens and plans like any other. While the present shards are worked on, the next ones are
-downloaded; what is held, or on its way, stays within a budget of bytes. Of tensors that lie beside others in another
-shard (the scales of some FP8 checkpoints), the bytes are there from the start.
+file takes no room), so it opens and plans like any other. Its bytes arrive in a file beside that, which is read while
+it grows; meanwhile the next ones are downloaded. What is held, or on its way, stays within a budget of bytes. What
+lies in one shard beside tensors of another (the scales of some FP8 checkpoints) is there from the start.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -22,8 +23,10 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.checkpoint.remote import Remote, RemoteFile, called, lay_out
 from w8a8.checkpoint.source import needed
-from w8a8.checkpoint.stream import Identity, Stopped, is_whole
-from w8a8.storage.download import download
+from w8a8.checkpoint.stream import ArrivedWrong, Feed, Identity, Stopped, read_exactly
+from w8a8.errors import NonFiniteWeightError, SourceChangedError, SourceError, UnreadableError
+from w8a8.reading import open_file, reading
+from w8a8.storage.download import download, fetch, part_of
 from w8a8.storage.folders import remove, taken
 from w8a8.storage.writer import disk_errors, write_stub
 
@@ -31,6 +34,9 @@ MAX_SMALL_BYTES = 1 << 30
 """The largest file beside the weights that is fetched; tokenizers have some 30 MB."""
 POLL_SECONDS = 0.2
 """How often one who waits for a shard looks whether the run was stopped."""
+
+DOUBTFUL = (NonFiniteWeightError, SourceError, SourceChangedError, UnreadableError)
+"""What may be wrong with the bytes that came, and not with the file."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,20 @@ def _check(remote: Remote, folder: Path, name: str) -> None:
         )
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """How far a file has come, and how often all that came was wrong."""
+
+    size: int
+    there: int = 0
+    wrong: int = 0
+    whole: bool = False
+
+    def has(self, end: int | None) -> bool:
+        """Whether its bytes up to `end` are there; with None, all of them, and right."""
+        return self.whole or (end is not None and self.there >= min(end, self.size))
+
+
 class Arrivals:
     """The shards of a repository in a folder of its version, within `budget` bytes."""
 
@@ -111,7 +131,7 @@ class Arrivals:
         self._left: Counter[str] = Counter()
         self._futures: dict[str, Future[None]] = {}
         self._ended = threading.Event()
-        self._there: set[str] = set()
+        self._arrivals = {name: _Arrival(self._files[name].size) for name in self._kept}
         self._lay_out(folder)
 
     @property
@@ -162,17 +182,58 @@ class Arrivals:
                 break
             except NotYet:
                 continue
+        with self._changed:
+            if (part := self._part(name)).exists():
+                part.replace(self.folder / name)
         yield
+        self._release(name)
+
+    @contextmanager
+    def feed(self, name: str, stopped: Callable[[], bool]) -> Iterator[Feed]:
+        """Give a file while it arrives; behind its last use it leaves. Raises what `fetch` raises, `ArrivedWrong`."""
+        feed = Feed(self._part(name), partial(self._ready, name, self._arrivals[name].wrong), stopped)
+        try:
+            yield feed
+        except DOUBTFUL:
+            feed.wait()  # what is wrong with a file that came wrong does not matter
+            raise
+        self._release(name)
+
+    def _ready(self, name: str, wrong: int, end: int | None) -> bool:
+        """Whether a file has come up to `end`, or whole, and never wrong more often than `wrong`; waits a moment."""
+        arrival, arriving = self._arrivals[name], self._futures[name]
+        with self._changed:
+            self._changed.wait_for(lambda: arrival.wrong > wrong or arrival.has(end) or arriving.done(), POLL_SECONDS)
+            if arrival.wrong > wrong:
+                raise ArrivedWrong
+            if arriving.done():
+                arriving.result()
+            return arrival.has(end)
+
+    def _release(self, name: str) -> None:
+        """A use of a file has ended; behind its last one it leaves."""
         with self._changed:
             self._left[name] -= 1
             if not self._left[name]:
                 self._write_stub(name)
+                self._part(name).unlink(missing_ok=True)
                 self._held -= self._files[name].size
                 self._changed.notify_all()
 
+    def _part(self, name: str) -> Path:
+        return part_of(self.folder / name)
+
     def _fetch(self, name: str, place: int) -> None:
         """Download a file once those before it are on their way, and there is room for it."""
-        file, target = self._files[name], self.folder / name
+        file, arrival = self._files[name], self._arrivals[name]
+
+        def advance(nbytes: int) -> None:
+            with self._changed:
+                arrival.there += nbytes
+                arrival.wrong += nbytes < 0
+                self._changed.notify_all()
+            self._arrived(nbytes)
+
         with self._changed:
             self._changed.wait_for(lambda: self._ended.is_set() or self._may_begin(file, place))
             if self._ended.is_set():
@@ -180,13 +241,27 @@ class Arrivals:
             self._admitted += 1
             self._held += file.size
             self._changed.notify_all()
-        if name in self._there:
-            self._arrived(file.size)
-        else:
-            sha256 = download(self._remote, file, target, advance=self._arrived, stopped=self._ended.is_set)
-            if not file.hash:
-                with disk_errors(target):
-                    self._noted(name).write_text(sha256)
+        sha256 = fetch(self._remote, file, self._part(name), advance=advance, stopped=self._ended.is_set)
+        self._compare(name)
+        if not file.hash:
+            with disk_errors(self._noted(name)):
+                self._noted(name).write_text(sha256)
+        with self._changed:
+            arrival.whole = True
+            self._changed.notify_all()
+
+    def _compare(self, name: str) -> None:
+        """Raise `SourceError` where what was fetched of a file before is not what it holds."""
+        path = self._part(name)
+        with reading(path), open_file(path) as file:
+            for offset, content in self._kept[name]:
+                found = bytearray(len(content))
+                read_exactly(file.fileno(), memoryview(found), offset, path)
+                if found != content:
+                    raise SourceError(
+                        f"{self._remote.where(name)}: {self._remote.keeper} sent other bytes when it was asked for a "
+                        "part of it; give the same command again"
+                    )
 
     def _may_begin(self, file: RemoteFile, place: int) -> bool:
         """Whether all files before it are on their way, and there is room for it: for one there always is."""
@@ -207,15 +282,10 @@ class Arrivals:
                     target.mkdir(exist_ok=True)
                 elif path.name not in self._kept:
                     target.write_bytes(path.read_bytes())
-                elif self._is_there(path.name, target):
-                    self._there.add(path.name)
                 else:
+                    if target.is_file() and taken(target) >= self._arrivals[path.name].size:
+                        target.replace(self._part(path.name))  # an earlier run had it whole
                     self._write_stub(path.name)
-
-    def _is_there(self, name: str, target: Path) -> bool:
-        """Whether an earlier run has downloaded a shard: it takes as much room as it has bytes, and has the hash."""
-        size, sha256 = self._files[name].size, self.sha256(name)
-        return target.is_file() and taken(target) >= size and sha256 != "" and is_whole(target, size, sha256)
 
     def _noted(self, name: str) -> Path:
         """Where the SHA-256 is noted of a file that came without one."""

@@ -35,13 +35,34 @@ def download(
     advance: Callable[[int], None] = lambda _: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> str:
-    """Fetch `file` to `target`, and return its hash; tell `advance` of bytes as they come, and end early once
-    `stopped()` holds.
+    """Fetch `file` to `target`, by way of the file beside it that `part_of` gives; see `fetch`."""
+    part = part_of(target)
+    found = fetch(remote, file, part, advance=advance, stopped=stopped)
+    with disk_errors(target):
+        part.replace(target)
+    return found
 
-    Raises `HubError` or `StoreError` where it is refused, or not delivered too often; `DiskFullError`,
-    `UnwritableError`; `Stopped`. Except for a wrong hash, what came is kept for the next call.
+
+def part_of(target: Path) -> Path:
+    """Where a file arrives that is to become `target`."""
+    return target.with_name(f".{target.name}.part")
+
+
+def fetch(
+    remote: Remote,
+    file: RemoteFile,
+    part: Path,
+    *,
+    advance: Callable[[int], None] = lambda _: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> str:
+    """Bring `file` to `part`, front to back, behind what an earlier call has left there, and return its hash.
+
+    `advance` is told of bytes once they are there, and of as many less where what came turns out to be wrong, before it
+    is removed. Ends early once `stopped()` holds. Raises `HubError` or `StoreError` where it is refused, or not
+    delivered too often; `DiskFullError`, `UnwritableError`; `Stopped`. Except for a wrong hash, what came is kept for
+    the next call.
     """
-    part = target.with_name(f".{target.name}.part")
     failed = wrong = 0
     digest, size = _begun(file, part, stopped)
     advance(size)
@@ -52,12 +73,12 @@ def download(
                 for chunk in remote.body(file, size):
                     if stopped():
                         raise Stopped
-                    size += len(chunk)
-                    if size > file.size:
+                    if size + len(chunk) > file.size:
                         raise NotDeliveredError(f"{file.size:,} bytes were expected, and more came", over=True)
                     with disk_errors(part), part.open("ab") as out:
                         out.write(chunk)
                     digest.update(chunk)
+                    size += len(chunk)
                     advance(len(chunk))
             if size < file.size:
                 raise NotDeliveredError(f"the connection ended at byte {size:,} of {file.size:,}")
@@ -70,14 +91,13 @@ def download(
                     part.unlink(missing_ok=True)
                 raise remote.error(_given_up(remote, file, str(failure), kept=not failure.over)) from failure
             if failure.over:
-                advance(-min(size, file.size))
+                advance(-size)
                 part.unlink(missing_ok=True)
                 digest, size = file.digest(), 0
             _wait(max(failure.wait, BACKOFF_SECONDS * 2 ** (failed - 1)), stopped)
         else:
-            with disk_errors(target):
-                part.touch()  # an empty file has no part
-                part.replace(target)
+            with disk_errors(part):
+                part.touch()  # of an empty file nothing came
             return digest.hexdigest()
 
 
