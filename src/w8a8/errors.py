@@ -268,3 +268,9 @@ class ClusterError(W8A8Error):
     """A Ray cluster could not be reached, a node of it lacks something, or a task was lost too often."""
 
     exit_code = 62
+
+
+class StoreError(W8A8Error):
+    """An object store refused, failed, or could not be reached."""
+
+    exit_code = 63

@@ -1,4 +1,4 @@
-"""A Hub on this machine that these tests ask for a small Llama."""
+"""A Hub on this machine that these tests ask for a small Llama, and a bucket of a real S3 server."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,6 +8,7 @@ from huggingface_hub import constants
 
 from tests.checkpoint.hub import Hub, local_hub
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.storage.buckets import Bucket, bucket_at, s3_server
 from w8a8.storage import download
 
 Files = Mapping[str, bytes]
@@ -32,3 +33,20 @@ def hub(llama: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         yield hub
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL of a real S3 server."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "moto.log") as url:
+        yield url
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
+    """An empty bucket, which this process asks; failed requests are repeated without a wait."""
+    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    with bucket_at(s3) as bucket:
+        for name, value in bucket.env.items():
+            monkeypatch.setenv(name, value)
+        yield bucket

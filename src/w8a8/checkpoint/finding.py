@@ -8,7 +8,8 @@ from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.hub import HubFolder
 from w8a8.checkpoint.reader import Checkpoint
 from w8a8.checkpoint.remote import Remote, called, lay_out
-from w8a8.checkpoint.source import cached, hub_id
+from w8a8.checkpoint.source import cached, hub_id, in_store
+from w8a8.checkpoint.stores import StoreFolder
 from w8a8.errors import W8A8Error
 from w8a8.reading import reading
 
@@ -16,8 +17,10 @@ from w8a8.reading import reading
 def remote(source: str | Path) -> Remote | None:
     """What `source` names, unless it is a folder or a file here, or whole in the Hub's cache.
 
-    Raises `SourceNotFoundError` where it is none of these, and what `HubFolder.find` raises.
+    Raises `SourceNotFoundError` where it is none of these, and what `HubFolder.find` and `StoreFolder.find` raise.
     """
+    if in_store(source):
+        return StoreFolder.find(str(source))
     path = Path(source)
     with reading(path):
         if path.exists():
@@ -27,11 +30,14 @@ def remote(source: str | Path) -> Remote | None:
 
 
 def open_headers(source: str | Path) -> Checkpoint:
-    """Open a folder or a GGUF file; or a Hub id `org/name[@revision]`, from the cache or by its headers.
+    """Open a folder or a GGUF file; or a Hub id `org/name[@revision]`, from the cache or by its headers; or an address.
 
-    The `path` of a checkpoint from the Hub is its id: there may be no folder. Raises what `Checkpoint.open` and
-    `resolve` raise.
+    The `path` of a checkpoint from the Hub is its id, from a store its name: there may be no folder. Raises what
+    `Checkpoint.open` and `remote` raise.
     """
+    if in_store(source):
+        folder = StoreFolder.find(str(source))
+        return replace(_open_remote(folder), path=Path(folder.name))
     path = Path(source)
     with reading(path):
         if path.is_dir() or (is_gguf(path) and path.is_file()):

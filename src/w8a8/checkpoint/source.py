@@ -1,4 +1,4 @@
-"""Finds SRC as a user types it: a local folder, a GGUF file, or a Hub id `org/name[@revision]`.
+"""Finds SRC as a user types it: a local folder, a GGUF file, or a Hub id `org/name[@revision]`, also as `hf://` it.
 
 A folder that exists wins. A Hub id is looked up first and downloaded only if it holds safetensors; of its files, only
 those the result needs are fetched. Where the Hub cannot be reached, what an earlier run fetched serves. The token,
@@ -14,10 +14,11 @@ from typing import Any
 
 from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.kinds import instead
-from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, W8A8Error
+from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, UsageError, W8A8Error
 from w8a8.reading import reading
 
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@]+))?")
+_HUB_ID = re.compile(r"(hf://(?!(datasets|spaces|buckets)/))?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@/]+))?")
+_URL = re.compile(r"(?!https?:)[a-z][a-z0-9+.:-]*://.*", re.DOTALL)
 _NOT_FETCHED = (
     "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5", "*.ot", "*.nemo",
     "*.gguf", "*.ggml", "*.llamafile", "*.onnx*", "*.tflite", "*.mlmodel", "*.engine",
@@ -38,8 +39,11 @@ class Source:
 def resolve(source: str | Path) -> Source:
     """Find `source` on disk, downloading from the Hub if it is an id.
 
-    Raises `SourceNotFoundError`, `UnreadableError`, `HubError`, or `PickleOnlyError` (before downloading anything).
+    Raises `SourceNotFoundError`, `UnreadableError`, `HubError`, or `PickleOnlyError` (before downloading anything);
+    `UsageError` for a folder in a store.
     """
+    if in_store(source):
+        raise UsageError(f"{source}: this command reads files here; copy the folder first")
     path = Path(source)
     with reading(path):
         if path.is_dir():
@@ -49,6 +53,11 @@ def resolve(source: str | Path) -> Source:
         exists = path.exists()
     repo, revision = hub_id(source, exists=exists)
     return _download(repo, revision)
+
+
+def in_store(source: str | Path) -> bool:
+    """Whether `source` is the address of a folder that fsspec opens, and no model on the Hub."""
+    return _URL.fullmatch(str(source)) is not None and _HUB_ID.fullmatch(str(source)) is None
 
 
 def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str | None]:
