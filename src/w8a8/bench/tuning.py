@@ -26,9 +26,11 @@ _FINALISTS = 3
 def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
     """Return the tiles to try: the shipped one, its family's for similar M, and neighbours that differ in one field."""
     first = tiles.shipped(arch, m, n, k)
-    bands = [tile for _, tile in tiles.family(arch).bands if first.block_m / 2 <= tile.block_m <= first.block_m * 2]
+    table = tiles.family(arch).bands
+    own = next(band for most, *band in table if m <= most)
+    near = [band[0] for _, *band in table if first.block_m / 2 <= band[0].block_m <= first.block_m * 2]
     tried = {first: None}
-    for tile in (first, *(replace(tile, split_k=first.split_k) for tile in bands)):
+    for tile in (first, *(replace(tile, split_k=first.split_k) for tile in (*own, *near))):
         for name, values in {
             "block_n": (tile.block_n // 2, tile.block_n * 2),
             "block_k": (tile.block_k // 2, tile.block_k * 2),
@@ -38,6 +40,7 @@ def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
             "num_stages": (tile.num_stages - 1, tile.num_stages + 1),
             "group_m": (1, 16),
             "swap": (not tile.swap,),
+            "masked": (not tile.masked,),
         }.items():
             for value in (getattr(tile, name), *values):
                 try:

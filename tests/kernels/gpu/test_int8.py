@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 MODULE = "w8a8.kernels.gpu.int8"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SMALL = Tile(16, 16, 32)
-TABLED = sorted({tile for family in (*FAMILIES.values(), SAFE) for _, tile in family.bands}, key=str)
+TABLED = sorted({tile for family in (*FAMILIES.values(), SAFE) for _, *band in family.bands for tile in band}, key=str)
 
 
 def codes(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -74,6 +74,7 @@ def test_every_tile_of_the_tables_gives_the_same_bits(interpreted: Interpreted, 
         group_m=st.integers(1, 3),
         split_k=st.integers(1, 5),
         swap=st.booleans(),
+        masked=st.booleans(),
     ),
 )
 def test_any_shape_and_tile_gives_the_integer_reference(

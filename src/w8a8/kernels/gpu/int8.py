@@ -6,7 +6,9 @@ This is the second half of the W8A8 layer (`runtime/linear.py` describes all of 
     y   = (acc * w_scale[n]) * x_scale[m] + bias[n]    FP32, in this order, each operation rounded; then to y's dtype
 
 Weights are K-major, as in the checkpoint, and so are activations: both are read 16 bytes at a time along K, and nothing
-is transposed. No load has a mask. Rows past the end read the last row again, which costs nothing and is never stored.
+is transposed. Rows past the end read the last row again, which is never stored. That costs nothing where a cache
+answers all lanes at once; on Hopper, with one token, it took a quarter of the time, so there such rows are masked
+(`Tile.masked`). No other load has a mask.
 Where K is no multiple of a step, the last step reaches back, with zeros for the inputs that were added before. A tile's
 first row is addressed with 64 bits, its elements from there with 32. Rows that do not begin at multiples of 16 bytes,
 or are shorter than a step, are copied first; no known model has such rows.
@@ -87,6 +89,7 @@ def scaled_int8_mm(
         UNROLL=tile.unroll,
         GROUP_M=tile.group_m,
         SWAP=tile.swap,
+        MASKED=tile.masked,
         SPLIT=splits > 1,
         TAIL=k % step != 0,
         enable_fp_fusion=False,
@@ -156,6 +159,7 @@ def _product_kernel(
     UNROLL: tl.constexpr,
     GROUP_M: tl.constexpr,
     SWAP: tl.constexpr,
+    MASKED: tl.constexpr,
     SPLIT: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -177,11 +181,13 @@ def _product_kernel(
 
     if SWAP:
         a, b = w_ptr + w_rows[:, None] + inputs[None, :], x_ptr + x_rows[None, :] + inputs[:, None]
-        acc = _accumulate(a, b, length, inputs, BLOCK_N, BLOCK_M, BLOCK_K, UNROLL, TAIL)
+        there = (tokens < m)[None, :] if MASKED else None
+        acc = _accumulate(a, b, None, there, length, inputs, BLOCK_N, BLOCK_M, BLOCK_K, UNROLL, TAIL)
         tokens, channels = tokens[None, :], channels[:, None]
     else:
         a, b = x_ptr + x_rows[:, None] + inputs[None, :], w_ptr + w_rows[None, :] + inputs[:, None]
-        acc = _accumulate(a, b, length, inputs, BLOCK_M, BLOCK_N, BLOCK_K, UNROLL, TAIL)
+        there = (tokens < m)[:, None] if MASKED else None
+        acc = _accumulate(a, b, there, None, length, inputs, BLOCK_M, BLOCK_N, BLOCK_K, UNROLL, TAIL)
         tokens, channels = tokens[:, None], channels[None, :]
 
     offsets = tokens.to(tl.int64) * n + channels
@@ -208,6 +214,8 @@ def _place(m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.const
 def _accumulate(
     a,
     b,
+    a_there,
+    b_there,
     length,
     inputs,
     ROWS: tl.constexpr,
@@ -222,7 +230,9 @@ def _accumulate(
     whole = length - length % step if TAIL else length
     for _ in range(0, whole, step):
         for part in tl.static_range(UNROLL):
-            acc = tl.dot(tl.load(a + part * BLOCK_K), tl.load(b + part * BLOCK_K), acc, out_dtype=tl.int32)
+            acc = tl.dot(
+                _rows(a + part * BLOCK_K, a_there), _rows(b + part * BLOCK_K, b_there), acc, out_dtype=tl.int32
+            )
         a += step
         b += step
     if TAIL:
@@ -232,9 +242,15 @@ def _accumulate(
         b -= known
         for part in tl.static_range(UNROLL):
             fresh = inputs + part * BLOCK_K >= known
-            last = tl.where(fresh[None, :], tl.load(a + part * BLOCK_K), 0)
-            acc = tl.dot(last, tl.load(b + part * BLOCK_K), acc, out_dtype=tl.int32)
+            last = tl.where(fresh[None, :], _rows(a + part * BLOCK_K, a_there), 0)
+            acc = tl.dot(last, _rows(b + part * BLOCK_K, b_there), acc, out_dtype=tl.int32)
     return acc
+
+
+@triton.jit
+def _rows(pointers, there):
+    """Load rows of codes: all, or those that are `there`, and zeros for the others."""
+    return tl.load(pointers) if there is None else tl.load(pointers, mask=there, other=0)
 
 
 @triton.jit

@@ -1,8 +1,9 @@
 """Which tile computes an INT8 matrix product: small tables per architecture and band of M, with a reason for each tile.
 
 A table holds the tiles of one family of architectures, from few tokens to many. `choose` takes the first tile whose
-band holds the tokens; an architecture without a table takes its nearest relative's. The shipped tiles were chosen
-without the cards, never by timing: by the instructions in the compiled inner loops, which `w8a8 bench compile` shows.
+band holds the tokens; an architecture without a table takes its nearest relative's. Hopper's tiles were timed on an
+H200 (docs/kernels.md). All others were chosen without the cards: by the instructions in the compiled inner loops, which
+`w8a8 bench compile` shows.
 `w8a8 bench gemm --tune` times tiles on this machine's card and stores the best in the user's cache; `choose` takes
 stored tiles first.
 """
@@ -35,7 +36,8 @@ class Tile:
 
     A program computes `block_m` tokens x `block_n` output channels, in steps of `unroll` times `block_k` inputs;
     `group_m` rows of tiles share the cache; `split_k` programs share one dot product; with `swap` the weights take the
-    rows of the matrix instruction. `num_warps`, `num_stages` and (for AMD) `kpack` go to the compiler.
+    rows of the matrix instruction; with `masked` nothing is read for rows that hold no token. `num_warps`, `num_stages`
+    and (for AMD) `kpack` go to the compiler.
     """
 
     block_m: int
@@ -48,6 +50,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
     kpack: int = 1
+    masked: bool = False
 
     def __post_init__(self) -> None:
         """Refuse sizes that no kernel can be compiled for."""
@@ -68,8 +71,9 @@ class Tile:
                 raise ValueError(f"{name} must be {least} to {most}, not {value!r}")
             if (name.startswith("block") or name == "num_warps") and value & (value - 1):
                 raise ValueError(f"{name} must be a power of two, not {value}")
-        if type(self.swap) is not bool:
-            raise ValueError(f"swap must be true or false, not {self.swap!r}")
+        for name in ("swap", "masked"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"{name} must be true or false, not {getattr(self, name)!r}")
 
     def __str__(self) -> str:
         """The name in tables: `128x128x64`, then every other field that is not the default, e.g. `unroll4 swap`."""
@@ -93,10 +97,16 @@ def _brief(name: str, value: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Tiles of related architectures: `bands` of (most tokens, tile) in order; `schedulers` of their largest card."""
+    """Tiles of related architectures: `bands` of (most tokens, tiles) in order; `schedulers` of their largest card.
+
+    `shared` bytes of a multiprocessor, where tiles were timed on a card: then a band may have several tiles, of which
+    the one with the least load is taken, and its pipeline takes the shared memory that there is. 0 where they were not:
+    a band has one tile, with the stages that its compiled loop wants.
+    """
 
     schedulers: int
-    bands: tuple[tuple[float, Tile], ...]
+    bands: tuple[tuple[float, *tuple[Tile, ...]], ...]
+    shared: int = 0
 
 
 _MANY = math.inf
@@ -150,19 +160,26 @@ FAMILIES = {
             (_MANY, Tile(128, 128, 64, unroll=2, num_stages=3)),
         ),
     ),
-    # Hopper: `wgmma` takes 64 rows per warp group straight from shared memory, and as few as 8 columns: few tokens are
-    # the columns, weights the rows. Steps of 256 bytes are two cache lines of each row.
+    # Hopper, timed on an H200: `wgmma` takes 64 rows per warp group straight from shared memory, and as few as 8
+    # columns: few tokens are the columns, weights the rows. With few tokens a deep pipeline keeps the memory busier
+    # than programs that share dot products. Two programs of 128 x 128 per multiprocessor, one's epilogue beside
+    # another's loop, beat one of 128 x 256 by a quarter.
     "sm_9": Family(
         528,  # 132 multiprocessors with 4 schedulers
         (
-            (16, Tile(16, 64, 256, swap=True, num_stages=3)),
-            (32, Tile(32, 64, 256, swap=True, num_stages=3)),
-            (64, Tile(64, 128, 128, swap=True, num_stages=4)),
-            # Two programs per multiprocessor: one's epilogue beside the other's loop.
-            (1024, Tile(128, 128, 128, num_stages=3)),
-            # Fewer bytes per operation, once there are tiles enough for all.
-            (_MANY, Tile(128, 256, 128, num_warps=8, num_stages=3)),
+            (16, Tile(16, 64, 128, swap=True, masked=True)),
+            (32, Tile(32, 64, 128, swap=True, masked=True)),
+            (64, Tile(64, 64, 128, swap=True)),
+            (
+                256,
+                Tile(128, 128, 128, swap=True),
+                Tile(128, 64, 128, swap=True),
+                Tile(64, 64, 128, swap=True),
+                Tile(128, 128, 128, swap=True, split_k=3),
+            ),
+            (_MANY, Tile(128, 128, 128, group_m=16), Tile(128, 64, 128, group_m=16, swap=True)),
         ),
+        227 << 10,
     ),
     # Blackwell for data centres: `tcgen05.mma kind::i8`, accumulating in tensor memory.
     "sm_10": Family(
@@ -221,8 +238,36 @@ def choose(arch: str, m: int, n: int, k: int) -> Tile:
 def shipped(arch: str, m: int, n: int, k: int) -> Tile:
     """Return the tile from the tables in this file."""
     table = family(arch)
-    tile = next(tile for most, tile in table.bands if m <= most)
-    return replace(tile, split_k=_splits(tile, m, n, k, table.schedulers))
+    tiles = next(tiles for most, *tiles in table.bands if m <= most)
+    if not table.shared:
+        return replace(tiles[0], split_k=_splits(tiles[0], m, n, k, table.schedulers))
+    units = table.schedulers // 4
+    whole = [tile for tile in tiles if tile.split_k == 1 or k >= tile.split_k * max(24 * m, 4 * tile.block_k)]
+    tile = min(whole, key=lambda tile: _load(tile, m, n, k, units))
+    return _deep(tile, table.shared // -(-_programs(tile, m, n) // units))
+
+
+def _programs(tile: Tile, m: int, n: int) -> int:
+    return -(-m // tile.block_m) * -(-n // tile.block_n) * tile.split_k
+
+
+def _load(tile: Tile, m: int, n: int, k: int, units: int) -> float:
+    """Return the multiplications of the busiest multiprocessor of `units`, and all else as so many of them.
+
+    A row of an operand costs as much as 20 multiplications, a partial sum as much as 10: fitted to an H200's times of
+    848 kernels, of whose best on 65 products the tile with the least load misses 2% in the geometric mean.
+    """
+    busiest = -(-_programs(tile, m, n) // units)
+    step = tile.block_m * tile.block_n + 20 * (tile.block_m + tile.block_n)
+    return busiest * step * k / tile.split_k + (10 * m * n * tile.split_k if tile.split_k > 1 else 0)
+
+
+def _deep(tile: Tile, shared: int) -> Tile:
+    """Return the tile with a pipeline for `shared` bytes: 3 to 6 stages, twice as long if four such stages fit."""
+    step = (tile.block_m + tile.block_n) * tile.block_k
+    if shared // (2 * step) >= 4:
+        return replace(tile, block_k=2 * tile.block_k, num_stages=min(shared // (2 * step), 6))
+    return replace(tile, num_stages=min(max(shared // step, 3), 6))
 
 
 def _splits(tile: Tile, m: int, n: int, k: int, schedulers: int) -> int:
@@ -231,8 +276,7 @@ def _splits(tile: Tile, m: int, n: int, k: int, schedulers: int) -> int:
     Each program still does at least four steps, and the partial sums (4 bytes written and 4 read for each) stay below a
     quarter of the weight's bytes.
     """
-    tiles = -(-m // tile.block_m) * -(-n // tile.block_n)
-    fill = schedulers * _WAVES // tile.num_warps // tiles
+    fill = schedulers * _WAVES // tile.num_warps // _programs(tile, m, n)
     return max(1, min(fill, k // (4 * tile.block_k * tile.unroll), k // (32 * m), 256))
 
 
