@@ -1,21 +1,23 @@
 """A Hub on this machine that takes uploads, over real HTTP: the endpoints huggingface_hub asks for, and hf_xet.
 
 Large files come as LFS objects, or through Xet as chunks packed into xorbs. Of the latter it keeps the bytes as they
-come, and of a file committed so its hash.
+come, and of a file committed so its hash. What it does not have itself it asks another Hub for, as if it were its own.
 """
 
 import base64
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from threading import Lock
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 from tests.servers import listening
 
@@ -25,6 +27,7 @@ COMMIT = "c0ffee" * 6 + "beef"
 _REPO = r"(?P<repo>[^/]+/[^/]+)"
 _BATCH = re.compile(rf"/{_REPO}\.git/info/lfs/objects/batch")
 _API = re.compile(rf"/api/models/{_REPO}(/(?P<what>preupload|commit|xet-write-token|revision)/main)?")
+_FILE = re.compile(rf"/{_REPO}/resolve/(?P<revision>[^/]+)/(?P<file>.+)")
 _XORB = re.compile(r"/cas/v1/xorbs/default/(?P<hash>[0-9a-f]{64})")
 
 
@@ -43,6 +46,10 @@ class Hub:
 
     With `uploads_left` it breaks the connection of every further upload, or answers `then`; `readonly` refuses to make
     repositories and commits. `objects` are the large files it has, `received` how often each was sent whole.
+
+    `fault` may name what goes wrong with a request, given method and path, before anything is done: a status to answer,
+    with the Retry-After `wait`, or "cut": half of an upload is read, and the connection ends. `elsewhere` is the
+    address of another Hub, `large` are the endings of names that are large files.
     """
 
     url: str = ""
@@ -54,6 +61,10 @@ class Hub:
     uploads_left: int | None = None
     then: HTTPStatus | None = None
     readonly: bool = False
+    fault: Callable[[str, str], HTTPStatus | str | None] = lambda _method, _path: None
+    wait: str = ""
+    elsewhere: str = ""
+    large: tuple[str, ...] = (".safetensors", "tokenizer.json")
     lock: Lock = field(default_factory=Lock)
 
 
@@ -73,9 +84,22 @@ def receiving_hub() -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            body = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            length = int(self.headers["Content-Length"] or 0)
+            fault = hub.fault(self.command, path)
+            body = self.rfile.read(length // 2 if fault == "cut" else length)
             hub.requests.append(f"{self.command} {path}")
+            if fault == "cut":
+                self.close_connection = True
+                return
             try:
+                if isinstance(fault, HTTPStatus):
+                    raise _RefusedError(fault, "not now")
+                if hub.elsewhere and self.command in ("GET", "HEAD") and not _is_own(hub, path):
+                    self._relay()
+                    return
+                if found := _FILE.fullmatch(path):
+                    self._send(HTTPStatus.OK, hub.repositories[found["repo"]].files[found["file"]])
+                    return
                 if path.startswith("/lfs/"):
                     if not _take(hub, path.removeprefix("/lfs/"), body):
                         self.close_connection = True
@@ -87,17 +111,30 @@ def receiving_hub() -> Iterator[Hub]:
                 self._answer(HTTPStatus.OK, _reply(hub, self.command, path, body))
             except _RefusedError as refused:
                 headers = {"X-Error-Message": refused.message, "X-Error-Code": refused.code}
+                headers |= {"Retry-After": hub.wait} if hub.wait else {}
                 self._answer(refused.status, {"error": refused.message}, headers)
 
-        do_POST = do_PUT = do_GET  # noqa: N815
+        do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
 
-        def _answer(self, status: HTTPStatus, value: Any, headers: dict[str, str] | None = None) -> None:
-            body = json.dumps(value).encode()
+        def _answer(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
+            self._send(status, json.dumps(value).encode(), headers)
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
             for name, text in {**(headers or {}), "Content-Length": str(len(body))}.items():
                 self.send_header(name, text)
             self.end_headers()
-            self.wfile.write(body)
+            with suppress(ConnectionError):  # the client may have been killed
+                self.wfile.write(body)
+
+        def _relay(self) -> None:
+            """Answer what the other Hub answers."""
+            asked = {name: self.headers[name] for name in ("Range", "Accept-Encoding") if self.headers[name]}
+            try:
+                with urlopen(Request(hub.elsewhere + self.path, headers=asked, method=self.command)) as answer:
+                    self._send(answer.status, answer.read(), dict(answer.headers))
+            except HTTPError as error:
+                self._send(error.code, error.read(), dict(error.headers))
 
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
@@ -105,6 +142,12 @@ def receiving_hub() -> Iterator[Hub]:
     with listening(Handler) as url:
         hub.url = url
         yield hub
+
+
+def _is_own(hub: Hub, path: str) -> bool:
+    """Whether it has the repository that a path speaks of, or the path speaks of none."""
+    found = _API.match(path) or _FILE.match(path)
+    return found is None or found["repo"] in hub.repositories
 
 
 def _take(hub: Hub, oid: str, body: bytes) -> bool:
@@ -128,6 +171,10 @@ def _reply(hub: Hub, method: str, path: str, body: bytes) -> Any:
         return {"type": "user", "name": "me", "auth": {}}
     if path.startswith("/cas/"):
         return _cas(hub, path, body)
+    if path.startswith("/verify/"):
+        if path.removeprefix("/verify/") not in hub.objects:
+            raise _RefusedError(HTTPStatus.NOT_FOUND, "that object did not come")
+        return {}
     if path == "/api/validate-yaml":
         return {"errors": [], "warnings": []}
     if path == "/api/repos/create":
@@ -139,14 +186,25 @@ def _reply(hub: Hub, method: str, path: str, body: bytes) -> Any:
     if found is None or repository is None:
         raise _RefusedError(HTTPStatus.NOT_FOUND, "Repository not found", "RepoNotFound")
     if found["what"] == "preupload":
-        return {"files": [_mode(repository, file) for file in json.loads(body)["files"]]}
+        return {"files": [_mode(hub, repository, file) for file in json.loads(body)["files"]]}
     if found["what"] == "xet-write-token":
         return {"casUrl": f"{hub.url}/cas", "accessToken": "for Xet", "exp": 2**32}
     if found["what"] == "commit":
         if hub.readonly:
             raise _RefusedError(HTTPStatus.FORBIDDEN, "you may read only")
         return _commit(hub, found["repo"], [json.loads(line) for line in body.splitlines()])
-    return {"id": found["repo"], "private": repository.private, "sha": COMMIT, "siblings": []}
+    siblings = [_sibling(hub, *file) for file in repository.files.items()]
+    return {"id": found["repo"], "private": repository.private, "sha": COMMIT, "siblings": siblings}
+
+
+def _sibling(hub: Hub, name: str, content: bytes) -> dict[str, Any]:
+    known = {"rfilename": name, "size": len(content), "blobId": _blob(content)}
+    large = {"lfs": {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}}
+    return known | (large if name.endswith(hub.large) else {})
+
+
+def _blob(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def _cas(hub: Hub, path: str, body: bytes) -> Any:
@@ -168,14 +226,13 @@ def _create(hub: Hub, asked: dict[str, Any]) -> Any:
     return {"url": f"{hub.url}/{name}"}
 
 
-def _mode(repository: Repository, file: dict[str, Any]) -> Any:
+def _mode(hub: Hub, repository: Repository, file: dict[str, Any]) -> Any:
     """Large files are those the Hub's own .gitattributes names; what it has is named by its hash."""
-    large = file["path"].endswith((".safetensors", "tokenizer.json"))
+    large = file["path"].endswith(hub.large)
     content = repository.files.get(file["path"])
     oid = None
     if content is not None:
-        blob = hashlib.sha1(b"blob %d\0" % len(content) + content)
-        oid = (hashlib.sha256(content) if large else blob).hexdigest()
+        oid = hashlib.sha256(content).hexdigest() if large else _blob(content)
     return {
         "path": file["path"],
         "uploadMode": "lfs" if large else "regular",
@@ -187,11 +244,15 @@ def _mode(repository: Repository, file: dict[str, Any]) -> Any:
 def _action(hub: Hub, entry: dict[str, Any]) -> Any:
     if entry["oid"] in hub.objects:
         return entry
-    return {**entry, "actions": {"upload": {"href": f"{hub.url}/lfs/{entry['oid']}"}}}
+    upload, verify = ({"href": f"{hub.url}/{what}/{entry['oid']}"} for what in ("lfs", "verify"))
+    return {**entry, "actions": {"upload": upload, "verify": verify}}
 
 
 def _commit(hub: Hub, name: str, lines: list[dict[str, Any]]) -> Any:
     repository = hub.repositories[name]
+    oids = {line["value"]["oid"] for line in lines if line["key"] == "lfsFile"}
+    if not hub.xorbs and (lost := oids - hub.objects.keys()):  # it does not look into what came through Xet
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, f"no large file {lost.pop()}")
     for line in lines:
         value = line["value"]
         if line["key"] == "header":

@@ -118,7 +118,7 @@ class HubFolder:
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (begin and status == HTTPStatus.OK):
             raise NotDeliveredError("the Hub does not go on in the middle of it", over=True)
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
-            raise NotDeliveredError(f"the Hub answered {status}", _retry_after(response.headers.get("Retry-After", "")))
+            raise NotDeliveredError(f"the Hub answered {status}", retry_after(response.headers.get("Retry-After", "")))
         try:
             _raise_for_status(response)
         except HTTPError as error:
@@ -144,7 +144,7 @@ def _raise_for_status(response: Any) -> None:
     hf_raise_for_status(response)
 
 
-def _retry_after(text: str) -> float:
+def retry_after(text: str) -> float:
     """Seconds that a server asks to wait, given as a number or as a date."""
     if re.fullmatch(r"\d{1,9}", text):
         return float(text)

@@ -34,6 +34,8 @@ Examples:
 
 - `w8a8 quantize google/gemma-4-31b-it gemma-4-31b-it-W8A8`
 - `w8a8 quantize deepseek-ai/DeepSeek-V3 ./DeepSeek-V3-W8A8 --disk-budget 20GB`
+- `w8a8 quantize deepseek-ai/DeepSeek-V3 --push me/DeepSeek-V3-W8A8`
+- `w8a8 quantize ./gemma ./gemma-W8A8 --push me/gemma-W8A8 --public`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
@@ -115,6 +117,16 @@ def quantize(
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model from the Hub whole, into its cache, and keep it there.")
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO",
+            help="Send OUT to this repository on the Hub while it is made; without OUT, nothing stays on the disk.",
+        ),
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="With --push: make a new repository public.", show_default="private")
+    ] = False,
     ray: Ray = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
@@ -125,7 +137,8 @@ def quantize(
     Reads SRC once, writes OUT once, in bounded memory and without a GPU. OUT appears when it is whole and has been
     opened again. Give the same command again to resume a run that was killed.
 
-    A model on the Hub arrives while it is quantized, and its shards leave the disk as they are done.
+    A model on the Hub arrives while it is quantized, and its shards leave the disk as they are done. With --push and
+    without OUT, so do the shards of the result, which one commit makes visible at the end.
 
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
     there is one. OUT has the same size and speed, and is closer to SRC.
@@ -137,8 +150,10 @@ def quantize(
 
     if not source:
         raise UsageError("no source: give SRC, or set MODEL_IN")
-    if out is None and not dry_run:
-        raise UsageError("no target: give OUT, or set MODEL_OUT")
+    if not (out or push or dry_run):
+        raise UsageError("no target: give OUT or --push REPO, or set MODEL_OUT")
+    if public and not push:
+        raise UsageError("--public is for a new repository: give --push REPO")
     terminal = Terminal(json=json, quiet=quiet)
     options = Options(
         format=format,
@@ -153,15 +168,22 @@ def quantize(
     )
     budget = None if disk_budget is None else parse_bytes(disk_budget, "--disk-budget")
     job = prepare(source, options, cache=cache)
-    if dry_run or out is None:
+    if dry_run:
         show_plan(terminal, job.plan)
         return
+    upload = None
+    if push:
+        from w8a8.publish.sending import Upload
+
+        upload = Upload.open(push, source=job.source.name, public=public, departs=not out, notice=terminal.notice)
+    out = out or Path((push or "").rpartition("/")[2])
     with (
         interruptible("give the same command again to go on from here"),
         calibrated(
             job,
             out,
             overwrite=overwrite,
+            appears=not (upload and upload.departs),
             progress=partial(live, "calibrating", unit="layers", quiet=quiet),
             notice=terminal.notice,
         ) as job,
@@ -174,13 +196,14 @@ def quantize(
             workers=workers,
             hash_source=hash_source,
             disk_budget=budget,
+            delivery=upload,
             ray=ray,
             advance=advance,
             arrived=advance.arrived,
             notice=terminal.notice,
         )
-    with showing(f"{out} is whole"):
-        show_quantized(terminal, result)
+    with showing(f"{push} is uploaded" if push else f"{out} is whole"):
+        show_quantized(terminal, result, upload)
 
 
 def _targets() -> list[str]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from w8a8.inspection import Inspection
     from w8a8.memory import Fit
     from w8a8.plan import Plan
+    from w8a8.publish.sending import Upload
     from w8a8.quantization import QuantizeResult
     from w8a8.serve.calling import Call
     from w8a8.serve.launch import Launch
@@ -42,13 +43,13 @@ def show_plan(terminal: Terminal, plan: "Plan") -> None:
         terminal.say(f"[yellow]warning:[/yellow] {clean(warning)}")
 
 
-def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
-    """Print what `quantize` did."""
-    plan = result.plan
+def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload | None" = None) -> None:
+    """Print what `quantize` did, and where it went."""
+    plan, pushed = result.plan, upload.done if upload else None
     if terminal.json:
         terminal.print_json(
             {
-                "out": str(result.out),
+                "out": None if upload and upload.departs else str(result.out),
                 "source": plan.source,
                 "revision": plan.revision,
                 "format": plan.format,
@@ -68,6 +69,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
                 "not_copied": dict(plan.left_out),
                 "warnings": list(plan.warnings),
                 "totals": _totals(plan),
+                **(pushed.address() if pushed else {}),
             }
         )
         return
@@ -75,10 +77,15 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult") -> None:
         terminal.print(_component_table(plan))
         _quantized_already(terminal, plan)
         _not_copied(terminal, plan)
+    what = plan.source if upload and upload.departs else str(result.out)
     terminal.say(
-        f"[bold]{clean(str(result.out))}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
+        f"[bold]{clean(what)}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
         f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"
     )
+    if pushed:
+        from w8a8.publish.push import show
+
+        show(pushed, terminal.say)
     for work in result.nodes:
         terminal.say(f"  {clean(work.node)}: {size(work.bytes)}, {work.gb_per_second:.2f} GB/s")
 

@@ -7,24 +7,19 @@ are not sent again.
 """
 
 import glob
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from w8a8.checkpoint.sidecars import LeftOut
-from w8a8.errors import HubError, UsageError, W8A8Error, first_line
+from w8a8.errors import W8A8Error
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.publish.hub import valid_id
+from w8a8.publish.hub import explained, hub_api, target_id, writable
 from w8a8.publish.made import Made
 from w8a8.publish.uploaded import Files, sort_folder
 from w8a8.terminal.wording import clean, plural, size
 from w8a8.verification import run as verification
-from w8a8.version import __version__
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 _SHOWN = 3
 """Problems that the error names."""
@@ -70,14 +65,17 @@ class Pushed:
         """Plain JSON values."""
         return asdict(self)
 
+    def address(self) -> dict[str, Any]:
+        """Where it went, as plain JSON values."""
+        return {"repo": self.repo, "private": self.private, "url": self.url, "commit": self.commit}
+
 
 def prepare(out: str | Path, repo: str, *, public: bool = False, source: str | Path | None = None) -> Job:
     """Open `out`, and the `source` to verify it against if one is given, and list the files to upload to `repo`.
 
     Raises `UsageError` for an impossible id, what opening raises, and `PathEscapeError` for a link out of the folder.
     """
-    if "/" not in valid_id(repo, "REPO"):
-        raise UsageError(f"{repo}: the owner is missing; give it as `org/name`")
+    target_id(repo, "REPO")
     made = Made.open(out)
     return Job(made, repo, public, sort_folder(made), verification.prepare(out, source) if source else None)
 
@@ -89,11 +87,21 @@ def check(job: Job, advance: Callable[[int], None] = lambda _: None) -> None:
         problems = list(verification.run(job.against, advance=advance).problems)
     elif not problems:
         problems = job.made.wrong_checksums(advance)
+    refuse(job, problems)
+
+
+def refuse(job: Job, problems: Sequence[str]) -> None:
+    """Raise `W8A8Error` where there are `problems`."""
     if problems:
         more = f" (and {plural(len(problems) - _SHOWN, 'problem')} more)" if len(problems) > _SHOWN else ""
         raise W8A8Error(
             f"{job.made.path}: not uploaded, since it is not what `quantize` made: {'; '.join(problems[:_SHOWN])}{more}"
         )
+
+
+def message(made: Made) -> str:
+    """What the commit says."""
+    return f"INT8 W8A8 by w8a8 {made.provenance.version}"
 
 
 def planned(job: Job) -> Pushed:
@@ -107,37 +115,17 @@ def run(job: Job, *, notice: Callable[[str], None] = lambda _: None) -> Pushed:
 
     Raises `HubError`, and `UsageError` where the repository is public and `public` was not asked for.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="w8a8", library_version=__version__)
-    with _explained(job.repo):
-        private = _repository(api, job, notice)
+    api = hub_api()
+    with explained(job.repo):
+        private = writable(api, job.repo, public=job.public, notice=notice)
         commit = api.upload_folder(
             repo_id=job.repo,
             folder_path=job.made.path,
             allow_patterns=[glob.escape(name) for name, _ in job.files.upload],
-            commit_message=f"INT8 W8A8 by w8a8 {job.made.provenance.version}",
+            commit_message=message(job.made),
         )
     done = planned(job)
     return replace(done, private=private, url=f"{api.endpoint}/{job.repo}", commit=commit.oid)
-
-
-def _repository(api: "HfApi", job: Job, notice: Callable[[str], None]) -> bool:
-    """Find the repository, or create it; return whether it is private."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    api.whoami()
-    try:
-        private = bool(api.model_info(job.repo, timeout=constants.HF_HUB_ETAG_TIMEOUT).private)
-    except RepositoryNotFoundError:
-        api.create_repo(job.repo, private=not job.public, exist_ok=True)
-        return not job.public
-    if not private and not job.public:
-        raise UsageError(f"{job.repo}: exists and is public; upload to it with --public, or choose another name")
-    if private and job.public:
-        notice(f"{job.repo} exists and is private, and stays so; change that in its settings on the Hub")
-    return private
 
 
 def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
@@ -151,34 +139,3 @@ def show(pushed: Pushed, say: Callable[[Any], None]) -> None:
         say(f"[bold]{clean(pushed.url)}[/bold]: {what}")
         return
     say(f"all checks passed; would go to [bold]{clean(pushed.repo)}[/bold]: {what}")
-
-
-@contextmanager
-def _explained(repo: str) -> Iterator[None]:
-    """Turn errors of huggingface_hub into a `HubError` that says in one line what to do."""
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]
-        HfHubHTTPError,
-        HTTPError,
-        LocalTokenNotFoundError,
-        OfflineModeIsEnabled,
-    )
-
-    try:
-        yield
-    except LocalTokenNotFoundError as error:
-        raise HubError(f"{repo}: no token found; run `hf auth login`, or set HF_TOKEN") from error
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
-        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        said = " ".join(str(getattr(cause, "server_message", None) or first_line(cause)).split())
-        raise HubError(f"{repo}: {_advice(cause)} ({said[:300]})") from error
-
-
-def _advice(error: BaseException) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status == 401:
-        return "the Hub does not know the token; run `hf auth login`, or set HF_TOKEN"
-    if status == 403:
-        return "the token may not write there; run `hf auth login` with one that may"
-    if status is not None:
-        return f"the Hub refused ({status}); files it has are kept, the same command goes on"
-    return "the upload did not finish; files the Hub has are kept, the same command goes on"
