@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.checkpoint.finding import remote
+from w8a8.checkpoint.hub import HubFolder
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
@@ -270,6 +271,8 @@ def run(
 
     for warning in job.plan.warnings:
         notice(f"warning: {warning}")
+    if job.repository and isinstance(job.repository.remote, HubFolder):
+        job.repository.remote.keep("README.md")  # the card will say its license
     start = time.perf_counter()
     with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
         workers = cluster.slots if cluster else workers or worker_count()

@@ -121,7 +121,7 @@ def receiving_hub() -> Iterator[Hub]:
 
         def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
             self.send_response(status)
-            for name, text in {**(headers or {}), "Content-Length": str(len(body))}.items():
+            for name, text in {"Content-Length": str(len(body)), **(headers or {})}.items():
                 self.send_header(name, text)
             self.end_headers()
             with suppress(ConnectionError):  # the client may have been killed

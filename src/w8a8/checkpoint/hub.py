@@ -3,7 +3,7 @@
 import re
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -92,6 +92,15 @@ class HubFolder:
                 yield from response.iter_raw(CHUNK_BYTES)
         except (HTTPError, OSError) as error:
             raise NotDeliveredError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+
+    def keep(self, name: str) -> None:
+        """Put a small file into the Hub's cache for later; where the Hub does not give it, it is not there."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+
+        if name in self.files:
+            with suppress(HTTPError, OSError, ValueError):
+                hf_hub_download(self.name, name, revision=self.version)
 
     def _get(self, name: str, headers: Mapping[str, str], **options: Any) -> Any:
         from huggingface_hub import hf_hub_url

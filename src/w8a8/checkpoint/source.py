@@ -141,6 +141,8 @@ def _download(repo: str, revision: str | None) -> Source:
             folder = _fetch(repo, revision, cached=True)
         except LocalEntryNotFoundError as error:
             raise unreachable(label, reason) from error
+        if not (folder / "config.json").exists():  # what was kept of it is its README
+            raise unreachable(label, reason) from reason
     except (OSError, ValueError, RuntimeError) as error:
         raise refused(label, error) from error
     return Source(folder, repo, folder.name)
