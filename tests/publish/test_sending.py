@@ -252,7 +252,7 @@ FAULTS = [HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPSt
           HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, "cut"]  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([None, None, *FAULTS]), max_size=30))
 def test_whatever_the_hub_does_it_shows_the_result_whole_or_not_at_all(
     hub: Hub, whole: Files, faults: list[HTTPStatus | str | None]
