@@ -3,7 +3,7 @@
 #   make test    formatter, linter, type checker, the whole test suite
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
 #   make fuzz    300,000 damaged files, read as the commands read them: half an hour
-#   make kills   200 kills at random moments of every command that writes: ten minutes
+#   make kills   200 kills at random moments of every command that writes, and 200 of quantize --push: twenty minutes
 #   make support the table of supported architectures: tiny models of all, also in vLLM; goes on where it was interrupted
 #   make docs    the documentation site, in site/
 
@@ -29,7 +29,7 @@ fuzz: .venv/.dev
 	W8A8_FUZZ=300000 $(BIN)/pytest -q tests/fuzzing --timeout 7200
 
 kills: .venv/.dev
-	W8A8_KILLS=200 $(BIN)/pytest -q tests/test_kills.py
+	W8A8_KILLS=200 $(BIN)/pytest -q tests/test_kills.py tests/publish/test_interrupted.py
 
 support: .venv/.dev vllm
 	$(BIN)/python -m tests.support --vllm .venv-vllm/bin/python

@@ -12,12 +12,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 from threading import Lock
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
+
+import pytest
+from huggingface_hub import constants
 
 from tests.servers import listening
 
@@ -135,6 +140,8 @@ def receiving_hub() -> Iterator[Hub]:
                     self._send(answer.status, answer.read(), dict(answer.headers))
             except HTTPError as error:
                 self._send(error.code, error.read(), dict(error.headers))
+            except (HTTPException, OSError):
+                self.close_connection = True
 
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass
@@ -142,6 +149,16 @@ def receiving_hub() -> Iterator[Hub]:
     with listening(Handler) as url:
         hub.url = url
         yield hub
+
+
+def ask(hub: Hub, cache: Path, patch: pytest.MonkeyPatch) -> None:
+    """Make `hub` the one that this process, and those that it forks, know and may write to; without Xet."""
+    patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    patch.setenv("HF_TOKEN", TOKEN)
 
 
 def _is_own(hub: Hub, path: str) -> bool:

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,7 +18,7 @@ from tests.checkpoint.hub import local_hub
 from tests.checkpoints import LLAMA, folder_bytes, llama_tensors, write_checkpoint
 from tests.command import cli
 from tests.execute.runs import staging_of
-from tests.publish.hub import COMMIT, TOKEN, Hub, Repository, receiving_hub
+from tests.publish.hub import COMMIT, Hub, Repository, ask, receiving_hub
 from w8a8 import quantize
 from w8a8.errors import HubError, UsageError, W8A8Error
 from w8a8.execute.staging import Staging
@@ -64,13 +63,7 @@ def hub(source: Source, waits: list[float], tmp_path: Path, monkeypatch: pytest.
         clock = SimpleNamespace(sleep=waits.append)
         monkeypatch.setattr(_http, "time", clock)
         monkeypatch.setattr(sending, "time", clock)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        ask(hub, tmp_path / "cache", monkeypatch)
         monkeypatch.chdir(tmp_path)
         yield hub
 
