@@ -187,12 +187,17 @@ def _shards(source: Path) -> list[Path]:
     return sorted(source.glob("*.safetensors"))
 
 
-def make_checkpoint(folder: Path, gib: float, notice: Callable[[str], None] = lambda _: None) -> None:
-    """Write a BF16 checkpoint of as many Gemma 4 31B decoder layers as fit into `gib` GiB (at least one)."""
+def make_checkpoint(
+    folder: Path, gib: float, notice: Callable[[str], None] = lambda _: None, shards: int | None = None
+) -> None:
+    """Write a BF16 checkpoint of as many Gemma 4 31B decoder layers as fit into `gib` GiB (at least one).
+
+    In `shards` files, by default in one for two layers.
+    """
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "bfloat16", "hidden_size": HIDDEN,
               "intermediate_size": INTERMEDIATE}  # fmt: skip
     layer = {f"{leaf}.weight": shape for leaf, shape in LAYER.items()}
-    write_checkpoint(folder, config, layer, max(1, int(gib * 2**30 // LAYER_BYTES)), notice)
+    write_checkpoint(folder, config, layer, max(1, int(gib * 2**30 // LAYER_BYTES)), notice, shards)
 
 
 def write_checkpoint(
@@ -201,6 +206,7 @@ def write_checkpoint(
     layer: Mapping[str, tuple[int, ...]],
     layers: int,
     notice: Callable[[str], None],
+    shards: int | None = None,
 ) -> None:
     """Write a BF16 checkpoint of random numbers: `layers` times the tensors of `layer`, shapes by name; once."""
     config = {**config, "num_hidden_layers": layers, "w8a8_bench": 1}
@@ -212,11 +218,18 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     values = np.random.default_rng(0).standard_normal(1 << 24, dtype=np.float32) * 0.02
     pool = (values.view(np.uint32) >> 16).astype(np.uint16)
-    shards = [range(first, min(first + LAYERS_PER_SHARD, layers)) for first in range(0, layers, LAYERS_PER_SHARD)]
+    whole = {f"model.layers.{number}.{leaf}": shape for number in range(layers) for leaf, shape in layer.items()}
+    count = shards or math.ceil(layers / LAYERS_PER_SHARD)
+    limit = nbytes / count if shards else nbytes / layers * LAYERS_PER_SHARD
+    members: list[dict[str, tuple[int, ...]]] = [{} for _ in range(count)]
+    position = 0
+    for tensor, shape in whole.items():
+        size = 2 * math.prod(shape)
+        members[int((position + size / 2) / limit)][tensor] = shape
+        position += size
     weight_map = {}
-    for i, members in enumerate(shards):
-        name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        tensors = {f"model.layers.{number}.{leaf}": shape for number in members for leaf, shape in layer.items()}
+    for i, tensors in enumerate(filter(None, members)):
+        name = f"model-{i + 1:05}-of-{count:05}.safetensors"
         _write_shard(folder / name, tensors, pool)
         weight_map.update(dict.fromkeys(tensors, name))
     index = {"metadata": {"total_size": nbytes}, "weight_map": weight_map}

@@ -21,6 +21,7 @@ from w8a8.bench.quantize import Contender, Row, make_checkpoint, race
 from w8a8.bench.shop import REPOSITORY
 from w8a8.execute.staging import Staging
 from w8a8.terminal.output import plain_table
+from w8a8.terminal.wording import plural
 
 DOWNLOAD, HERE, STREAM = "download alone", "quantize a folder", "quantize from the Hub"
 LOOK_SECONDS = 0.1
@@ -35,6 +36,7 @@ class StreamResult:
     """The rows of the contenders; `bandwidth` in bytes a second, `peak_disk` in bytes of source files held."""
 
     bytes: int
+    shards: int
     cores: int
     bandwidth: float
     rows: tuple[Row, ...]
@@ -53,12 +55,18 @@ class StreamResult:
 
 
 def bench(
-    gib: float, megabytes: float, *, runs: int, folder: Path, notice: Callable[[str], None] = lambda _: None
+    gib: float,
+    megabytes: float,
+    *,
+    runs: int,
+    folder: Path,
+    shards: int | None = None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> StreamResult:
     """Make the checkpoint (once), and time the contenders `runs` times by turns, at `megabytes` a second."""
     folder = folder.resolve()
-    source = folder / f"gemma-4-31b-layers-{gib:g}GiB"
-    make_checkpoint(source, gib, notice)
+    source = folder / (f"gemma-4-31b-layers-{gib:g}GiB" + (f"-in-{shards}" if shards else ""))
+    make_checkpoint(source, gib, notice, shards)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, _served(source, megabytes * 1e6) as url:
         out = Path(scratch) / "out"
         environment = {
@@ -74,8 +82,8 @@ def bench(
         contenders = [Contender(name, command, lambda _run: environment) for name, command in commands.items()]
         with _watched(Staging.of(out)) as held:
             rows = race(contenders, runs, out, {}, notice)
-    size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
-    return StreamResult(size, len(os.sched_getaffinity(0)), megabytes * 1e6, rows, max(held))
+    sizes = [file.stat().st_size for file in source.glob("*.safetensors")]
+    return StreamResult(sum(sizes), len(sizes), len(os.sched_getaffinity(0)), megabytes * 1e6, rows, max(held))
 
 
 def show(result: StreamResult, say: Callable[[Any], None]) -> None:
@@ -85,8 +93,8 @@ def show(result: StreamResult, say: Callable[[Any], None]) -> None:
         spread = f"{min(row.all_seconds):.2f}-{max(row.all_seconds):.2f}"
         table.add_row(f"{row.seconds:.2f}", spread, f"{row.peak_mib:.0f}", row.name)
     say(
-        f"{result.bytes / 2**30:.2f} GiB at {result.bandwidth / 1e6:.0f} MB/s, {result.cores} cores, "
-        f"medians of {len(result.rows[0].all_seconds)}"
+        f"{result.bytes / 2**30:.2f} GiB in {plural(result.shards, 'shard')} at {result.bandwidth / 1e6:.0f} MB/s, "
+        f"{result.cores} cores, medians of {len(result.rows[0].all_seconds)}"
     )
     say(table)
     say(

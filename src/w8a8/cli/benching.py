@@ -69,11 +69,15 @@ Examples:
 
 - `w8a8 bench stream`
 - `w8a8 bench stream --mbps 100 --runs 3`
+- `w8a8 bench stream --gib 3 --shards 12`
 """,
 )
 def bench_stream(
     gib: Gib = 4,
     mbps: Annotated[float, typer.Option(min=1, help="Megabytes a second that the server gives.")] = 300,
+    shards: Annotated[
+        int | None, typer.Option(min=1, max=999, help="Files that it lies in.", show_default="one for two layers")
+    ] = None,
     runs: Runs = 5,
     folder: Folder = FOLDER,
     json: Json = False,
@@ -84,7 +88,7 @@ def bench_stream(
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    terminal.table(bench(gib, mbps, runs=runs, folder=folder, notice=terminal.notice), show)
+    terminal.table(bench(gib, mbps, runs=runs, folder=folder, shards=shards, notice=terminal.notice), show)
 
 
 @bench_app.command(
