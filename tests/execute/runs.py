@@ -79,9 +79,9 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         time.sleep(0.0005)
 
 
-def signal_after_a_shard(number: signal.Signals, source: Path, out: Path) -> subprocess.Popen[str]:
+def signal_after_a_shard(number: signal.Signals, source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
     """Start a run and send it a signal once its first shard is finished, with others still to do."""
-    process = start(source, out)
+    process = start(source, out, *options)
     wait_for(lambda: finished_shards(out) > 0, process)
     process.send_signal(number)
     return process

@@ -27,11 +27,12 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
+    from w8a8.terminal.events import OPTION, event, logged
     from w8a8.terminal.output import guard_streams
     from w8a8.terminal.wording import printable
 
     guard_streams()
-    if {"--json", "--quiet", "-q"} & set(sys.argv):
+    if {"--json", OPTION, "--quiet", "-q"} & set(sys.argv):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         try:
@@ -45,11 +46,13 @@ def main() -> None:
                     raise
             raise
     except W8A8Error as error:
+        about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
         if "--json" in sys.argv:
             with suppress(OutputError):
-                about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
                 print(json.dumps(about), flush=True)
-        if str(error):
+        if logged():
+            event("error", **about)
+        elif str(error):
             print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 

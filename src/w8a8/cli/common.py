@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from w8a8.errors import OutputError, UsageError
+from w8a8.terminal.events import OPTION, event, logged
 
 app = typer.Typer(
     name="w8a8",
@@ -29,6 +30,11 @@ app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notices, only the result and errors.")]
+
+LogJson = Annotated[
+    bool,
+    typer.Option(OPTION, help="Progress, notices and errors as JSON, a line each, on standard error (docs/large.md)."),
+]
 
 Workers = Annotated[
     int | None,
@@ -79,7 +85,10 @@ def interruptible(consequence: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print(f"\nw8a8: interrupted; {consequence}", file=sys.stderr)
+        if logged():
+            event("interrupted", message=consequence, exit_code=codes[-1])
+        else:
+            print(f"\nw8a8: interrupted; {consequence}", file=sys.stderr)
         sys.exit(codes[-1])
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, Quiet, app, engines, eval_app, interruptible, showing
+from w8a8.cli.common import Json, LogJson, Quiet, app, engines, eval_app, interruptible, showing
 from w8a8.errors import UsageError
 
 
@@ -60,6 +60,7 @@ def eval_gsm8k(
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Ask a model the 1,319 test questions of GSM8K, and score its answers.
 
@@ -72,7 +73,7 @@ def eval_gsm8k(
     from w8a8.evals.server import connected
     from w8a8.terminal.output import Terminal
 
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     if bool(base_url) == (ckpt is not None):
         raise UsageError("give --base-url of a running server, or --ckpt to serve a checkpoint")
     questions = load(data, shots=shots, limit=limit)
@@ -87,7 +88,7 @@ def eval_gsm8k(
             timeout=timeout,
             notice=terminal.notice,
         ) as server,
-        live_score(len(questions.questions), quiet=quiet) as progress,
+        live_score(terminal, len(questions.questions)) as progress,
     ):
         result = evaluate(
             server,
@@ -143,6 +144,7 @@ def eval_kld(
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Measure how far one model's predictions lie from another's: KL divergence per token, agreement, perplexity.
 
@@ -156,7 +158,7 @@ def eval_kld(
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     source = choose(text=text, jsonl=jsonl, data=data)
     with interruptible("nothing was written"):
         job = prepare(
@@ -169,7 +171,7 @@ def eval_kld(
             stream=stream,
             dtypes=("float32", "float32") if float32 else (None, None),
         )
-        with live("reading", job.steps, unit="steps" if job.streamed else "tokens", quiet=quiet) as advance:
+        with live(terminal, "reading", job.steps, unit="steps" if job.streamed else "tokens") as advance:
             result = run(job, advance=advance, notice=terminal.notice)
         if out is not None:
             write_json(out, result.to_dict(), indent=1)

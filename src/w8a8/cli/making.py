@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from w8a8.calibrate.request import SAMPLES, TOKENS
-from w8a8.cli.common import Json, Quiet, Ray, Workers, app, interruptible, parse_bytes, showing
+from w8a8.cli.common import Json, LogJson, Quiet, Ray, Workers, app, interruptible, parse_bytes, showing
 from w8a8.errors import UsageError
 from w8a8.recipes import RECIPES
 
@@ -131,6 +131,7 @@ def quantize(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Quantize a checkpoint to INT8 W8A8: weights per channel, activations per token and dynamic.
 
@@ -154,7 +155,7 @@ def quantize(
         raise UsageError("no target: give OUT or --push REPO, or set MODEL_OUT")
     if public and not push:
         raise UsageError("--public is for a new repository: give --push REPO")
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     options = Options(
         format=format,
         compat=compat,
@@ -184,10 +185,10 @@ def quantize(
             out,
             overwrite=overwrite,
             appears=not (upload and upload.departs),
-            progress=partial(live, "calibrating", unit="layers", quiet=quiet),
+            progress=partial(live, terminal, "calibrating", unit="layers"),
             notice=terminal.notice,
         ) as job,
-        live("quantizing", sum(s.size for s in job.view.shards), quiet=quiet) as advance,
+        live(terminal, "quantizing", sum(s.size for s in job.view.shards)) as advance,
     ):
         result = run(
             job,
@@ -199,7 +200,8 @@ def quantize(
             delivery=upload,
             ray=ray,
             advance=advance,
-            arrived=advance.arrived,
+            arrived=advance.lane("downloaded"),
+            sent=advance.lane("sent", sum(shard.data_bytes for shard in job.plan.shards)),
             notice=terminal.notice,
         )
     with showing(f"{push} is uploaded" if push else f"{out} is whole"):
@@ -234,6 +236,7 @@ def convert(
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Write a quantized checkpoint in another format, or not quantized.
 
@@ -245,11 +248,11 @@ def convert(
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     job = prepare(source, format)
     with (
         interruptible("give the same command again to go on from here"),
-        live("converting", sum(s.size for s in job.view.shards), quiet=quiet) as advance,
+        live(terminal, "converting", sum(s.size for s in job.view.shards)) as advance,
     ):
         result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
     with showing(f"{out} is whole"):
@@ -273,6 +276,7 @@ def verify(
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Check a W8A8 checkpoint against its source, tensor by tensor and byte by byte.
 
@@ -284,11 +288,11 @@ def verify(
     from w8a8.terminal.progress import live
     from w8a8.verification.run import prepare, run
 
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     job = prepare(out, source)
     with (
         interruptible("nothing was decided"),
-        live("verifying", sum(s.size for s in job.source.shards), quiet=quiet) as advance,
+        live(terminal, "verifying", sum(s.size for s in job.source.shards)) as advance,
     ):
         result = run(job, workers=workers, advance=advance)
     show_verified(terminal, result, top)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, Quiet, Workers, app, interruptible, showing
+from w8a8.cli.common import Json, LogJson, Quiet, Workers, app, interruptible, showing
 from w8a8.errors import UsageError
 
 Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original model.")]
@@ -102,6 +102,7 @@ def report(
     workers: Workers = None,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Write one HTML page about a quantized checkpoint, and its figures as PNG.
 
@@ -112,10 +113,10 @@ def report(
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
     page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
-    with interruptible("nothing was written"), live("reading", job.nbytes, quiet=quiet) as advance:
+    with interruptible("nothing was written"), live(terminal, "reading", job.nbytes) as advance:
         found = run(job, workers=workers, advance=advance)
     written = write(found, page, png or page.parent)
     with showing(f"{page} is written"):
@@ -155,6 +156,7 @@ def push(
     ] = False,
     json: Json = False,
     quiet: Quiet = False,
+    log_json: LogJson = False,
 ) -> None:
     """Check a checkpoint and upload it to the Hub; a new repository is private without `--public`.
 
@@ -168,12 +170,12 @@ def push(
 
     if not repo:
         raise UsageError("no repository: give REPO, or set HF_REPO_ID")
-    terminal = Terminal(json=json, quiet=quiet)
+    terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     job = prepare(out, repo, public=public, source=source)
     for notice in job.notices:
         terminal.notice(notice)
     with interruptible("the same command goes on from here"):
-        with live("checking", job.bytes_to_check, quiet=quiet) as advance:
+        with live(terminal, "checking", job.bytes_to_check) as advance:
             check(job, advance)
         result = planned(job) if dry_run else run(job, notice=terminal.notice)
     with showing("nothing was uploaded, as asked" if dry_run else f"{repo} is uploaded"):

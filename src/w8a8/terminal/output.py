@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from w8a8.errors import OutputClosedError, OutputError
+from w8a8.terminal.events import event
 from w8a8.terminal.wording import clean
 
 
@@ -103,16 +104,21 @@ codecs.register_error("w8a8", _spell)
 class Terminal:
     """Prints for a person, or JSON for a machine; `quiet` leaves out all but results and errors."""
 
-    def __init__(self, *, json: bool = False, quiet: bool = False) -> None:
-        """`json` prints results as JSON; `quiet` drops notices."""
+    def __init__(self, *, json: bool = False, quiet: bool = False, log_json: bool = False) -> None:
+        """`json` prints results as JSON; `quiet` drops notices, and `log_json` makes events of them."""
         self.json = json
         self.quiet = quiet
+        self.log_json = log_json
         self.out = Console(highlight=False)
         self._err = Console(stderr=True, highlight=False)
 
     def notice(self, text: str) -> None:
         """Say something about the work under way."""
-        if not self.quiet:
+        if self.quiet:
+            return
+        if self.log_json:
+            event("notice", text=text)
+        else:
             self._err.print(clean(text), soft_wrap=True)
 
     def say(self, text: str) -> None:

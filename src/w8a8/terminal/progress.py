@@ -1,31 +1,33 @@
-"""One live line for long work: how much is done, how fast, how long the rest takes.
+"""One live line for long work: what is done and what passes beside it, how fast, how long the rest takes.
 
-It goes to standard error. Where that is no terminal, plain lines appear there now and then.
+It goes to standard error. Where that is no terminal, plain lines appear there now and then; for machines, JSON.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
+from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
-from w8a8.terminal.wording import clean, size
+from w8a8.terminal.events import event
+from w8a8.terminal.output import Terminal
+from w8a8.terminal.wording import clean, duration, printable, size
 
 PLAIN_INTERVAL_SECONDS = 5.0
-SPEED_SECONDS = 86_400
-"""The speed is the average over this time: one layer may take many minutes."""
+JSON_INTERVAL_SECONDS = 1.0
+
+RECENT_SECONDS = 30.0
+"""The speed is the average over this time,"""
+RECENT_STEPS = 10
+"""but over so many steps at least: one layer may take many minutes."""
+STEP_SECONDS = 0.25
 
 KNOWN_SHARE = 0.01
 """The share that has to be done before a line says how long the rest takes."""
@@ -33,88 +35,141 @@ KNOWN_SHARE = 0.01
 BYTES = "bytes"
 
 
-@dataclass
+@dataclass(slots=True)
+class Lane:
+    """A stream of bytes, or of any other unit: how much of it has passed, of how much where that is known."""
+
+    name: str
+    total: int | None
+    done: int = 0
+    _seen: deque[tuple[float, int]] = field(default_factory=lambda: deque([(time.monotonic(), 0)]))
+
+    def add(self, amount: int, now: float) -> None:
+        """Let `amount` more pass."""
+        self.done += amount
+        if now - self._seen[-1][0] >= STEP_SECONDS:
+            self._seen.append((now, self.done))
+            while len(self._seen) > RECENT_STEPS and now - self._seen[0][0] > RECENT_SECONDS:
+                self._seen.popleft()
+
+    def rate(self, now: float) -> float:
+        """How much has passed per second lately."""
+        then, done = self._seen[0]
+        return max(self.done - done, 0) / max(now - then, 1e-9)
+
+    def left(self, now: float) -> float | None:
+        """How many seconds the rest takes, where that is known; of what waits for a download, a header says nothing."""
+        rate = self.rate(now)
+        if self.total is None or not rate or self.done < self.total * KNOWN_SHARE:
+            return None
+        return max(self.total - self.done, 0) / rate
+
+
 class Live:
     """The handle of a live line; call it with the amount done since the last call, from any thread."""
 
-    advance: Callable[[int, str], None]
-    _said: str = ""
-    _arrived: int = 0
-    _lock: Lock = field(default_factory=Lock)
+    def __init__(
+        self, what: str, total: int, unit: str, show: Callable[["Live", float], None], interval: float
+    ) -> None:
+        """`show` is given this and the time now, at most every `interval` seconds."""
+        self.what, self.unit, self.said = what, unit, ""
+        self.main = Lane(what, total)
+        self.beside: list[Lane] = []
+        self._show, self._interval = show, interval
+        self._shown = time.monotonic()
+        self._lock = Lock()
 
     def __call__(self, done: int) -> None:
         """Add `done` to what is done."""
-        self.advance(done, self._said)
+        self._pass(self.main, done)
 
     def say(self, text: str) -> None:
         """Show `text` beside the numbers from the next call on, such as the accuracy so far."""
-        self._said = text
+        self.said = text
 
-    def arrived(self, nbytes: int) -> None:
-        """Show beside the numbers how many bytes have been downloaded: `nbytes` more."""
+    def lane(self, name: str, total: int | None = None) -> Callable[[int], None]:
+        """Show what passes beside the main work, such as bytes "downloaded"; call what is returned with more of it."""
+        lane = Lane(name, total)
+        self.beside.append(lane)
+        return partial(self._pass, lane)
+
+    def left(self, now: float) -> float | None:
+        """How many seconds the slowest of all takes; None where none is known."""
+        return max((left for lane in (self.main, *self.beside) if (left := lane.left(now)) is not None), default=None)
+
+    def text(self, now: float) -> str:
+        """The numbers as people read them."""
+        main, total = self.main, self.main.total or 0
+        if self.unit == BYTES:
+            done = f"{_of(main)} ({main.done / max(total, 1):.0%}), {main.rate(now) / 1e9:.2f} GB/s"
+        else:
+            done = f"{main.done:,} of {total:,} {self.unit}"
+        beside = [f"{_of(lane)} {lane.name}" for lane in self.beside if lane.done]
+        left = self.left(now)
+        rest = [] if left is None else [f"{duration(left)} left"]
+        return ", ".join(filter(None, [done, *beside, self.said, *rest]))
+
+    def numbers(self, now: float) -> dict[str, Any]:
+        """The same as plain JSON."""
+        left = self.left(now)
+        beside = {lane.name: _numbers(lane, now) for lane in self.beside if lane.done}
+        eta = None if left is None else round(left, 1)
+        said = {"said": self.said} if self.said else {}
+        return {"what": self.what, "unit": self.unit, **_numbers(self.main, now), "eta": eta, **beside, **said}
+
+    def _pass(self, lane: Lane, amount: int) -> None:
         with self._lock:
-            self._arrived += nbytes
-            self.say(f"{size(self._arrived)} downloaded")
-        self(0)
+            now = time.monotonic()
+            lane.add(amount, now)
+            final = bool(self.said) and self.main.done >= (self.main.total or 0)  # such as the accuracy
+            if amount and (now - self._shown >= self._interval or final):
+                self._shown = now
+                self._show(self, now)
 
 
 @contextmanager
-def live(what: str, total: int, *, unit: str = BYTES, quiet: bool = False) -> Iterator[Live]:
-    """Show a live line for `total` bytes, or any other `unit`, for as long as the context lasts; `quiet` shows none."""
+def live(terminal: Terminal, what: str, total: int, *, unit: str = BYTES) -> Iterator[Live]:
+    """Show a live line for `total` bytes, or any other `unit`, for as long as the context lasts."""
     console = Console(stderr=True, highlight=False)
-    if quiet:
-        yield Live(lambda _done, _said: None)
+    if terminal.quiet:
+        yield Live(what, total, unit, lambda _line, _now: None, PLAIN_INTERVAL_SECONDS)
+    elif terminal.log_json:
+        began = time.monotonic()
+        line = Live(what, total, unit, lambda line, now: event("progress", **line.numbers(now)), JSON_INTERVAL_SECONDS)
+        event("begin", what=what, unit=unit, total=total)
+        yield line
+        now = time.monotonic()
+        event("end", seconds=round(now - began, 3), **line.numbers(now))
     elif console.is_terminal:
-        with Progress(
-            *_columns(unit), console=console, transient=True, speed_estimate_period=_speed_period(unit)
-        ) as progress:
-            task = progress.add_task(clean(what), total=total, said="")
-            yield Live(lambda done, said: progress.update(task, advance=done, said=clean(said)))
+        with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as progress:
+            task = progress.add_task(clean(what), total=total)
+            line = Live(what, total, unit, lambda line, _now: progress.update(task, completed=line.main.done), 0.0)
+            progress.columns = (*progress.columns, _Numbers(line))
+            yield line
     else:
-        yield Live(_Lines(what, total, unit, console))
+
+        def show(line: Live, now: float) -> None:
+            console.print(clean(f"{what}: {line.text(now)}"), soft_wrap=True)
+
+        yield Live(what, total, unit, show, PLAIN_INTERVAL_SECONDS)
 
 
-def _columns(unit: str) -> list[ProgressColumn]:
-    counted = [DownloadColumn(), TransferSpeedColumn()] if unit == BYTES else [MofNCompleteColumn(), TextColumn(unit)]
-    return [
-        TextColumn("{task.description}"),
-        BarColumn(),
-        *counted,
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    ]
+class _Numbers(ProgressColumn):
+    """The numbers beside the bar, which change with the time, too."""
+
+    max_refresh = 0.5
+
+    def __init__(self, line: Live) -> None:
+        super().__init__()
+        self._line = line
+
+    def render(self, _task: Task) -> Text:
+        return Text(printable(self._line.text(time.monotonic())))
 
 
-def _speed_period(unit: str) -> float:
-    return 30 if unit == BYTES else SPEED_SECONDS
+def _of(lane: Lane) -> str:
+    return size(lane.done) + (f" of {size(lane.total)}" if lane.total is not None else "")
 
 
-class _Lines:
-    """A line now and then, for logs."""
-
-    def __init__(self, what: str, total: int, unit: str, console: Console) -> None:
-        self._what, self._total, self._unit, self._console = what, total, unit, console
-        self._done = 0
-        self._start = self._last = time.monotonic()
-        self._lock = Lock()
-
-    def __call__(self, done: int, said: str) -> None:
-        with self._lock:
-            self._done += done
-            now = time.monotonic()
-            ended = bool(said) and self._done >= self._total  # what is said is final then, such as the accuracy
-            if not self._done or (now - self._last < PLAIN_INTERVAL_SECONDS and not ended):
-                return
-            self._last = now
-            speed = self._done / (now - self._start)
-            self._console.print(clean(self._line(speed, said)), soft_wrap=True)
-
-    def _line(self, speed: float, said: str) -> str:
-        known = self._done >= self._total * KNOWN_SHARE  # of what waits for a download, a header says nothing
-        left = f"{(self._total - self._done) / max(speed, 1e-9):.0f} s left" if known else ""
-        if self._unit == BYTES:
-            share = self._done / max(self._total, 1)
-            done = f"{size(self._done)} of {size(self._total)} ({share:.0%}), {speed / 1e9:.2f} GB/s"
-        else:
-            done = f"{self._done:,} of {self._total:,} {self._unit}"
-        return f"{self._what}: {', '.join(part for part in (done, said, left) if part)}"
+def _numbers(lane: Lane, now: float) -> dict[str, Any]:
+    return {"done": lane.done, "total": lane.total, "rate": round(lane.rate(now), 3)}

@@ -23,6 +23,17 @@ def count(number: float) -> str:
     return f"{number:.2f}B"
 
 
+def duration(seconds: float) -> str:
+    """Write a time for people: `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def plural(number: int, what: str) -> str:
     """Write a count and its noun: `1 shard`, `2 shards`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -11,16 +11,16 @@ from rich.text import Text
 
 from w8a8.evals.gsm8k.compare import Comparison, Flip
 from w8a8.evals.gsm8k.run import SCORES, Progress, Result
-from w8a8.terminal.output import plain_table
+from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.progress import live
 from w8a8.terminal.wording import clean, printable
 
 
 @contextmanager
-def live_score(questions: int, *, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+def live_score(terminal: Terminal, questions: int) -> Iterator[Callable[[Progress], None]]:
     """Show a live line with the accuracy so far and tokens/s, while `questions` questions are asked."""
     shown = 0
-    with live("GSM8K", questions, unit="questions", quiet=quiet) as line:
+    with live(terminal, "GSM8K", questions, unit="questions") as line:
 
         def show(now: Progress) -> None:
             nonlocal shown
