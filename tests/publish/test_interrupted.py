@@ -160,9 +160,14 @@ def ended(world: World, args: tuple[str, ...], took: float, drawn: random.Random
     if isinstance(what, signal.Signals):
         return run(world, args, moment * took, what) != 0
     if what == "from":
-        asked = drawn.randrange(2 * SHARDS)
-        refused = f"model-{asked % SHARDS + 1:05}-of-{SHARDS:05}.safetensors"
-        world.source.fault = lambda name, begin: HTTPStatus.FORBIDDEN if name == refused and begin == 0 else None
+        given = [*range(SHARDS + drawn.randrange(SHARDS))]  # headers come first
+
+        def fault(name: str, _begin: int) -> HTTPStatus | None:
+            if not name.endswith(".safetensors") or (given and given.pop() >= 0):
+                return None
+            return HTTPStatus.FORBIDDEN
+
+        world.source.fault = fault
     else:
         world.hub.uploads_left = drawn.randrange(SHARDS)
         world.hub.then = HTTPStatus.CONFLICT
