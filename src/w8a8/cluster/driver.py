@@ -1,19 +1,22 @@
 """The machine that was given the command: connects to Ray, hands tasks out, and hears what becomes of them."""
 
 import logging
+import math
 import os
 import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from w8a8.checkpoint.stream import Stopped
-from w8a8.cluster.worker import FLEETING, Answer, Board, Site, look, perform
+from w8a8.cluster.worker import BOARD_SECONDS, FLEETING, Answer, Board, Said, Site, look, perform
 from w8a8.errors import ClusterError, MissingExtraError, TargetBusyError, UsageError, W8A8Error, first_line
 from w8a8.version import __version__
 
@@ -24,6 +27,9 @@ RETRIES = 4
 MOST_TASKS = 256
 """The most tasks that are handed to Ray at a time: two per CPU, so that none waits for the next, but no more."""
 POLL_SECONDS = 0.25
+DEAD_SECONDS = 5.0
+"""How long Ray may take to begin a task again whose node is dead, before we do: where a machine was cut off and nothing
+closed its connections, that would be minutes. Two attempts do no harm."""
 REACH_SECONDS = 10.0
 """How long the cluster's head, or the name of a run that was killed, is waited for."""
 LOOK_SECONDS = 120.0
@@ -132,7 +138,8 @@ class Crew:
     advance: Callable[[int], None]
     notice: Callable[[str], None]
     _told: dict[str, int] = field(default_factory=dict)
-    _begun: dict[str, tuple[str, int]] = field(default_factory=dict)
+    _said: dict[str, Said] = field(default_factory=dict)
+    _dead: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def call(self, label: str, weight: int, work: Callable[..., T], *args: Any, stopped: Callable[[], bool]) -> T:
@@ -147,11 +154,16 @@ class Crew:
         task = ray.remote(perform).options(
             name=label, num_cpus=1, max_retries=RETRIES, retry_exceptions=[*FLEETING], scheduling_strategy="SPREAD"
         )
-        answer = task.remote(label, self.cluster.names, self.site, self.board, work, *args)
+        begin = partial(task.remote, label, self.cluster.names, self.site, self.board, work, *args)
+        answer, given_up = begin(), set[str]()
         while not ray.wait([answer], timeout=POLL_SECONDS)[0]:
             if stopped():
                 ray.cancel(answer)
                 raise Stopped
+            node = self._said[label].node if label in self._said else ""
+            if node not in given_up and time.monotonic() - self._dead.get(node, math.inf) > DEAD_SECONDS:
+                given_up.add(node)
+                answer = begin()
         try:
             found: Answer[T] = ray.get(answer)
         except RayTaskError as error:
@@ -161,7 +173,7 @@ class Crew:
         except TaskCancelledError as error:
             raise Stopped from error
         except RayError as error:
-            node = self._begun.get(label, ("?", 0))[0]
+            node = self._said[label].name if label in self._said else "?"
             raise ClusterError(
                 f"{label}: lost {RETRIES + 1} times, at last on node {node} ({first_line(error)}); "
                 "give the same command again to go on from here"
@@ -172,17 +184,23 @@ class Crew:
         return found.value
 
     def listen(self, wait: Callable[[float], bool]) -> None:
-        """Pass on what the board says, until `wait(seconds)` is true."""
+        """Pass on what the board says, until `wait(seconds)` is true, and once more then; see which nodes are dead."""
         import ray
 
-        while not wait(POLL_SECONDS):
+        ended = False
+        while not ended:
+            ended = wait(POLL_SECONDS)
             with suppress(ray.exceptions.RayError):
-                for label, (node, times, done) in ray.get(self.board.read.remote(), timeout=REACH_SECONDS).items():
-                    before = self._begun.get(label, (node, 1))
-                    if times > before[1]:
-                        self.notice(f"{label}: was lost on node {before[0]}; begun again on node {node}")
-                    self._begun[label] = (node, times)
-                    self._tell(label, done)
+                for label, said in ray.get(self.board.read.remote(), timeout=BOARD_SECONDS).items():
+                    before = self._said.get(label, replace(said, times=1))
+                    if said.times > before.times:
+                        lost = f"failed or was lost on node {before.name}"
+                        self.notice(f"{label}: {lost}; begun again on node {said.name}")
+                    self._said[label] = said
+                    self._tell(label, said.done)
+                for node in ray.nodes():
+                    if not node["Alive"]:
+                        self._dead.setdefault(node["NodeID"], time.monotonic())
 
     def _tell(self, label: str, done: int) -> None:
         """Tell of bytes that were not told of: a task that begins again has done some already."""
@@ -237,7 +255,6 @@ def _connect(address: str, cpus: int) -> None:
     try:
         ray.init(
             address=address,
-            namespace=NAMESPACE,
             log_to_driver=False,
             logging_level=logging.ERROR,
             **(options if address == "local" else {}),
@@ -264,8 +281,12 @@ def _reach(address: str) -> None:
 def _board(name: str) -> Any:
     """Make the board of a job. Raises `TargetBusyError` where another run has one of this name."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    board = ray.remote(Board).options(name=name, num_cpus=0, max_restarts=-1)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(Board).options(
+        name=name, namespace=NAMESPACE, num_cpus=0, max_restarts=-1, scheduling_strategy=here
+    )
     for left in range(int(REACH_SECONDS / POLL_SECONDS), -1, -1):
         try:
             return board.remote()
@@ -274,7 +295,7 @@ def _board(name: str) -> Any:
                 raise TargetBusyError(
                     f"{name}: another run on this cluster is at it; wait for it, or stop it"
                 ) from error
-            threading.Event().wait(POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     raise AssertionError
 
 

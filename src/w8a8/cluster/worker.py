@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
@@ -18,6 +19,9 @@ GRACE_SECONDS = 5.0
 """How long a node may take to see a file that another one has just made: network file systems remember what was not."""
 AGAIN_SECONDS = 1.0
 """How long a task waits before its storage is tried again."""
+
+BOARD_SECONDS = 10.0
+"""How long the board is waited for; without it, the work goes on."""
 
 FLEETING = (UnreadableError, UnwritableError)
 """What storage may do once and not the next time."""
@@ -62,32 +66,33 @@ class Answer(Generic[T]):
     ended: float
 
 
+@dataclass(frozen=True, slots=True)
+class Said:
+    """How far a task is: the node it was begun on at last, by id and name, how many times it was begun, bytes done."""
+
+    node: str
+    name: str
+    times: int
+    done: int = 0
+
+
 @dataclass
 class Board:
-    """What tasks say: by label, the node, how many times the task was begun, and the bytes done; an actor of Ray."""
+    """What tasks say, by their labels; an actor of Ray."""
 
-    said: dict[str, tuple[str, int, int]] = field(default_factory=dict)
+    said: dict[str, Said] = field(default_factory=dict)
 
-    def begin(self, label: str, node: str) -> None:
+    def begin(self, label: str, node: str, name: str) -> None:
         """A task begins on a node."""
-        self.said[label] = (node, self.said.get(label, ("", 0, 0))[1] + 1, 0)
+        self.said[label] = Said(node, name, self.said[label].times + 1 if label in self.said else 1)
 
     def report(self, label: str, done: int) -> None:
         """A task has done so many bytes so far."""
-        node, times, _ = self.said.get(label, ("", 1, 0))
-        self.said[label] = (node, times, done)
+        self.said[label] = replace(self.said[label], done=done)
 
-    def read(self) -> dict[str, tuple[str, int, int]]:
+    def read(self) -> dict[str, Said]:
         """All that was said."""
         return self.said
-
-
-def this_node(names: Mapping[str, str]) -> str:
-    """The name of this node, by its id; one that came later has its address for a name."""
-    import ray
-
-    found = ray.get_runtime_context().get_node_id()
-    return names.get(found) or str(ray.util.get_node_ip_address())
 
 
 def look(site: Site) -> str:
@@ -99,18 +104,22 @@ def perform(
     label: str, names: Mapping[str, str], site: Site, board: Any, work: Callable[..., T], *args: Any
 ) -> Answer[T]:
     """Do `work(*args, advance=)` on this node. Raises its errors with the task and the node before what they say."""
-    node = this_node(names)
+    import ray
+
+    node = ray.get_runtime_context().get_node_id()
+    name = names.get(node) or str(ray.util.get_node_ip_address())  # one that came later
     try:
         if problem := site.problem():
             raise ClusterError(problem)
-        board.begin.remote(label, node)
+        with suppress(ray.exceptions.RayError):  # wait for it: should this process be killed, it is known where
+            ray.get(board.begin.remote(label, node, name), timeout=BOARD_SECONDS)
         began = time.time()
         value = work(*args, advance=_messages(label, board))
-        return Answer(value, node, began, time.time())
+        return Answer(value, name, began, time.time())
     except W8A8Error as error:
         if isinstance(error, FLEETING):
             time.sleep(AGAIN_SECONDS)
-        raise type(error)(f"{label} on node {node}: {error}") from error
+        raise type(error)(f"{label} on node {name}: {error}") from error
 
 
 def _messages(label: str, board: Any) -> Callable[[int], None]:
