@@ -101,7 +101,7 @@ def test_a_hub_that_asks_to_wait_is_given_the_time(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dated: bool
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(download, "_wait", lambda seconds, _: waits.append(seconds))
+    monkeypatch.setattr(download, "wait", lambda seconds, _: waits.append(seconds))
     hub.wait = formatdate(time.time() + 100, usegmt=True) if dated else "100"
     left = [HTTPStatus.TOO_MANY_REQUESTS, None, None, None, None]  # the headers come first
     hub.fault = lambda name, _: left.pop() if left and name.endswith(".safetensors") else None

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from http import HTTPStatus
 from typing import Any, ClassVar, Self
 
 from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile
 from w8a8.checkpoint.source import needed, refuse_pickles
+from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import (
     MissingExtraError,
     NoConfigError,
@@ -39,7 +41,7 @@ RANGE_BYTES = 8 << 20
 
 _TAGS = ("ETag", "etag", "generation", "sha", "xet_hash", "blob_id", "mtime", "last_modified", "modified", "created")
 """What implementations call what changes with an object."""
-_REFUSALS = {401, 403}
+_REFUSALS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Store:
     url: str
     system: Any
     root: str
+
+    @property
+    def protocol(self) -> str:
+        """What the address begins with."""
+        return self.url.partition("://")[0]
+
+    @property
+    def name(self) -> str:
+        """The folder's name, as that of a folder here."""
+        return self.root.rpartition("/")[2]
 
     @classmethod
     def at(cls, url: str) -> Self:
@@ -73,6 +85,10 @@ class Store:
                 raise StoreError(f"{shown}: {first_line(error)}") from error
             raise UsageError(f"{shown}: there is no {protocol}://; s3://, gs://, az:// and hf:// are known") from error
 
+    def where(self, name: str) -> str:
+        """What messages call a file of the folder, or, with "", the folder."""
+        return f"{self.url}/{name}" if name else self.url
+
     def path(self, name: str) -> str:
         """Where a file of the folder lies in the store."""
         return f"{self.root}/{name}"
@@ -81,16 +97,18 @@ class Store:
     def asking(self, name: str = "") -> Iterator[None]:
         """Translate whatever an implementation raises: into `W8A8Error` where to ask again would not help.
 
-        Else into `NotDeliveredError`.
+        Else into `NotDeliveredError`; a `FileExistsError` is an answer, and stays one.
         """
-        where = f"{self.url}/{name}" if name else self.url
+        where = self.where(name)
         try:
             yield
-        except (W8A8Error, NotDeliveredError):
+        except (W8A8Error, NotDeliveredError, Stopped, FileExistsError):
             raise
         except FileNotFoundError as error:
             raise SourceNotFoundError(f"{where}: not found in the store") from error
         except Exception as error:  # each implementation has its own kinds
+            if _status(error) == HTTPStatus.NOT_FOUND:
+                raise SourceNotFoundError(f"{where}: not found in the store") from error
             if _is_refusal(error):
                 raise StoreError(
                     f"{where}: the store refused: {first_line(error)[:200]}; check the credentials and their rights"
@@ -114,10 +132,10 @@ class Store:
         return _described(name, self.system.info(self.path(name)))
 
     def listing(self) -> Mapping[str, RemoteFile]:
-        """List the files, also those in folders of it, by name. Raises `StoreError`, and what `insisting` does."""
+        """List the files, also those in folders of it, by name. Raises what `asking` raises."""
         found: dict[str, RemoteFile] = {}
         seen, folders = 0, [(self.root, 0)]
-        with self.insisting():
+        with self.asking():
             while folders:
                 folder, depth = folders.pop()
                 entries = self.system.ls(folder, detail=True)
@@ -160,7 +178,7 @@ class StoreFolder:
                 if store.system.exists(store.root):
                     raise NoConfigError(f"{url}: no config.json here, so this is not a Hugging Face checkpoint")
                 raise SourceNotFoundError(f"{url}: no such bucket, or no such folder in it")
-        files = store.listing()
+            files = store.listing()
         refuse_pickles(url, files)
         return cls(store, files)
 
@@ -171,8 +189,8 @@ class StoreFolder:
 
     @property
     def name(self) -> str:
-        """The folder's name, as that of a folder here."""
-        return self.store.root.rpartition("/")[2]
+        """The folder's name."""
+        return self.store.name
 
     @cached_property
     def version(self) -> str:
@@ -182,7 +200,7 @@ class StoreFolder:
 
     def where(self, name: str) -> str:
         """The address of a file."""
-        return f"{self.label}/{name}"
+        return self.store.where(name)
 
     def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
         """Fetch at most `count` bytes of a file, from `begin` on; return them and its length.
@@ -230,12 +248,17 @@ def _described(name: str, info: Mapping[str, Any]) -> RemoteFile:
     return RemoteFile(name, size, tag=tags[0] if tags else "")
 
 
+def _status(error: Exception) -> Any:
+    """The status that a server answered, as far as the error has it."""
+    return getattr(error, "status_code", getattr(error, "code", None))
+
+
 def _is_refusal(error: Exception) -> bool:
     """Whether it is about who asks."""
-    kind, status = type(error).__name__, getattr(error, "status_code", getattr(error, "code", None))
+    kind = type(error).__name__
     return (
         isinstance(error, PermissionError)
-        or status in _REFUSALS
+        or _status(error) in _REFUSALS
         or "Credential" in kind
         or "Authentication" in kind
         or str(error).startswith("Forbidden")

@@ -94,7 +94,7 @@ def fetch(
                 advance(-size)
                 part.unlink(missing_ok=True)
                 digest, size = file.digest(), 0
-            _wait(max(failure.wait, BACKOFF_SECONDS * 2 ** (failed - 1)), stopped)
+            wait(max(failure.wait, BACKOFF_SECONDS * 2 ** (failed - 1)), stopped)
         else:
             with disk_errors(part):
                 part.touch()  # of an empty file nothing came
@@ -117,7 +117,8 @@ def _begun(file: RemoteFile, part: Path, stopped: Callable[[], bool]) -> tuple["
     return digest, size
 
 
-def _wait(seconds: float, stopped: Callable[[], bool]) -> None:
+def wait(seconds: float, stopped: Callable[[], bool]) -> None:
+    """Sleep, within bounds. Raises `Stopped` once `stopped()` holds."""
     end = time.monotonic() + min(seconds, LONGEST_WAIT_SECONDS)
     while (left := end - time.monotonic()) > 0:
         if stopped():

@@ -1,0 +1,178 @@
+"""OUT in an object store: shards are sent while later ones are made, and the whole becomes visible at the end.
+
+What makes a folder a checkpoint is its config.json, so that comes last, behind the index. Until then a small object
+says whose the folder is: a run here has the same token in a file beside its staging folder, so it goes on with what it
+has sent, and any other run is refused.
+"""
+
+import json
+import threading
+import uuid
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from w8a8.checkpoint.reader import INDEX
+from w8a8.checkpoint.remote import RemoteFile
+from w8a8.checkpoint.stores import Store
+from w8a8.errors import (
+    SourceNotFoundError,
+    StoreError,
+    TargetBusyError,
+    TargetExistsError,
+    UnwritableError,
+    UsageError,
+)
+from w8a8.execute.shard import ShardRecord
+from w8a8.storage.folders import remove
+from w8a8.storage.upload import insist, upload
+from w8a8.storage.writer import disk_errors, write_whole
+
+CLAIM = ".w8a8-unfinished.json"
+MAX_CLAIM_BYTES = 1000
+
+
+@dataclass
+class StoreTarget:
+    """A folder in a store that the result is sent to, claimed by the run of the staging folder of `here`."""
+
+    store: Store
+    token: bytes
+    departs: bool = True
+    _held: Set[str] = frozenset()
+    _cleared: bool = False
+    _clearing: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def claim(cls, url: str, *, overwrite: bool) -> Self:
+        """Claim the folder at `url` for a run in this folder; nothing that is there is touched yet.
+
+        Raises `UsageError`, `MissingExtraError`, `StoreError`; `TargetExistsError`, `TargetBusyError` where another run
+        has claimed it, `UnwritableError` where there is no such bucket.
+        """
+        store = Store.at(url)
+        target = cls(store, _token(_claim_of(store)))
+        found = target._listing()
+        claimed = CLAIM in found
+        if claimed and target._claimant() == target.token:
+            return target
+        if claimed and not overwrite:
+            raise TargetBusyError(
+                f"{store.url}: another run is writing it, or did, from another folder; --overwrite takes its place"
+            )
+        if found and not claimed:
+            if not overwrite:
+                raise TargetExistsError(f"{store.url}: exists already; --overwrite replaces it")
+            if "config.json" not in found:
+                raise UsageError(
+                    f"{store.url}: is not a checkpoint (no config.json), so --overwrite will not remove it"
+                )
+        try:
+            target._write(CLAIM, target.token, new=not claimed)
+        except FileExistsError as error:
+            if target._claimant() != target.token:  # else the answer to an earlier try was lost
+                raise TargetBusyError(f"{store.url}: another run has just begun to write it") from error
+        except SourceNotFoundError as error:
+            raise UnwritableError(f"{store.url}: there is no such bucket; make it first") from error
+        return target
+
+    @property
+    def here(self) -> Path:
+        """What the result is called here, as long as it is made."""
+        return Path(self.store.name)
+
+    def held(self, shards: Sequence[ShardRecord]) -> Set[str]:
+        """Those whose objects have the size and the tag that they had when they were sent."""
+        found = self._listing()
+        self._held = {shard.name for shard in shards if self._is_held(shard, found)}
+        return self._held
+
+    def send(self, path: Path, shard: ShardRecord, stopped: Callable[[], bool]) -> str:
+        """Send a shard; before the first one, remove what is there of others, and what was sent of it in part."""
+        with self._clearing:
+            if not self._cleared:
+                self._clear()
+        return self._receipt(upload(self.store, path, shard.name, stopped))
+
+    def finish(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
+        """Send the small files, config.json last, where all shards are as they were sent."""
+        found = self._listing()
+        if self._claimant() != self.token:
+            raise TargetBusyError(f"{self.store.url}: another run has taken this folder meanwhile")
+        if lost := [shard.name for shard in shards if not self._is_held(shard, found)]:
+            raise StoreError(
+                f"{self.store.url}/{lost[0]}: is not what was sent any more; run the same command again to send it anew"
+            )
+        sent = {shard.name for shard in shards}
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - sent
+        for name in sorted(names, key=lambda name: (name == "config.json", name == INDEX, name)):
+            upload(self.store, folder / name, name)
+        self._remove(CLAIM)
+        with disk_errors(self.here):
+            remove(_claim_of(self.store))
+
+    def _clear(self) -> None:
+        """Leave only what this run has sent."""
+        for name in self._listing().keys() - self._held - {CLAIM}:
+            self._remove(name)
+        self._abort()
+        self._cleared = True
+
+    def _abort(self) -> None:
+        """Abort uploads by parts that a kill has left unfinished, where the store keeps them and lets us see them."""
+        system = self.store.system
+        if not hasattr(system, "list_multipart_uploads"):
+            return
+        bucket, prefix, _ = system.split_path(self.store.path(""))
+        with suppress(PermissionError):
+            for begun in system.list_multipart_uploads(bucket):
+                if begun["Key"].startswith(prefix):
+                    system.abort_mpu(bucket, begun["Key"], begun["UploadId"])
+
+    def _listing(self) -> Mapping[str, RemoteFile]:
+        try:
+            return insist(self.store, "", self.store.listing)
+        except SourceNotFoundError:
+            return {}
+
+    def _claimant(self) -> bytes:
+        """The token of the run that has claimed the folder."""
+        path = self.store.path(CLAIM)
+        with suppress(SourceNotFoundError):
+            return bytes(
+                insist(self.store, CLAIM, lambda: self.store.system.cat_file(path, start=0, end=MAX_CLAIM_BYTES))
+            )
+        return b""
+
+    def _write(self, name: str, content: bytes, *, new: bool) -> None:
+        """Write a small object; if `new`, raise `FileExistsError` where there is one."""
+        mode = {"mode": "create"} if new else {}
+        insist(self.store, name, lambda: self.store.system.pipe_file(self.store.path(name), content, **mode))
+
+    def _remove(self, name: str) -> None:
+        with suppress(SourceNotFoundError):
+            insist(self.store, name, lambda: self.store.system.rm_file(self.store.path(name)))
+
+    def _receipt(self, file: RemoteFile) -> str:
+        return f"{self.store.url}/{file.name} {file.size} {file.tag}"
+
+    def _is_held(self, shard: ShardRecord, found: Mapping[str, RemoteFile]) -> bool:
+        file = found.get(shard.name)
+        return file is not None and file.size == shard.size and self._receipt(file) == shard.receipt
+
+
+def _claim_of(store: Store) -> Path:
+    """The file that has the token of the runs in this folder that make a result of this name."""
+    return Path(f".{store.name}.w8a8-claim")
+
+
+def _token(path: Path) -> bytes:
+    """The token in the file at `path`, or a new one that is kept there."""
+    with disk_errors(path):
+        if path.is_file() and not path.is_symlink() and 0 < path.stat().st_size <= MAX_CLAIM_BYTES:
+            return path.read_bytes()
+    token = json.dumps({"tool": "w8a8", "run": uuid.uuid4().hex}).encode()
+    write_whole(path, token)
+    return token
