@@ -15,7 +15,8 @@ from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Checkpoint, Source, resolve
 from w8a8.checkpoint.finding import remote
 from w8a8.checkpoint.hub import HubFolder
-from w8a8.errors import MissingExtraError
+from w8a8.checkpoint.source import in_store
+from w8a8.errors import MissingExtraError, UsageError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
 from w8a8.plan.viewing import format_for, view_of
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from w8a8.cluster import NodeWork
     from w8a8.execute.delivery import Delivery
     from w8a8.execute.shard import Finished
+    from w8a8.execute.target import StoreTarget
 
 Advance = Callable[[int], None]
 Notice = Callable[[str], None]
@@ -70,7 +72,8 @@ class Options:
 class QuantizeResult:
     """A finished run. Bytes are of tensors, seconds of wall time, `resumed` shards were done by an earlier run.
 
-    `nodes` says what each node of a cluster did.
+    `nodes` says what each node of a cluster did. `address` is that of a result that went to a store, whence `out` is
+    not there.
     """
 
     source: Path
@@ -79,6 +82,7 @@ class QuantizeResult:
     seconds: float
     resumed: int
     nodes: Sequence["NodeWork"] = ()
+    address: str = ""
 
     @property
     def gb_per_second(self) -> float:
@@ -164,7 +168,7 @@ def quantize(
     advance: Advance = lambda _: None,
     notice: Notice = lambda _: None,
 ) -> QuantizeResult:
-    """Quantize the checkpoint `source` (a folder or Hub id `org/name[@revision]`) into the new folder `out`.
+    """Quantize the checkpoint `source` (a folder, Hub id `org/name[@revision]` or address) into the new folder `out`.
 
     Weights become INT8 [out, in] with one float32 scale per output channel (amax/127), symmetric, rounded half to
     even; the engine quantizes activations: INT8 per token, dynamic. `out` appears once it is whole; an interrupted run
@@ -172,7 +176,7 @@ def quantize(
 
     Args:
         source: the checkpoint to quantize, safetensors, dense or in a quantization that can be read.
-        out: the folder to create.
+        out: the folder to create, or its address in an object store: `s3://bucket/folder`.
         options: format, recipe, and which tensors.
         overwrite: replace `out`, once the new one is whole.
         workers: shards to work on at once; default: one per core, at most 8.
@@ -191,9 +195,12 @@ def quantize(
         W8A8Error: whatever went wrong; `out` is untouched.
     """
     job = prepare(source, options, cache=cache)
+    target = in_a_store(job, out, overwrite=overwrite)
+    if target:
+        delivery, out = target, target.here
     appears = delivery is None or not delivery.departs
     with calibrated(job, out, overwrite=overwrite, appears=appears, notice=notice) as ready:
-        return run(
+        result = run(
             ready,
             out,
             overwrite=overwrite,
@@ -205,6 +212,23 @@ def quantize(
             advance=advance,
             notice=notice,
         )
+        return replace(result, address=target.store.url) if target else result
+
+
+def in_a_store(job: Job, out: str | Path, *, overwrite: bool) -> "StoreTarget | None":
+    """Claim `out` for this run where it is an address in an object store; see `StoreTarget.claim`.
+
+    Raises `UsageError` where one of source and target lies in the other.
+    """
+    if not in_store(out):
+        return None
+    from w8a8.execute.target import StoreTarget
+
+    source = job.repository.remote.label if job.repository else ""
+    ours, theirs = f"{source}/", f"{str(out).rstrip('/')}/"
+    if source and (ours.startswith(theirs) or theirs.startswith(ours)):
+        raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
+    return StoreTarget.claim(str(out), overwrite=overwrite)
 
 
 @contextmanager

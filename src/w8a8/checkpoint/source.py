@@ -55,6 +55,11 @@ def resolve(source: str | Path) -> Source:
     return _download(repo, revision)
 
 
+def is_on_hub(address: str) -> bool:
+    """Whether `address` is `hf://org/name`."""
+    return address.startswith("hf://") and _HUB_ID.fullmatch(address) is not None
+
+
 def in_store(source: str | Path) -> bool:
     """Whether `source` is the address of a folder that fsspec opens, and no model on the Hub."""
     return _URL.fullmatch(str(source)) is not None and _HUB_ID.fullmatch(str(source)) is None

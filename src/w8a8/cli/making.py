@@ -1,5 +1,6 @@
 """`quantize`, `convert`, `verify`, `inspect`: from a checkpoint to a W8A8 checkpoint."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,7 @@ Examples:
 - `w8a8 quantize deepseek-ai/DeepSeek-V3 ./DeepSeek-V3-W8A8 --disk-budget 20GB`
 - `w8a8 quantize deepseek-ai/DeepSeek-V3 --push me/DeepSeek-V3-W8A8`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --push me/gemma-W8A8 --public`
+- `w8a8 quantize s3://models/gemma s3://models/gemma-W8A8`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
@@ -48,9 +50,16 @@ Examples:
 def quantize(
     source: Annotated[
         str | None,
-        typer.Argument(metavar="SRC", envvar="MODEL_IN", help="Folder, GGUF file, or Hub id `org/name[@revision]`."),
+        typer.Argument(
+            metavar="SRC",
+            envvar="MODEL_IN",
+            help="Folder, GGUF file, Hub id `org/name[@revision]`, or address `s3://bucket/folder`.",
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Argument(metavar="OUT", envvar="MODEL_OUT", help="Folder to create, here or at `s3://bucket/folder`."),
+    ] = None,
     format: Annotated[  # noqa: A002
         str | None,
         typer.Option(
@@ -139,13 +148,15 @@ def quantize(
     opened again. Give the same command again to resume a run that was killed.
 
     A model on the Hub arrives while it is quantized, and its shards leave the disk as they are done. With --push and
-    without OUT, so do the shards of the result, which one commit makes visible at the end.
+    without OUT, so do the shards of the result, which one commit makes visible at the end. Likewise with folders in
+    object stores: `s3://`, `gs://`, `az://`.
 
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
     there is one. OUT has the same size and speed, and is closer to SRC.
     """
+    from w8a8.checkpoint.source import hub_id, is_on_hub
     from w8a8.cli.tables import show_plan, show_quantized
-    from w8a8.quantization import Options, calibrated, prepare, run
+    from w8a8.quantization import Options, calibrated, in_a_store, prepare, run
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
@@ -153,6 +164,10 @@ def quantize(
         raise UsageError("no source: give SRC, or set MODEL_IN")
     if not (out or push or dry_run):
         raise UsageError("no target: give OUT or --push REPO, or set MODEL_OUT")
+    if out and is_on_hub(out):
+        if push:
+            raise UsageError("give OUT on the Hub, or --push REPO")
+        push, out = hub_id(out)[0], None
     if public and not push:
         raise UsageError("--public is for a new repository: give --push REPO")
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
@@ -172,19 +187,23 @@ def quantize(
     if dry_run:
         show_plan(terminal, job.plan)
         return
+    target = in_a_store(job, out, overwrite=overwrite) if out else None
+    if target and push:
+        raise UsageError("give OUT in a store, or --push REPO")
     upload = None
     if push:
         from w8a8.publish.sending import Upload
 
         upload = Upload.open(push, source=job.source.name, public=public, departs=not out, notice=terminal.notice)
-    out = out or Path((push or "").rpartition("/")[2])
+    delivery = upload or target
+    here = target.here if target else Path(out or (push or "").rpartition("/")[2])
     with (
         interruptible("give the same command again to go on from here"),
         calibrated(
             job,
-            out,
+            here,
             overwrite=overwrite,
-            appears=not (upload and upload.departs),
+            appears=not (delivery and delivery.departs),
             progress=partial(live, terminal, "calibrating", unit="layers"),
             notice=terminal.notice,
         ) as job,
@@ -192,12 +211,12 @@ def quantize(
     ):
         result = run(
             job,
-            out,
+            here,
             overwrite=overwrite,
             workers=workers,
             hash_source=hash_source,
             disk_budget=budget,
-            delivery=upload,
+            delivery=delivery,
             ray=ray,
             advance=advance,
             arrived=advance.lane("downloaded"),
@@ -205,7 +224,7 @@ def quantize(
             notice=terminal.notice,
         )
     with showing(f"{push} is uploaded" if push else f"{out} is whole"):
-        show_quantized(terminal, result, upload)
+        show_quantized(terminal, replace(result, address=target.store.url) if target else result, upload)
 
 
 def _targets() -> list[str]:
@@ -335,7 +354,7 @@ Examples:
 """
 )
 def status(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder that a run is making, or was.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The folder, or address, that a run is making, or was.")],
     json: Json = False,
 ) -> None:
     """Say how far a run of `quantize` or `convert` is that is under way, or was interrupted: from its journal."""

@@ -49,7 +49,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload
     if terminal.json:
         terminal.print_json(
             {
-                "out": None if upload and upload.departs else str(result.out),
+                "out": None if upload and upload.departs else result.address or str(result.out),
                 "source": plan.source,
                 "revision": plan.revision,
                 "format": plan.format,
@@ -77,7 +77,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload
         terminal.print(_component_table(plan))
         _quantized_already(terminal, plan)
         _not_copied(terminal, plan)
-    what = plan.source if upload and upload.departs else str(result.out)
+    what = plan.source if upload and upload.departs else result.address or str(result.out)
     terminal.say(
         f"[bold]{clean(what)}[/bold]: {size(plan.bytes_in)} to {size(plan.bytes_out)} "
         f"({plan.ratio:.1%}) in {result.seconds:.1f} s, {result.gb_per_second:.2f} GB/s"

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from w8a8.checkpoint.source import in_store
 from w8a8.errors import SourceNotFoundError
 from w8a8.execute.staging import Staging
 from w8a8.reading import reading
@@ -42,7 +43,8 @@ def status(out: str | Path) -> Status:
 
     Whether a run works on it is told by its lock. A run that has only begun, or that still calibrates, has no shards.
     """
-    path = Path(os.path.realpath(out))
+    name = str(out).rstrip("/").rpartition("/")[2] if in_store(out) else out  # what it is called here
+    path = Path(os.path.realpath(name))
     staging = Staging.of(path)
     with reading(path):
         if not staging.home.is_dir():

@@ -5,6 +5,7 @@ says whose the folder is: a run here has the same token in a file beside its sta
 has sent, and any other run is refused.
 """
 
+import errno
 import json
 import threading
 import uuid
@@ -53,6 +54,8 @@ class StoreTarget:
         has claimed it, `UnwritableError` where there is no such bucket.
         """
         store = Store.at(url)
+        if store.protocol == "hf":
+            raise UsageError(f"{store.url}: on the Hub, a result goes to a model's repository: hf://org/name")
         target = cls(store, _token(_claim_of(store)))
         found = target._listing()
         claimed = CLAIM in found
@@ -69,13 +72,7 @@ class StoreTarget:
                 raise UsageError(
                     f"{store.url}: is not a checkpoint (no config.json), so --overwrite will not remove it"
                 )
-        try:
-            target._write(CLAIM, target.token, new=not claimed)
-        except FileExistsError as error:
-            if target._claimant() != target.token:  # else the answer to an earlier try was lost
-                raise TargetBusyError(f"{store.url}: another run has just begun to write it") from error
-        except SourceNotFoundError as error:
-            raise UnwritableError(f"{store.url}: there is no such bucket; make it first") from error
+        target._write_claim(new=not claimed)
         return target
 
     @property
@@ -146,10 +143,24 @@ class StoreTarget:
             )
         return b""
 
-    def _write(self, name: str, content: bytes, *, new: bool) -> None:
-        """Write a small object; if `new`, raise `FileExistsError` where there is one."""
-        mode = {"mode": "create"} if new else {}
-        insist(self.store, name, lambda: self.store.system.pipe_file(self.store.path(name), content, **mode))
+    def _write_claim(self, *, new: bool) -> None:
+        """Write the token; if it is `new`, only where there is none. Raises `TargetBusyError`."""
+
+        def write(mode: str) -> None:
+            try:
+                self.store.system.pipe_file(self.store.path(CLAIM), self.token, mode=mode)
+            except OSError as error:
+                if error.errno == errno.EINVAL:  # what s3fs makes of a precondition that failed
+                    raise FileExistsError(CLAIM) from error
+                raise
+
+        try:
+            insist(self.store, CLAIM, lambda: write("create" if new else "overwrite"))
+        except FileExistsError as error:
+            if self._claimant() != self.token:  # else the answer to an earlier try was lost
+                raise TargetBusyError(f"{self.store.url}: another run has just begun to write it") from error
+        except SourceNotFoundError as error:
+            raise UnwritableError(f"{self.store.url}: there is no such bucket; make it first") from error
 
     def _remove(self, name: str) -> None:
         with suppress(SourceNotFoundError):
