@@ -54,7 +54,8 @@ class Hub:
 
     `fault` may name what goes wrong with a request, given method and path, before anything is done: a status to answer,
     with the Retry-After `wait`, or "cut": half of an upload is read, and the connection ends. `elsewhere` is the
-    address of another Hub, `large` are the endings of names that are large files.
+    address of another Hub, `large` are the endings of names that are large files. These it takes in parts of
+    `part_bytes`, if that is set.
     """
 
     url: str = ""
@@ -69,6 +70,8 @@ class Hub:
     fault: Callable[[str, str], HTTPStatus | str | None] = lambda _method, _path: None
     wait: str = ""
     elsewhere: str = ""
+    part_bytes: int = 0
+    parts: dict[str, bytes] = field(default_factory=dict)
     large: tuple[str, ...] = (".safetensors", "tokenizer.json")
     lock: Lock = field(default_factory=Lock)
 
@@ -105,6 +108,15 @@ def receiving_hub() -> Iterator[Hub]:
                 if found := _FILE.fullmatch(path):
                     self._send(HTTPStatus.OK, hub.repositories[found["repo"]].files[found["file"]])
                     return
+                if path.startswith("/part/"):
+                    hub.parts[path.removeprefix("/part/")] = body
+                    self._answer(HTTPStatus.OK, {}, {"ETag": "came"})
+                    return
+                if path.startswith("/whole/"):
+                    asked = json.loads(body)
+                    numbers = [part["partNumber"] for part in asked["parts"]]
+                    path = f"/lfs/{asked['oid']}"
+                    body = b"".join(hub.parts.pop(f"{asked['oid']}/{number}") for number in numbers)
                 if path.startswith("/lfs/"):
                     if not _take(hub, path.removeprefix("/lfs/"), body):
                         self.close_connection = True
@@ -261,8 +273,12 @@ def _mode(hub: Hub, repository: Repository, file: dict[str, Any]) -> Any:
 def _action(hub: Hub, entry: dict[str, Any]) -> Any:
     if entry["oid"] in hub.objects:
         return entry
-    upload, verify = ({"href": f"{hub.url}/{what}/{entry['oid']}"} for what in ("lfs", "verify"))
-    return {**entry, "actions": {"upload": upload, "verify": verify}}
+    size = hub.part_bytes
+    numbers = range(1, -(-entry["size"] // size) + 1) if size else ()
+    header = {str(number): f"{hub.url}/part/{entry['oid']}/{number}" for number in numbers}
+    upload: dict[str, Any] = {"href": f"{hub.url}/{'whole' if size else 'lfs'}/{entry['oid']}"}
+    upload |= {"header": {**header, "chunk_size": str(size)}} if size else {}
+    return {**entry, "actions": {"upload": upload, "verify": {"href": f"{hub.url}/verify/{entry['oid']}"}}}
 
 
 def _commit(hub: Hub, name: str, lines: list[dict[str, Any]]) -> Any:

@@ -24,6 +24,7 @@ from w8a8.errors import HubError, UsageError, W8A8Error
 from w8a8.execute.staging import Staging
 from w8a8.execute.status import status
 from w8a8.publish import sending
+from w8a8.publish.card import write as card
 from w8a8.publish.card.text import README, is_ours
 from w8a8.publish.sending import Upload
 
@@ -103,6 +104,21 @@ def test_with_out_the_result_stays_here_too(hub: Hub, whole: Files, tmp_path: Pa
     push(tmp_path / "out", departs=False)
     assert folder_bytes(tmp_path / "out") == hub.repositories[REPO].files
     assert shown(hub) == whole
+
+
+def test_a_large_shard_goes_in_parts(hub: Hub, whole: Files) -> None:
+    hub.part_bytes = 10_000
+    push()
+    assert shown(hub) == whole
+    assert sum("/part/" in request for request in hub.requests) > 2 * SHARDS
+
+
+def test_a_card_of_what_came_from_the_hub_asks_it_nothing(hub: Hub, tmp_path: Path) -> None:
+    out = quantize("org/llama", tmp_path / "out").out
+    hub.requests.clear()
+    made = card.make(out)
+    assert "license: apache-2.0" in made.text
+    assert not hub.requests
 
 
 def test_the_command_says_where_it_went(hub: Hub, llama: Files, tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.calibrate.checkpoints import make, write_text
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import W8A8, cli
 from tests.execute.runs import staging_of, wait_for
-from tests.publish.hub import TOKEN, Hub, receiving_hub
-from w8a8 import quantize
+from tests.publish.hub import TOKEN, Hub, ask, receiving_hub
+from w8a8 import Options, quantize
 from w8a8.errors import HubError
 from w8a8.execute.status import status
+from w8a8.publish.sending import Upload
 
 pytestmark = pytest.mark.slow
 
@@ -62,6 +64,21 @@ def test_through_xet_the_same_result_is_committed_and_nothing_is_sent_twice(
         digest = f"sha256:{hashlib.sha256(content).hexdigest()}".encode()
         assert hub.repositories[REPO].files[name] == (digest if large else content)
     assert not staging_of(tmp_path / "llama-W8A8").exists()
+
+
+def test_a_calibrated_result_is_the_same_and_leaves_nothing(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "small", num_hidden_layers=2)
+    options = Options(recipe="smooth", calibration=str(write_text(tmp_path)), samples=4, tokens=48)
+    expected = folder_bytes(quantize(tmp_path / "small", tmp_path / "whole", options).out)
+    ask(hub, tmp_path / "cache", monkeypatch)
+    before = {*tmp_path.iterdir()}
+    quantize(tmp_path / "small", tmp_path / "small-W8A8", options, delivery=Upload.open(REPO, source="small"))
+    assert {*tmp_path.iterdir()} == before
+    shown = dict(hub.repositories[REPO].files)
+    assert "smooth" in shown.pop("README.md").decode()
+    assert shown == expected
 
 
 @pytest.mark.parametrize("xet", [True, False])

@@ -109,7 +109,7 @@ def execute(
             advance(sum(shard.size for shard in view.shards if shard.name in staging.finished))
         # 2) the shards that are missing, here or where they are sent
         jobs = list(_jobs(plan, view, supply, staging, arithmetic, finished or {}, hash_source))
-        headers = {shard.name: plan.header(shard) for shard in plan.shards}
+        plans = {shard.name: shard for shard in plan.shards}
 
         def made(shard: ShardRecord) -> None:
             staging.record(shard)
@@ -118,7 +118,7 @@ def execute(
         def safe(shard: ShardRecord) -> None:
             sent(shard.size)
             if delivery.departs:
-                staging.depart(shard.name, headers[shard.name])
+                staging.depart(shard.name, plan.header(plans[shard.name]))
 
         def arrived(shard: ShardRecord) -> None:
             staging.record(shard)
