@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.cluster.machines import NODES, Machines, raylet_of, stop_a_writer
 from tests.execute.runs import finish, finished_shards, large_checkpoint, names, staging_of, start, wait_for
 from w8a8 import quantize as quantize_here
+from w8a8 import verify
 from w8a8.cluster import Cluster, Crew, connected, driver, worker
 from w8a8.errors import ClusterError, MissingExtraError, NonFiniteWeightError, TargetBusyError, UsageError, W8A8Error
 from w8a8.execute import ShardRecord, execute
@@ -105,6 +107,25 @@ def test_small_shards_share_a_task(machines: Machines, tmp_path: Path) -> None:
     quantize_here(source, tmp_path / "whole")
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert len(NODES) <= sum(work.tasks for work in result.nodes) < 36
+
+
+def test_nodes_find_what_one_machine_finds(machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "source", llama_tensors(), shards=3)
+    monkeypatch.chdir(tmp_path)  # nodes are in other folders
+    quantize_here("source", "out", ray=machines.address)
+    done: list[int] = []
+    here, there = verify("out", "source"), verify("out", "source", ray=machines.address, advance=done.append)
+    assert there.ok
+    assert replace(there, nodes=()) == here
+    assert sum(work.bytes for work in there.nodes) == sum(done)
+    assert sum(done) == sum(path.stat().st_size for path in Path("source").glob("*.safetensors"))
+    shard = next(Path("out").glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-9000] ^= 1
+    shard.write_bytes(content)
+    here, there = verify("out", "source"), verify("out", "source", ray=machines.address)
+    assert not there.ok
+    assert replace(there, nodes=()) == here
 
 
 def test_a_model_on_the_hub_arrives_in_the_shared_folder(

@@ -284,6 +284,7 @@ Examples:
 
 - `w8a8 verify ./gemma-W8A8 --source ./gemma`
 - `w8a8 verify ./gemma-W8A8 --source google/gemma-3-270m --json`
+- `w8a8 verify /shared/DeepSeek-V3-W8A8 --source /shared/DeepSeek-V3 --ray auto`
 """
 )
 def verify(
@@ -293,6 +294,7 @@ def verify(
     ],
     top: Annotated[int, typer.Option(min=0, help="Number of worst tensors to list.")] = 10,
     workers: Workers = None,
+    ray: Ray = None,
     json: Json = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
@@ -313,7 +315,7 @@ def verify(
         interruptible("nothing was decided"),
         live(terminal, "verifying", sum(s.size for s in job.source.shards)) as advance,
     ):
-        result = run(job, workers=workers, advance=advance)
+        result = run(job, workers=workers, ray=ray, advance=advance, notice=terminal.notice)
     show_verified(terminal, result, top)
     if not result.ok:
         raise typer.Exit(1)

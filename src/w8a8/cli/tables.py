@@ -1,6 +1,7 @@
 """Prints the results of quantize, verify, inspect, fit and serve: tables for a person, JSON for a machine."""
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -10,6 +11,7 @@ from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.wording import clean, count, first_few, plural, size
 
 if TYPE_CHECKING:
+    from w8a8.cluster import NodeWork
     from w8a8.conversion import ConvertResult
     from w8a8.execute.status import Status
     from w8a8.inspection import Inspection
@@ -56,15 +58,7 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload
                 "seconds": round(result.seconds, 3),
                 "gb_per_second": round(result.gb_per_second, 3),
                 "resumed_shards": result.resumed,
-                "nodes": [
-                    {
-                        "node": work.node,
-                        "tasks": work.tasks,
-                        "bytes": work.bytes,
-                        "gb_per_second": round(work.gb_per_second, 3),
-                    }
-                    for work in result.nodes
-                ],
+                "nodes": [work.to_dict() for work in result.nodes],
                 "quantized_source": plan.quantized_source,
                 "not_copied": dict(plan.left_out),
                 "warnings": list(plan.warnings),
@@ -86,7 +80,11 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload
         from w8a8.publish.push import show
 
         show(pushed, terminal.say)
-    for work in result.nodes:
+    _nodes(terminal, result.nodes)
+
+
+def _nodes(terminal: Terminal, nodes: Sequence["NodeWork"]) -> None:
+    for work in nodes:
         terminal.say(f"  {clean(work.node)}: {size(work.bytes)}, {work.gb_per_second:.2f} GB/s")
 
 
@@ -127,6 +125,7 @@ def show_verified(terminal: Terminal, result: "VerifyResult", top: int) -> None:
     for problem in result.problems[:SHOWN]:
         terminal.say(f"[red]problem:[/red] {clean(problem)}")
     _more(terminal, len(result.problems), "problem")
+    _nodes(terminal, result.nodes)
     terminal.say(f"[{'green' if result.ok else 'red'} bold]{clean(result.verdict)}[/]")
 
 

@@ -53,6 +53,11 @@ class NodeWork:
         """Gigabytes (10^9 bytes) of source per second."""
         return self.bytes / 1e9 / max(self.seconds, 1e-9)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        speed = {"seconds": round(self.seconds, 3), "gb_per_second": round(self.gb_per_second, 3)}
+        return {"node": self.node, "tasks": self.tasks, "bytes": self.bytes, **speed}
+
 
 @dataclass(frozen=True)
 class Cluster:

@@ -54,7 +54,8 @@ def spread(
     """
     if not jobs:
         return
-    # 1) A folder for attempts, which every node has to see, as it has to see the source
+    # 1) A folder for attempts, which every node has to see, as it has to see the source; nodes are in other folders
+    jobs = [replace(job, source=job.source.absolute()) for job in jobs]
     home, arriving = jobs[0].target.parent.parent, supply.room > 0
     attempts = home / "attempts"
     shutil.rmtree(attempts, ignore_errors=True)  # what is still at it has names of its own

@@ -5,6 +5,8 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from w8a8.cluster import NodeWork
+
 
 @dataclass(frozen=True, slots=True)
 class TensorError:
@@ -38,7 +40,10 @@ class ComponentError:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """All findings. `problems` make the checkpoint unfit; `warnings` do not. `tensors` are worst first."""
+    """All findings. `problems` make the checkpoint unfit; `warnings` do not. `tensors` are worst first.
+
+    `nodes` says what each node of a cluster did.
+    """
 
     problems: tuple[str, ...]
     warnings: tuple[str, ...]
@@ -46,6 +51,7 @@ class VerifyResult:
     copied: int
     checksums: int
     folded: int = 0
+    nodes: tuple[NodeWork, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -98,6 +104,7 @@ class VerifyResult:
             "checksums": self.checksums,
             "components": components,
             "tensors": rows,
+            "nodes": [work.to_dict() for work in self.nodes],
         }
 
 

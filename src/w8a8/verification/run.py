@@ -13,15 +13,18 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 
 from w8a8.checkpoint import Shard
 from w8a8.checkpoint.stream import file_sha256, read_exactly, stream
-from w8a8.execute.workers import worker_count
+from w8a8.cluster import Cluster, connected
+from w8a8.execute.workers import each, worker_count
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.reading import show
 from w8a8.sources.blocks import shard_blocks
@@ -33,6 +36,9 @@ from w8a8.verification.result import VerifyResult
 from w8a8.verification.structure import bookkeeping_problems, exclude_warnings, structure_problems
 from w8a8.verification.tallies import Comparison, tally
 
+Advance = Callable[[int], None]
+Stop = Callable[[], bool]
+
 __all__ = ["Job", "prepare", "run", "verify"]
 
 
@@ -41,51 +47,102 @@ def verify(
     source: str | Path,
     *,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda _: None,
+    ray: str | None = None,
+    advance: Advance = lambda _: None,
+    notice: Callable[[str], None] = lambda _: None,
 ) -> VerifyResult:
     """Compare the W8A8 checkpoint `out` (by this tool or another, quark or compressed-tensors) with its `source`.
 
-    Raises `W8A8Error` where either does not open; anything found wrong inside is in the result's `problems`.
+    `ray` is the address of a Ray cluster to do it on (`local`, `auto`, `host:port`), whose nodes see both; `notice` is
+    told of what was lost there. Raises `W8A8Error` where either does not open; anything found wrong inside is in the
+    result's `problems`.
     """
-    return run(prepare(out, source), workers=workers, advance=advance)
+    return run(prepare(out, source), workers=workers, ray=ray, advance=advance, notice=notice)
 
 
-def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] = lambda _: None) -> VerifyResult:
+def run(
+    job: Job,
+    *,
+    workers: int | None = None,
+    ray: str | None = None,
+    advance: Advance = lambda _: None,
+    notice: Callable[[str], None] = lambda _: None,
+) -> VerifyResult:
     """Carry out a prepared job; see `verify`."""
     problems, warnings = list(structure_problems(job)), list(exclude_warnings(job))
     # What another tool chose to write differently is worth a word; in our own output it is a sign of tampering.
     (problems if job.provenance is not None else warnings).extend(bookkeeping_problems(job))
-    comparison = _compare_bytes(job, workers or worker_count(), advance)
+    with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
+        with _on(cluster, job, advance, notice) if cluster else nullcontext(partial(_here, job, advance)) as do:
+            comparison = _compare_bytes(job, do, cluster.handed if cluster else workers or worker_count())
+        nodes = cluster.nodes() if cluster else ()
     problems += comparison.problems
     problems += _fold_problems(job, comparison.factors)
     tensors = sorted(comparison.errors, key=lambda t: (t.sqnr_db, t.name))
     return VerifyResult(
-        tuple(problems), tuple(warnings), tuple(tensors), comparison.copied, comparison.checksums, comparison.folded
+        tuple(problems),
+        tuple(warnings),
+        tuple(tensors),
+        comparison.copied,
+        comparison.checksums,
+        comparison.folded,
+        nodes,
     )
 
 
-def _compare_bytes(job: Job, workers: int, advance: Callable[[int], None]) -> Comparison:
-    stop = threading.Event()
-    found = Comparison([], [])
-    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-        shards = sorted(job.source.shards, key=lambda shard: -shard.size)
-        tasks = [pool.submit(_compare_shard, job, shard, stop.is_set, advance) for shard in shards]
-        tasks += [
-            pool.submit(_check_sum, job, shard, stop.is_set) for shard in job.out.shards if job.provenance is not None
-        ]
-        if job.provenance is not None:
-            parts = job.provenance.source.sha256.keys() - {s.stored.name for s in shards if s.whole}
-            tasks += [pool.submit(_check_source, job, name, stop.is_set) for name in parts]
-        try:
-            for task in as_completed(tasks):
-                found.add(task.result())
-        finally:
-            stop.set()
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """`work(job, of, advance=, stopped=)` compares something; it reads `weight` bytes of the source."""
+
+    work: Callable[..., Comparison]
+    of: ViewShard | Shard | str
+    label: str
+    weight: int = 0
+
+
+Do = Callable[[_Task, Callable[[], bool]], Comparison]
+
+
+def _here(job: Job, advance: Advance, task: _Task, stopped: Stop) -> Comparison:
+    """Do a task on this thread."""
+    return task.work(job, task.of, advance=advance, stopped=stopped)
+
+
+@contextmanager
+def _on(cluster: Cluster, job: Job, advance: Advance, notice: Callable[[str], None]) -> Iterator[Do]:
+    """Do tasks on the nodes of a cluster, to which the job is sent once."""
+    import ray
+
+    source = replace(job.source.checkpoint, path=job.source.path.absolute(), gguf=None)  # only its bytes are read there
+    out = replace(job.out, path=job.out.path.absolute())
+    there = replace(job, source=replace(job.source, checkpoint=source), out=out)
+    files = {source.path / shard.stored.name: shard.stored.size for shard in job.source.shards[:1]}
+    files |= {out.path / shard.name: shard.size for shard in out.shards[:1]}
+    sent = ray.put(there)
+    with cluster.crew(f"verify {out.path} {uuid4().hex}", files, advance=advance, notice=notice) as crew:
+        yield lambda task, stopped: crew.call(task.label, task.weight, task.work, sent, task.of, stopped=stopped)
+
+
+def _compare_bytes(job: Job, do: Do, workers: int) -> Comparison:
+    found, adding = Comparison([], []), threading.Lock()
+    shards = sorted(job.source.shards, key=lambda shard: -shard.size)
+    tasks = [_Task(_compare_shard, shard, shard.name, shard.size) for shard in shards]
+    if job.provenance is not None:
+        parts = job.provenance.source.sha256.keys() - {s.stored.name for s in shards if s.whole}
+        tasks += [_Task(_check_sum, shard, f"checksum of {shard.name}") for shard in job.out.shards]
+        tasks += [_Task(_check_source, name, f"checksum of the source's {name}") for name in sorted(parts)]
+
+    def run(task: _Task, stopped: Stop) -> None:
+        other = do(task, stopped)
+        with adding:
+            found.add(other)
+
+    each(tasks, run, workers)
     found.problems.sort()
     return found
 
 
-def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Comparison:
+def _check_sum(job: Job, shard: Shard, *, stopped: Stop = lambda: False, **_: object) -> Comparison:
     """Compare one shard of the result with its checksum in w8a8.json."""
     recorded = job.provenance.shards.get(shard.name) if job.provenance else None
     if recorded is not None and file_sha256(job.out.path / shard.name, stopped) == recorded.sha256:
@@ -93,7 +150,7 @@ def _check_sum(job: Job, shard: Shard, stopped: Callable[[], bool]) -> Compariso
     return Comparison([f"{shard.name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"], [])
 
 
-def _check_source(job: Job, name: str, stopped: Callable[[], bool]) -> Comparison:
+def _check_source(job: Job, name: str, *, stopped: Stop = lambda: False, **_: object) -> Comparison:
     """Compare a source file of which no shard is made from all with its checksum in w8a8.json."""
     there = any(shard.name == name for shard in job.source.checkpoint.shards)
     return _source_sum(job, name, file_sha256(job.source.path / name, stopped) if there else "")
@@ -106,7 +163,7 @@ def _source_sum(job: Job, name: str, sha256: str) -> Comparison:
 
 
 def _compare_shard(
-    job: Job, shard: ViewShard, stopped: Callable[[], bool], advance: Callable[[int], None]
+    job: Job, shard: ViewShard, *, advance: Advance = lambda _: None, stopped: Stop = lambda: False
 ) -> Comparison:
     """Compare one source shard, block by block, with its tensors wherever they are in the result."""
     found = Comparison([], [])
