@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, _xet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -61,9 +61,8 @@ def hub(source: Source, waits: list[float], tmp_path: Path, monkeypatch: pytest.
     """The Hub that this process knows, with the Llama; whatever waits for it does not wait."""
     with receiving_hub() as hub:
         hub.elsewhere = source.url
-        clock = SimpleNamespace(sleep=waits.append)
-        monkeypatch.setattr(_http, "time", clock)
-        monkeypatch.setattr(sending, "time", clock)
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=waits.append))
+        monkeypatch.setattr(sending, "wait", lambda seconds, _stopped: waits.append(seconds))
         ask(hub, tmp_path / "cache", monkeypatch)
         monkeypatch.chdir(tmp_path)
         yield hub
@@ -229,6 +228,13 @@ def test_a_repository_that_keeps_no_large_files_is_refused(hub: Hub) -> None:
     with pytest.raises(HubError, match="gitattributes"):
         push()
     assert not hub.repositories[REPO].files
+
+
+def test_a_huggingface_hub_whose_private_parts_changed_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(_xet, "abort_xet_session")
+    with pytest.raises(W8A8Error, match=r"is not known to --push"):
+        Upload.open(REPO)
+    assert not hub.requests
 
 
 def test_a_commit_that_was_made_is_not_made_again(hub: Hub, whole: Files, monkeypatch: pytest.MonkeyPatch) -> None:

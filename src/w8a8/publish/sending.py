@@ -7,10 +7,10 @@ huggingface_hub is private; `Upload.open` looks whether it is as it was.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
@@ -18,7 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub import __version__ as hub_version
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+from huggingface_hub.utils import _xet, disable_progress_bars  # type: ignore[attr-defined]
 
 from w8a8.checkpoint.hub import HubFolder, retry_after
 from w8a8.checkpoint.stream import Stopped
@@ -29,6 +29,7 @@ from w8a8.publish.card.text import README
 from w8a8.publish.hub import explained, hub_api, target_id, writable
 from w8a8.publish.push import Pushed, message, planned, prepare, refuse
 from w8a8.reading import MAX_TEXT_BYTES
+from w8a8.storage.download import wait
 from w8a8.storage.folders import remove
 from w8a8.storage.writer import write_whole
 
@@ -41,7 +42,7 @@ BATCH = 256
 """Large files that the Hub is asked for at once."""
 POLL_SECONDS = 0.2
 WAITS_SECONDS = (1.0, 4.0, 16.0, 64.0)
-"""How long to wait before the commit is tried once more, where the Hub failed or could not be reached."""
+"""How long to wait before something is tried again, where the Hub failed or could not be reached."""
 
 
 class Upload:
@@ -70,13 +71,7 @@ class Upload:
         """
         if target_id(repo, "--push").lower() == source.lower():
             raise UsageError(f"{repo}: is the source, which --push would replace; give another name")
-        if not {"_is_uploaded", "_upload_mode", "_should_ignore"} <= {
-            field.name for field in fields(CommitOperationAdd)
-        }:
-            raise W8A8Error(
-                f"huggingface_hub {hub_version} is not known to --push: pip install 'huggingface_hub<2.5', or leave "
-                "--push away, and give `w8a8 push` then"
-            )
+        _check_version()
         disable_progress_bars()
         api = hub_api()
         with explained(repo):
@@ -104,7 +99,7 @@ class Upload:
         addition = _Addition(path, shard, stopped)
         try:
             with explained(self._repo), _heeding(stopped):
-                self._api.preupload_lfs_files(self._repo, [addition], num_threads=1)
+                _persistently(partial(self._api.preupload_lfs_files, self._repo, [addition], num_threads=1), stopped)
                 listed = self._listed([shard])
         except HubError:
             if stopped():
@@ -217,9 +212,7 @@ def _heeding(stopped: Callable[[], bool]) -> Iterator[None]:
     def watch() -> None:
         while not done.wait(POLL_SECONDS):
             if stopped():
-                from huggingface_hub.utils._xet import abort_xet_session
-
-                abort_xet_session()  # type: ignore[no-untyped-call]
+                _xet.abort_xet_session()  # type: ignore[no-untyped-call]
                 return
 
     watcher = threading.Thread(target=watch, name="xet", daemon=True)
@@ -230,15 +223,29 @@ def _heeding(stopped: Callable[[], bool]) -> Iterator[None]:
         done.set()
 
 
-def _persistently(action: Callable[[], T]) -> T:
-    """Do what may be done again, until the Hub neither fails nor asks to wait."""
-    for wait in WAITS_SECONDS:
+def _persistently(action: Callable[[], T], stopped: Callable[[], bool] = lambda: False) -> T:
+    """Do what may be done again, until the Hub neither fails nor asks to wait. Raises `Stopped`, and its last error."""
+    for seconds in WAITS_SECONDS:
         try:
             return action()
-        except HTTPError as error:
-            response = getattr(error, "response", None)
-            if response is not None and response.status_code not in (408, 429) and response.status_code < 500:
+        except (HTTPError, RuntimeError) as error:
+            cause = (
+                error.__cause__ if isinstance(error, RuntimeError) else error
+            )  # so huggingface_hub wraps an upload's
+            response = getattr(cause, "response", None)
+            status = response.status_code if response is not None else 500
+            if not isinstance(cause, HTTPError) or (status < 500 and status not in (408, 429)):
                 raise
             asked = retry_after(response.headers.get("Retry-After", "")) if response is not None else 0.0
-            time.sleep(max(wait, asked))
+            wait(max(seconds, asked), stopped)
     return action()
+
+
+def _check_version() -> None:
+    """Raise `W8A8Error` where what this module needs of huggingface_hub, and is private there, is not as it was."""
+    private = {"_is_uploaded", "_upload_mode", "_should_ignore"}
+    if not private <= {field.name for field in fields(CommitOperationAdd)} or not hasattr(_xet, "abort_xet_session"):
+        raise W8A8Error(
+            f"huggingface_hub {hub_version} is not known to --push: pip install 'huggingface_hub<2.5', or leave --push "
+            "away, and give `w8a8 push` then"
+        )
