@@ -96,9 +96,9 @@ class Upload:
 
     def send(self, path: Path, shard: ShardRecord, stopped: Callable[[], bool]) -> str:
         """Send a shard as a large file."""
-        addition = _Addition(path, shard, stopped)
         try:
             with explained(self._repo), _heeding(stopped):
+                addition = _Addition(path, shard, stopped)
                 _persistently(partial(self._api.preupload_lfs_files, self._repo, [addition], num_threads=1), stopped)
                 listed = self._listed([shard])
         except HubError:
@@ -115,7 +115,7 @@ class Upload:
     def finish(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
         """Commit the shards and all other files of `folder`, with a model card where one can be made."""
         with explained(self._repo):
-            self._write_card(folder)
+            self._write_card(folder, _persistently(self._info))
         job = prepare(folder, self._repo)
         refuse(job, [*job.made.problems(), *job.files.problems])
         small = [name for name, _ in job.files.upload if name not in job.made.provenance.shards]
@@ -136,9 +136,8 @@ class Upload:
         operations += [CommitOperationAdd(name, folder / name) for name in small]
         return str(self._api.create_commit(self._repo, operations, commit_message=summary).oid)
 
-    def _write_card(self, folder: Path) -> None:
+    def _write_card(self, folder: Path, info: Any) -> None:
         """Write the card into the folder. Of one in the repository, what a person added stays; another README does."""
-        info = self._info()
         there = README in {file.rfilename for file in info.siblings or ()}
         try:
             if there:
