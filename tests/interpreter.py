@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+ON_GPU = os.environ.get("W8A8_GPU") == "1"
+"""Whether kernels run on the GPU of this machine."""
+
 Interpreted = Callable[..., Any]
 """Called with a module, a function's name and its arguments: the function's result there, or its exception."""
 
@@ -20,7 +23,7 @@ Interpreted = Callable[..., Any]
 @pytest.fixture(scope="session")
 def interpreted() -> Iterator[Interpreted]:
     """Calls functions where Triton's kernels are interpreted, on the CPU; with `W8A8_GPU=1`, on the GPU."""
-    if os.environ.get("W8A8_GPU") == "1":
+    if ON_GPU:
         yield _on_gpu
         return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_begin) as process:

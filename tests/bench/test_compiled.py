@@ -121,6 +121,25 @@ def test_quantizing_rounds_by_an_addition_that_is_not_folded_away(arch: str) -> 
         assert "div.rn.f32" in kernels[0].asm["ptx"]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_every_kernel_that_quantizes_compiles_for_every_dtype(dtype: torch.dtype) -> None:
+    """The interpreter takes what the compiler refuses."""
+    from w8a8.kernels.gpu import quantize
+
+    x, weight = torch.empty(4, 640, dtype=dtype, device="meta"), torch.empty(640, dtype=dtype, device="meta")
+    with target("sm_90") as kernels:
+        quantize.quantize_per_token(x)
+        quantize.rms_norm_quantize(x, weight, 1e-6, norm="gemma3", residual=torch.empty_like(x))
+        quantize.silu_and_mul_quantize(x)
+        quantize.gelu_and_mul_quantize(x)
+    assert [kernel.metadata.name for kernel in kernels] == [
+        "_quantize_kernel",
+        "_rms_norm_kernel",
+        "_gated_kernel",
+        "_gated_kernel",
+    ]
+
+
 def test_bf16_results_are_rounded_by_the_hardware() -> None:
     from w8a8.kernels.gpu.int8 import scaled_int8_mm
 

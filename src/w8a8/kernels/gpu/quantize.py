@@ -145,9 +145,11 @@ def _top(x):
     codes: half the registers, twice the programs that load while others compute.
     """
     if x.dtype == tl.float32:
-        return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    top = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int16)
-    return top.to(x.dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+        top = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    else:
+        narrow = tl.max(x.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int16)
+        top = narrow.to(x.dtype, bitcast=True).to(tl.float32).to(tl.int32, bitcast=True)
+    return top
 
 
 @triton.jit
