@@ -39,7 +39,7 @@ MAX_DEPTH = 3
 RANGE_BYTES = 8 << 20
 """Bytes of a request, all of which are in memory."""
 
-_TAGS = ("ETag", "etag", "generation", "sha", "xet_hash", "blob_id", "mtime", "last_modified", "modified", "created")
+_TAGS = ("ETag", "generation", "etag", "sha", "xet_hash", "blob_id", "mtime", "last_modified", "modified", "created")
 """What implementations call what changes with an object."""
 _REFUSALS = {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}
 

@@ -56,7 +56,8 @@ class StoreTarget:
         store = Store.at(url)
         if store.protocol == "hf":
             raise UsageError(f"{store.url}: on the Hub, a result goes to a model's repository: hf://org/name")
-        target = cls(store, _token(_claim_of(store)))
+        kept = _token(_claim_of(store))
+        target = cls(store, kept or json.dumps({"tool": "w8a8", "run": uuid.uuid4().hex}).encode())
         found = target._listing()
         claimed = CLAIM in found
         if claimed and target._claimant() == target.token:
@@ -72,7 +73,14 @@ class StoreTarget:
                 raise UsageError(
                     f"{store.url}: is not a checkpoint (no config.json), so --overwrite will not remove it"
                 )
-        target._write_claim(new=not claimed)
+        if not kept:
+            write_whole(_claim_of(store), target.token)
+        try:
+            target._write_claim(new=not claimed)
+        except (TargetBusyError, UnwritableError):
+            if not kept:
+                target._forget()
+            raise
         return target
 
     @property
@@ -107,8 +115,7 @@ class StoreTarget:
         for name in sorted(names, key=lambda name: (name == "config.json", name == INDEX, name)):
             upload(self.store, folder / name, name)
         self._remove(CLAIM)
-        with disk_errors(self.here):
-            remove(_claim_of(self.store))
+        self._forget()
 
     def _clear(self) -> None:
         """Leave only what this run has sent."""
@@ -127,6 +134,11 @@ class StoreTarget:
             for begun in system.list_multipart_uploads(bucket):
                 if begun["Key"].startswith(prefix):
                     system.abort_mpu(bucket, begun["Key"], begun["UploadId"])
+
+    def _forget(self) -> None:
+        """Remove the token that is kept here."""
+        with disk_errors(self.here):
+            remove(_claim_of(self.store))
 
     def _listing(self) -> Mapping[str, RemoteFile]:
         try:
@@ -180,10 +192,7 @@ def _claim_of(store: Store) -> Path:
 
 
 def _token(path: Path) -> bytes:
-    """The token in the file at `path`, or a new one that is kept there."""
+    """The token that is kept in the file at `path`; b"" where there is none."""
     with disk_errors(path):
-        if path.is_file() and not path.is_symlink() and 0 < path.stat().st_size <= MAX_CLAIM_BYTES:
-            return path.read_bytes()
-    token = json.dumps({"tool": "w8a8", "run": uuid.uuid4().hex}).encode()
-    write_whole(path, token)
-    return token
+        there = path.is_file() and not path.is_symlink() and path.stat().st_size <= MAX_CLAIM_BYTES
+        return path.read_bytes() if there else b""
