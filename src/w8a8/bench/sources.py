@@ -74,7 +74,7 @@ def bench(*, runs: int, size: int = 4096, notice: Callable[[str], None] = lambda
     try:
         for spelling, arrays in _layers(size):
             name, reference = _reference(spelling, arrays)
-            tensor, ours, out = _ours(arrays)
+            tensor, ours, out = decoding(arrays)
             ours()
             if reference is not None and not np.array_equal(out.view(np.int16), _bits(reference())):
                 raise SelfCheckError(f"{spelling}: the decoder's numbers are not those of {name}")
@@ -127,7 +127,7 @@ def _layers(size: int) -> Iterator[tuple[str, Arrays]]:
     yield "AWQ INT4", {"qweight": ("I32", words), "qzeros": ("I32", zeros), "scales": group_scale}
 
 
-def _ours(arrays: Arrays) -> tuple[LogicalTensor, Decode, NDArray[Any]]:
+def decoding(arrays: Arrays) -> tuple[LogicalTensor, Decode, NDArray[Any]]:
     """The tensor that the spellings see in a layer, what decodes it, and the array that this fills."""
     specs = {
         f"layer.{leaf}": TensorSpec(f"layer.{leaf}", dtype, bits.shape, "memory", 0, bits.nbytes)

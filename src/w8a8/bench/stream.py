@@ -67,12 +67,9 @@ def bench(
     folder = folder.resolve()
     source = folder / (f"gemma-4-31b-layers-{gib:g}GiB" + (f"-in-{shards}" if shards else ""))
     make_checkpoint(source, gib, notice, shards)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, _served(source, megabytes * 1e6) as url:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, served(source, megabytes * 1e6) as url:
         out = Path(scratch) / "out"
-        environment = {
-            "HF_ENDPOINT": url, "HF_HOME": f"{scratch}/hf", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NUMBA_CACHE_DIR": f"{scratch}/numba",
-        }  # fmt: skip
+        environment = {**asking(url, Path(scratch)), "NUMBA_CACHE_DIR": f"{scratch}/numba"}
         quantize = [sys.executable, "-m", "w8a8", "quantize", "--quiet"]
         commands = {
             DOWNLOAD: [sys.executable, "-c", _DOWNLOAD, REPOSITORY, str(out)],
@@ -103,8 +100,16 @@ def show(result: StreamResult, say: Callable[[Any], None]) -> None:
     )
 
 
+def asking(url: str, scratch: Path) -> dict[str, str]:
+    """The environment of a process that asks the Hub at `url`, and keeps what it caches in `scratch`."""
+    return {
+        "HF_ENDPOINT": url, "HF_HOME": f"{scratch}/hf", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+
+
 @contextmanager
-def _served(folder: Path, rate: float) -> Iterator[str]:
+def served(folder: Path, rate: float) -> Iterator[str]:
     """The address of a Hub that serves `folder` at `rate` bytes a second."""
     command = [sys.executable, "-m", "w8a8.bench.shop", str(folder), str(rate)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:

