@@ -105,6 +105,12 @@ def test_with_out_the_result_stays_here_too(hub: Hub, whole: Files, tmp_path: Pa
     assert shown(hub) == whole
 
 
+def test_of_what_the_repository_shows_files_of_these_names_are_replaced(hub: Hub, whole: Files) -> None:
+    hub.repositories[REPO] = Repository(private=True, files={"notes.txt": b"mine", "config.json": b"{}"})
+    push()
+    assert shown(hub) == {**whole, "notes.txt": b"mine"}
+
+
 def test_a_large_shard_goes_in_parts(hub: Hub, whole: Files) -> None:
     hub.part_bytes = 10_000
     push()
@@ -267,7 +273,7 @@ FAULTS = [HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.INTERNAL_SERVER_ERROR, HTTPSt
           HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND, "cut"]  # fmt: skip
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([None, None, *FAULTS]), max_size=30))
 def test_whatever_the_hub_does_it_shows_the_result_whole_or_not_at_all(
     hub: Hub, whole: Files, faults: list[HTTPStatus | str | None]
