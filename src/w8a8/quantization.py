@@ -199,7 +199,7 @@ def quantize(
     if target:
         delivery, out = target, target.here
     appears = delivery is None or not delivery.departs
-    with calibrated(job, out, overwrite=overwrite, appears=appears, notice=notice) as ready:
+    with calibrated(job, out, overwrite=overwrite, appears=appears, workers=workers, ray=ray, notice=notice) as ready:
         result = run(
             ready,
             out,
@@ -238,13 +238,18 @@ def calibrated(
     *,
     overwrite: bool = False,
     appears: bool = True,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: Progress = lambda _layers: nullcontext(lambda _: None),
     notice: Notice = lambda _: None,
 ) -> Iterator[Job]:
     """Add to the job what calibration finds, if a recipe asks for any; `run` it before the context ends.
 
-    `appears` says that `out` itself will be made.
+    `appears` says that `out` itself will be made. At the address `ray`, the nodes of a cluster run the samples.
     """
+    from w8a8.cluster import connected
+    from w8a8.execute.workers import worker_count
+
     if job.request is None:
         yield job
         return
@@ -254,17 +259,21 @@ def calibrated(
         raise MissingExtraError(
             f"the package {missing.name} is not installed; --recipe needs it: pip install 'w8a8[eval]'"
         ) from missing
-    with found_(
-        job.source.name,
-        job.view,
-        job.request,
-        job.make,
-        Path(out),
-        overwrite=overwrite,
-        appears=appears,
-        progress=progress,
-        notice=notice,
-    ) as found:
+    with (
+        connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster,
+        found_(
+            job.source.name,
+            job.view,
+            job.request,
+            job.make,
+            Path(out),
+            overwrite=overwrite,
+            appears=appears,
+            cluster=cluster,
+            progress=progress,
+            notice=notice,
+        ) as found,
+    ):
         yield replace(job, plan=found.plan, finished=found.finished)
 
 

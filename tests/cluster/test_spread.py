@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+import torch
 from huggingface_hub import constants
 
+from tests.calibrate.checkpoints import make, write_text
 from tests.checkpoint.hub import local_hub
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.cluster.machines import NODES, Machines, raylet_of, stop_a_writer
@@ -28,7 +30,7 @@ from w8a8.errors import ClusterError, MissingExtraError, NonFiniteWeightError, T
 from w8a8.execute import ShardRecord, execute
 from w8a8.execute.shard import ShardJob
 from w8a8.execute.spread import quantize_group, take
-from w8a8.quantization import QuantizeResult, prepare
+from w8a8.quantization import Options, QuantizeResult, prepare
 from w8a8.version import __version__
 
 pytestmark = pytest.mark.slow
@@ -126,6 +128,21 @@ def test_nodes_find_what_one_machine_finds(machines: Machines, tmp_path: Path, m
     here, there = verify("out", "source"), verify("out", "source", ray=machines.address)
     assert not there.ok
     assert replace(there, nodes=()) == here
+
+
+def test_samples_run_by_nodes_choose_the_codes_that_one_machine_chooses(machines: Machines, tmp_path: Path) -> None:
+    source, text = make(tmp_path / "source", num_hidden_layers=2), write_text(tmp_path)
+    options = Options(recipe="auto", calibration=str(text), samples=10, tokens=48)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as Ray gives one to a task with one CPU; with more, sums are made in another order
+    try:
+        quantize_here(source, tmp_path / "here", options)
+    finally:
+        torch.set_num_threads(threads)
+    result = quantize_here(source, tmp_path / "there", options, ray=machines.address)
+    assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
+    assert result.plan.calibration is not None
+    assert names(tmp_path) == ["here", "miller.txt", "source", "there"]
 
 
 def test_a_model_on_the_hub_arrives_in_the_shared_folder(

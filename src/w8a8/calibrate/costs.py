@@ -7,23 +7,25 @@ of their own, for a run that goes on after an interruption.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec import to_builtins
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from w8a8.calibrate.activations import Activations, spread
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Progress
 from w8a8.calibrate.setup import Setup
 from w8a8.plan import Plan
-from w8a8.recipes.costs import Cost, backwards, direction
+from w8a8.recipes.costs import Cost, backwards, direction, squares
 from w8a8.runtime.streamed import StreamedModel, forward
 from w8a8.storage.folders import keep_only
 from w8a8.storage.writer import disk_errors, write_whole
@@ -100,9 +102,10 @@ def _forwards(setup: Setup, numbers: Sequence[int], folder: Path, done: Callable
     entering = [setup.activations(folder / f"states-{layer:05}.bin", len(numbers)) for layer in range(model.count + 1)]
     entering[0].write(model.embed_all([setup.samples[n] for n in numbers], setup.kwargs))
     for number in range(model.count):
-        with model.layer(number) as layer:
-            states = entering[number].states(model.device)
-            entering[number + 1].write(forward(layer, each, setup.kwargs[number]) for each in states)
+        states = entering[number].states(model.device)
+        with model.layer(number) as layer, setup.hands.placed(layer, states) as placed:
+            parts = placed.each(_forward_block, setup.kwargs[number])
+            entering[number + 1].write(chain.from_iterable(parts))
         done(1)
     return entering
 
@@ -115,16 +118,27 @@ def _backwards(
     gradients = _at_the_end(model, entering.pop())
     costs: list[LayerCosts] = []
     for number in reversed(range(model.count)):
-        found: dict[str, list[Tensor]] = {path: [] for path in paths[number]}
-        with model.layer(number) as layer:
-            for i, states in enumerate(entering[number].states(model.device)):
-                gradients[i], outputs = backwards(layer, paths[number], states, setup.kwargs[number], gradients[i])
-                for path, gradient in outputs.items():
-                    found[path].append(gradient)
-        costs.insert(0, {path: Cost.of(parts) for path, parts in found.items()})
+        samples = zip(entering[number].states(model.device), gradients, strict=True)
+        with model.layer(number) as layer, setup.hands.placed(layer, samples) as placed:
+            made = [*chain.from_iterable(placed.each(_backward_block, paths[number], setup.kwargs[number]))]
+        gradients = [gradient for gradient, _ in made]
+        costs.insert(0, {path: Cost.summed([squared[path] for _, squared in made]) for path in paths[number]})
         entering[number].path.unlink()
         done(1)
     return costs
+
+
+def _forward_block(layer: nn.Module, block: Iterable[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Run a layer on a block of samples."""
+    return [forward(layer, states, kwargs) for states in block]
+
+
+def _backward_block(
+    layer: nn.Module, block: Iterable[tuple[Tensor, Tensor]], paths: Sequence[str], kwargs: Mapping[str, Any]
+) -> list[tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]]:
+    """Carry gradients back through a layer: of each sample, that by its states, and the squares of those by outputs."""
+    found = (backwards(layer, paths, states, kwargs, gradient) for states, gradient in block)
+    return [(by_states, {path: squares(each) for path, each in outputs.items()}) for by_states, outputs in found]
 
 
 def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:

@@ -6,6 +6,7 @@ states that leave the quantized layer are written for the next one.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,8 +21,8 @@ from w8a8.errors import NonFiniteWeightError
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import Group
-from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, quantized
-from w8a8.runtime.streamed import DTYPES, StreamedModel, forward
+from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, forward_block, quantized
+from w8a8.runtime.streamed import DTYPES, StreamedModel
 
 
 def calibrate_layers(
@@ -85,13 +86,14 @@ def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
         groups = _usable(setup.groups(number), ours)
         dtype = DTYPES[setup.weight(number, min(linear)).dtype]
         row_costs = this.costs.row_costs(number, model.device)
-        result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype)
+        result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype, setup.hands)
         this.journal.store(save(_tensors(number, result, model)))
         # 3) Run the layer as it will run
         made = quantized(layer, result)
         for path in linear - ours:
             made.set_submodule(path, layer.get_submodule(path))
-        this.states(number + 1).write(forward(made, batch.hidden, batch.kwargs) for batch in batches)
+        with setup.hands.placed(made, batches) as placed:
+            this.states(number + 1).write(chain.from_iterable(placed.each(forward_block)))
     return result.gains
 
 

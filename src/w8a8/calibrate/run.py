@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from w8a8.calibrate import costs
@@ -17,11 +17,13 @@ from w8a8.calibrate.layers import calibrate_layers
 from w8a8.calibrate.outcome import choose_kept, finished_tensors, record, say_gains
 from w8a8.calibrate.request import Progress, Request
 from w8a8.calibrate.setup import Setup
+from w8a8.cluster import Cluster
 from w8a8.errors import DiskFullError
 from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging
 from w8a8.plan import Plan
+from w8a8.recipes.samples import HERE, Hands
 from w8a8.sources.view import View
 from w8a8.storage.folders import lock_folder
 
@@ -44,6 +46,7 @@ def calibrated(
     *,
     overwrite: bool,
     appears: bool = True,
+    cluster: Cluster | None = None,
     progress: Progress,
     notice: Callable[[str], None],
 ) -> Iterator[Calibrated]:
@@ -63,7 +66,8 @@ def calibrated(
         pass
     setup = Setup.of(name, view, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
-    with lock_folder(home, out):
+    with lock_folder(home, out), _hands(cluster, home, setup) as hands:
+        setup = replace(setup, hands=hands)
         plan, kept = make(), dict[str, str]()
         passes = 2 if request.keep_bf16 else 1
         _check_room(plan, setup, home, passes)
@@ -83,6 +87,18 @@ def calibrated(
         yield Calibrated(make(kept=kept, calibration=record(finished, setup, plan, kept)), finished)
         # 6) Nothing is left to go on with
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _hands(cluster: Cluster | None, home: Path, setup: Setup) -> Iterator[Hands]:
+    """What runs the samples: this machine, or the nodes of a cluster."""
+    if cluster is None:
+        yield HERE
+        return
+    from w8a8.calibrate.hands import NodeHands
+
+    with cluster.crew(str(home), {}, advance=lambda _: None, notice=setup.notice) as crew:
+        yield NodeHands(crew, setup.model.device.type == "cuda")
 
 
 def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:

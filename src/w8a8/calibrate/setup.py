@@ -16,6 +16,7 @@ from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group, groups_of
+from w8a8.recipes.samples import HERE, Hands
 from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.streamed import StreamedModel
@@ -30,7 +31,8 @@ from w8a8.version import __version__
 class Setup:
     """What all layers and passes share. `samples` are token ids, all of the same length.
 
-    `kwargs` are the arguments of each layer's `forward` other than the states. `notice` takes sentences for the user.
+    `kwargs` are the arguments of each layer's `forward` other than the states. `notice` takes sentences for the user;
+    `hands` run the samples.
     """
 
     model: StreamedModel
@@ -40,6 +42,7 @@ class Setup:
     samples: Sequence[Sequence[int]]
     kwargs: Sequence[Mapping[str, Any]]
     notice: Callable[[str], None]
+    hands: Hands = HERE
 
     @classmethod
     def of(cls, name: str, view: View, request: Request, notice: Callable[[str], None]) -> "Setup":

@@ -204,6 +204,8 @@ def quantize(
             here,
             overwrite=overwrite,
             appears=not (delivery and delivery.departs),
+            workers=workers,
+            ray=ray,
             progress=partial(live, terminal, "calibrating", unit="layers"),
             notice=terminal.notice,
         ) as job,

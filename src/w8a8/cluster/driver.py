@@ -34,8 +34,6 @@ REACH_SECONDS = 10.0
 """How long the cluster's head, or the name of a run that was killed, is waited for."""
 LOOK_SECONDS = 120.0
 """How long a node may take to answer; the first time it loads this package."""
-STORE_BYTES = 100 << 20
-"""Shared memory for Ray's objects on this machine; a shard's job has kilobytes."""
 NAMESPACE = "w8a8"
 
 
@@ -61,10 +59,14 @@ class NodeWork:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to a Ray cluster: the tasks that it does, and that it is handed, at a time; nodes' names by id."""
+    """A connection to a Ray cluster: the tasks that it does, and that it is handed, at a time; nodes' names by id.
+
+    Each node has `node_cpus` CPUs, or more.
+    """
 
     slots: int
     handed: int
+    node_cpus: int
     names: Mapping[str, str]
     _done: list[tuple[int, Answer[Any]]] = field(default_factory=list)
 
@@ -147,17 +149,32 @@ class Crew:
     _dead: dict[str, float] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def call(self, label: str, weight: int, work: Callable[..., T], *args: Any, stopped: Callable[[], bool]) -> T:
+    def call(
+        self,
+        label: str,
+        weight: int,
+        work: Callable[..., T],
+        *args: Any,
+        stopped: Callable[[], bool],
+        node: bool = False,
+        gpu: bool = False,
+    ) -> T:
         """Do `work(*args, advance=)` on a node that Ray chooses, and again where it is lost; return what it gives.
 
-        `label` tells the task from others of the job; its source has `weight` bytes. Raises the `W8A8Error` that the
+        `label` tells the task from others of the job; its source has `weight` bytes. It takes a CPU, or all CPUs of a
+        `node`, and a `gpu`. Raises the `W8A8Error` that the
         work raised, with label and node before its text; `ClusterError` where Ray gives up; `Stopped`.
         """
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
         task = ray.remote(perform).options(
-            name=label, num_cpus=1, max_retries=RETRIES, retry_exceptions=[*FLEETING], scheduling_strategy="SPREAD"
+            name=label,
+            num_cpus=self.cluster.node_cpus if node else 1,
+            num_gpus=int(gpu),
+            max_retries=RETRIES,
+            retry_exceptions=[*FLEETING],
+            scheduling_strategy="SPREAD",
         )
         begin = partial(task.remote, label, self.cluster.names, self.site, self.board, work, *args)
         answer, given_up = begin(), set[str]()
@@ -165,9 +182,9 @@ class Crew:
             if stopped():
                 ray.cancel(answer)
                 raise Stopped
-            node = self._said[label].node if label in self._said else ""
-            if node not in given_up and time.monotonic() - self._dead.get(node, math.inf) > DEAD_SECONDS:
-                given_up.add(node)
+            at = self._said[label].node if label in self._said else ""
+            if at not in given_up and time.monotonic() - self._dead.get(at, math.inf) > DEAD_SECONDS:
+                given_up.add(at)
                 answer = begin()
         try:
             found: Answer[T] = ray.get(answer)
@@ -178,13 +195,15 @@ class Crew:
         except TaskCancelledError as error:
             raise Stopped from error
         except RayError as error:
-            node = self._said[label].name if label in self._said else "?"
+            at = self._said[label].name if label in self._said else "?"
             raise ClusterError(
-                f"{label}: lost {RETRIES + 1} times, at last on node {node} ({first_line(error)}); "
+                f"{label}: lost {RETRIES + 1} times, at last on node {at} ({first_line(error)}); "
                 "give the same command again to go on from here"
             ) from error
         with self._lock:
             self.cluster._done.append((weight, found))
+            self._said.pop(label, None)
+        self.board.end.remote(label)
         self._tell(label, weight)
         return found.value
 
@@ -238,8 +257,9 @@ def connected(address: str, workers: int | None = None, *, here: int = 1) -> Ite
         nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
         if not nodes:
             raise ClusterError(f"{address}: no node of the Ray cluster has a CPU for tasks")
-        slots = sum(int(node["Resources"]["CPU"]) for node in nodes)
-        yield Cluster(workers or slots, workers or min(2 * slots, MOST_TASKS), _named(nodes))
+        cpus = [int(node["Resources"]["CPU"]) for node in nodes]
+        slots = sum(cpus)
+        yield Cluster(workers or slots, workers or min(2 * slots, MOST_TASKS), min(cpus), _named(nodes))
     finally:
         if ours:
             ray.shutdown()
@@ -251,7 +271,7 @@ def _connect(address: str, cpus: int) -> None:
     # 1) What Ray says goes to standard output, where results belong; what matters of it, we say
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": STORE_BYTES}
+    options: dict[str, Any] = {"num_cpus": cpus, "include_dashboard": False}
     # 2) An address that nobody is at is known soon
     if address not in {"local", "auto"}:
         _reach(address)

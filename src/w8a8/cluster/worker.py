@@ -88,7 +88,12 @@ class Board:
 
     def report(self, label: str, done: int) -> None:
         """A task has done so many bytes so far."""
-        self.said[label] = replace(self.said[label], done=done)
+        if label in self.said:
+            self.said[label] = replace(self.said[label], done=done)
+
+    def end(self, label: str) -> None:
+        """A task is done: another one may have its label."""
+        self.said.pop(label, None)
 
     def read(self) -> dict[str, Said]:
         """All that was said."""

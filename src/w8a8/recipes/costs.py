@@ -38,8 +38,13 @@ class Cost:
     @classmethod
     def of(cls, gradients: Sequence[Tensor]) -> "Cost":
         """The cost from the `gradients` [tokens, out] of a random direction."""
-        token = torch.cat([each.square().sum(1) for each in gradients])
-        row = torch.stack([each.square().sum(0) for each in gradients]).sum(0) / (2 * len(token))
+        return cls.summed([squares(each) for each in gradients])
+
+    @classmethod
+    def summed(cls, parts: Sequence[tuple[Tensor, Tensor]]) -> "Cost":
+        """The cost from the `squares` of gradients."""
+        token = torch.cat([each for each, _ in parts])
+        row = torch.stack([each for _, each in parts]).sum(0) / (2 * len(token))
         return cls(token / token.mean().clamp_min(TINY), row)
 
     @classmethod
@@ -49,6 +54,12 @@ class Cost:
         share = torch.stack([each.row.sum() for each in costs])
         token = (torch.stack([each.token for each in costs]) * share[:, None]).sum(0) / share.sum().clamp_min(1e-30)
         return cls(token, rows)
+
+
+def squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """The squares of a gradient [tokens, out], summed for each token [tokens], and for each output [out]."""
+    squared = gradient.square()
+    return squared.sum(1), squared.sum(0)
 
 
 def direction(states: Tensor, head: Iterable[Tensor], cap: float | None, generator: torch.Generator) -> Tensor:

@@ -48,8 +48,11 @@ def compensated(weight: Tensor, by: Compensation) -> Codes:
     return Codes(round_with(weight, scale, by), scale)
 
 
-def hessian_of(inputs: Iterable[Tensor], by_channel: Tensor | float) -> Tensor:
-    """The sum of x xᵀ [in, in] over tokens x [in], divided by `by_channel` [in] and quantized as engines do it."""
+def hessian_of(inputs: Iterable[Tensor], by_channel: Tensor | float) -> Tensor | None:
+    """The sum of x xᵀ [in, in] over tokens x [in], divided by `by_channel` [in] and quantized as engines do it.
+
+    None without inputs.
+    """
     total: Tensor | None = None
     for chunk in inputs:
         codes, scale = quantize_tokens(chunk.float() / by_channel)

@@ -27,7 +27,9 @@ from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
 from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
+from w8a8.recipes.samples import HERE, Hands, Placed
 from w8a8.runtime.linear import W8A8Linear, frozen
+from w8a8.runtime.streamed import forward
 
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "rtn": ("rtn",),
@@ -84,18 +86,20 @@ def calibrate_layer(
     row_costs: Mapping[str, Tensor],
     recipe: RecipeName,
     dtype: torch.dtype,
+    hands: Hands = HERE,
 ) -> LayerResult:
     """Choose foldings and codes for `layer`, a decoder layer with float32 weights, and leave the layer as it is.
 
     `batches` are read several times; some are held out, and for some of either kind the costs of tokens are known.
     `row_costs` [out] are the costs of the outputs of the groups' consumers, by path. `dtype` is the checkpoint's: norms
-    and biases are folded to values that it can store, and are returned in it.
+    and biases are folded to values that it can store, and are returned in it. `hands` run the samples.
     """
     if not groups:
         return LayerResult({}, ())
-    sets = SampleSets.of(groups, batches, row_costs)
-    state = LayerState(layer, dtype)
-    gains = [_calibrate_group(state, group, recipe, sets) for group in groups]
+    costs = ErrorCosts.of(groups, batches, row_costs)
+    with hands.placed(_shared_copy(layer), batches) as placed:
+        state = LayerState(placed, dtype)
+        gains = [_calibrate_group(state, group, recipe, costs) for group in groups]
     return LayerResult(state.tensors, tuple(gains))
 
 
@@ -123,15 +127,15 @@ class Candidate:
     weights: tuple[Codes, ...]
 
 
-def _calibrate_group(state: "LayerState", group: Group, recipe: RecipeName, sets: "SampleSets") -> Gain:
+def _calibrate_group(state: "LayerState", group: Group, recipe: RecipeName, known: "ErrorCosts") -> Gain:
     """Choose the best candidate for one group, and make it part of `state`."""
     weights = [state.weight(path) for path in group.consumers]
-    held_out = torch.cat([*state.inputs(group, sets.judging)])
-    costs = [sets.judging_costs[path] for path in group.consumers]
+    held_out = state.inputs(group, JUDGING)
+    costs = [known.judging[path] for path in group.consumers]
     heads = heads_of(state.layer, group)
     found = [
         (_error(candidate, held_out, weights, costs, heads), candidate)
-        for candidate in _candidates(state, group, recipe, sets, weights)
+        for candidate in _candidates(state, group, recipe, known, weights)
     ]
     error, best = min(found, key=itemgetter(0))
     state.take(group, best)
@@ -139,27 +143,27 @@ def _calibrate_group(state: "LayerState", group: Group, recipe: RecipeName, sets
 
 
 def _candidates(
-    state: "LayerState", group: Group, recipe: RecipeName, sets: "SampleSets", weights: Sequence[Tensor]
+    state: "LayerState", group: Group, recipe: RecipeName, known: "ErrorCosts", weights: Sequence[Tensor]
 ) -> Iterator[Candidate]:
     """Make the candidates of the recipe, rounding to nearest first."""
     yield Candidate("rtn", None, tuple(map(nearest, weights)))
     names = CANDIDATES[recipe][1:]
     scales, by_channel = None, 1.0
     if names and group.producer is not None:
-        found = smooth.search(_problem(state, group, sets, weights))
+        found = smooth.search(_problem(state, group, known, weights))
         scales = folding.storable(state.layer, group, found, state.dtype)
         by_channel = expand(scales, heads_of(state.layer, group))
     if "smooth" in names:
         yield Candidate("smooth", scales, tuple(nearest(weight * by_channel) for weight in weights))
     if "smooth+gptq" in names:
-        by = compensation(hessian_of(state.inputs(group, sets.training), by_channel))
+        by = compensation(state.hessian(group, by_channel))
         yield Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, by) for weight in weights))
 
 
-def _problem(state: "LayerState", group: Group, sets: "SampleSets", weights: Sequence[Tensor]) -> smooth.Problem:
+def _problem(state: "LayerState", group: Group, known: "ErrorCosts", weights: Sequence[Tensor]) -> smooth.Problem:
     """The search for a group's scales, on a sample of the tokens whose costs are known."""
-    inputs = torch.cat([*state.inputs(group, sets.searching)])
-    cost = Cost.joined([sets.searching_costs[path] for path in group.consumers])
+    inputs = state.inputs(group, SEARCHING)
+    cost = Cost.joined([known.searching[path] for path in group.consumers])
     sample = torch.linspace(0, len(inputs) - 1, min(len(inputs), SAMPLED)).round().long()
     return smooth.Problem(
         inputs[sample].float(), torch.cat([*weights]), cost.token[sample], cost.row, heads_of(state.layer, group)
@@ -190,24 +194,24 @@ class LayerState:
     `tensors` holds what the finished groups have changed, by the names inside the layer.
     """
 
-    def __init__(self, layer: nn.Module, dtype: torch.dtype) -> None:
-        self.layer = _shared_copy(layer)
+    def __init__(self, placed: Placed, dtype: torch.dtype) -> None:
+        self.placed, self.layer = placed, placed.layer
         self.dtype = dtype
         self.tensors: dict[str, Codes | Tensor] = {}
 
-    def inputs(self, group: Group, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """The inputs [tokens, in] of the group's consumers for each batch, in the checkpoint's dtype."""
-        found: list[Tensor] = []
+    def inputs(self, group: Group, use: "Use") -> Tensor:
+        """The inputs [tokens, in] of the group's consumers for the batches of this use, in the checkpoint's dtype."""
+        parts = self.placed.each(inputs_of_block, group.consumers[0], self.dtype, use)
+        return torch.cat([each for part in parts for each in part])
 
-        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).to(self.dtype))
-            raise StopForward
-
-        for batch in batches:
-            hook = self.layer.get_submodule(group.consumers[0]).register_forward_pre_hook(keep)
-            with hook, suppress(StopForward):
-                self.layer(batch.hidden.clone(), **batch.kwargs)
-            yield found.pop()
+    def hessian(self, group: Group, by_channel: Tensor | float) -> Tensor:
+        """The Hessian [in, in] of the group's consumers (`gptq.py`), over the batches to compensate by."""
+        total: Tensor | None = None
+        for part in self.placed.each(hessian_of_block, group.consumers[0], self.dtype, by_channel):
+            if part is not None:
+                total = part if total is None else total.add_(part)
+        assert total is not None
+        return total
 
     def weight(self, path: str) -> Tensor:
         """A weight that is not quantized yet, float32 [out, in]."""
@@ -226,6 +230,7 @@ class LayerState:
             _run_as(self.layer, path, codes)
             if candidate.name != "rtn":
                 self.tensors[f"{path}.weight"] = codes
+        self.placed.changed([*group.consumers, *filter(None, [group.producer])])
 
 
 class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
@@ -259,38 +264,76 @@ def _shared_copy(layer: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True, slots=True)
-class Split:
+class Use:
     """The batches that are held out, or those that are not; only those with known token costs, if `costed`."""
 
-    batches: Iterable[Batch]
     held_out: bool
     costed: bool
 
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
+    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Those of `batches`."""
+        for batch in batches:
             if batch.held_out is self.held_out and (batch.token_costs is not None or not self.costed):
                 yield batch
 
-    def costs(self, paths: Iterable[str], row_costs: Mapping[str, Tensor]) -> Mapping[str, Cost]:
+    def costs(
+        self, batches: Iterable[Batch], paths: Iterable[str], row_costs: Mapping[str, Tensor]
+    ) -> Mapping[str, Cost]:
         """The costs of errors in the outputs of the linear layers `paths`, for all tokens."""
-        known = [batch.token_costs for batch in self if batch.token_costs is not None]
+        known = [batch.token_costs for batch in self.of(batches) if batch.token_costs is not None]
         return {path: Cost(torch.cat([each[path] for each in known]), row_costs[path]) for path in paths}
 
 
-@dataclass(frozen=True, slots=True)
-class SampleSets:
-    """The batches to compensate by, to search scales on, and to judge candidates on; the last two with their costs."""
+TRAINING = Use(held_out=False, costed=False)
+SEARCHING = Use(held_out=False, costed=True)
+JUDGING = Use(held_out=True, costed=True)
+"""The batches to compensate by, to search scales on, and to judge candidates on."""
 
-    training: Split
-    searching: Split
-    judging: Split
-    searching_costs: Mapping[str, Cost]
-    judging_costs: Mapping[str, Cost]
+
+@dataclass(frozen=True, slots=True)
+class ErrorCosts:
+    """The costs of errors for the tokens that scales are searched on, and candidates judged on, by path."""
+
+    searching: Mapping[str, Cost]
+    judging: Mapping[str, Cost]
 
     @classmethod
-    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "SampleSets":
-        """Split `batches`; the costs are those of the groups' consumers."""
+    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "ErrorCosts":
+        """The costs are those of the groups' consumers."""
         paths = [path for group in groups for path in group.consumers]
-        searching, judging = (Split(batches, held_out, costed=True) for held_out in (False, True))
-        costs = (split.costs(paths, row_costs) for split in (searching, judging))
-        return cls(Split(batches, held_out=False, costed=False), searching, judging, *costs)
+        return cls(*(use.costs(batches, paths, row_costs) for use in (SEARCHING, JUDGING)))
+
+
+# --- a block of them ----------------------------------------------------------------------------------------------
+
+
+def _inputs(layer: nn.Module, batches: Iterable[Batch], path: str, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The inputs [tokens, in] of the linear layer `path` for each batch, as `dtype`."""
+    found: list[Tensor] = []
+
+    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        found.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).to(dtype))
+        raise StopForward
+
+    for batch in batches:
+        hook = layer.get_submodule(path).register_forward_pre_hook(keep)
+        with hook, suppress(StopForward):
+            layer(batch.hidden.clone(), **batch.kwargs)
+        yield found.pop()
+
+
+def inputs_of_block(layer: nn.Module, block: Iterable[Batch], path: str, dtype: torch.dtype, use: Use) -> list[Tensor]:
+    """The inputs of the linear layer `path` for the batches of a block that have this use."""
+    return [*_inputs(layer, use.of(block), path, dtype)]
+
+
+def hessian_of_block(
+    layer: nn.Module, block: Iterable[Batch], path: str, dtype: torch.dtype, by_channel: Tensor | float
+) -> Tensor | None:
+    """The Hessian by the inputs of the linear layer `path` for the batches of a block; None where none are for it."""
+    return hessian_of(_inputs(layer, TRAINING.of(block), path, dtype), by_channel)
+
+
+def forward_block(layer: nn.Module, block: Iterable[Batch]) -> list[Tensor]:
+    """Run a layer on a block of batches."""
+    return [forward(layer, batch.hidden, batch.kwargs) for batch in block]
