@@ -169,6 +169,7 @@ def test_a_readme_of_a_person_stays_and_what_they_added_to_ours(hub: Hub, there:
 FAILURES = [
     (HTTPStatus.UNAUTHORIZED, "/api/whoami-v2", "hf auth login"),
     (HTTPStatus.FORBIDDEN, "/api/repos/create", "may not write"),
+    (HTTPStatus.CONFLICT, "/api/repos/create", "same command goes on"),
     (HTTPStatus.FORBIDDEN, "/batch", "may not write"),
     (HTTPStatus.FORBIDDEN, "/lfs/", "may not write"),
     (HTTPStatus.INTERNAL_SERVER_ERROR, "/lfs/", "same command goes on"),

@@ -73,7 +73,7 @@ def explained(repo: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise HubError(f"{repo}: no token found; run `hf auth login`, or set HF_TOKEN") from error
-    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError, ValueError, KeyError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         said = " ".join(str(getattr(cause, "server_message", None) or first_line(cause)).split())
         raise HubError(f"{repo}: {_advice(cause)} ({said[:300]})") from error
