@@ -1,7 +1,10 @@
 """Shards that are quantized while they arrive: what is read before it can be trusted, over real HTTP."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +16,14 @@ from huggingface_hub import constants
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoint.hub import Hub
+from tests.checkpoint.hub import COMMIT, Hub
 from tests.checkpoints import folder_bytes, write_checkpoint
-from tests.execute.runs import finished_shards, large_checkpoint, staging_of
+from tests.command import W8A8
+from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from w8a8 import quantize
 from w8a8.checkpoint import stream
 from w8a8.errors import HubError, NonFiniteWeightError, SourceError
+from w8a8.execute.status import status
 
 SIZE = 6_000_000
 """Some bytes of a shard, to be quantized in blocks of 64 KiB."""
@@ -161,6 +166,25 @@ def test_what_fails_elsewhere_is_said_while_a_shard_still_arrives(
     gate.set()
     hub.pace = lambda _, __: None
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_ends_the_wait_and_what_came_is_kept(hub: Hub, large: Path, tmp_path: Path) -> None:
+    hub.pace = lambda _, begin: time.sleep(0.1) if begin > SIZE // 2 else None
+    out, env = tmp_path / "out", {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen(
+        [*W8A8, "quantize", "org/large", str(out)], env={**os.environ, **env}, stderr=subprocess.PIPE, text=True
+    )
+    part = staging_of(out) / "source" / COMMIT / ".model.safetensors.part"
+    wait_for(lambda: part.exists() and part.stat().st_size > SIZE // 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, out.exists()) == (130, False), errors
+    assert status(out).downloaded > SIZE // 3
+    hub.pace = lambda _, __: None
+    sent = hub.sent
+    quantize("org/large", out)
+    assert hub.sent - sent < SIZE
+    assert folder_bytes(out) == expected(tmp_path / "expected")
 
 
 def test_scales_that_came_wrong_before_their_shard_are_found(hub: Hub, tmp_path: Path) -> None:
