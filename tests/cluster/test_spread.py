@@ -22,11 +22,13 @@ from tests.calibrate.checkpoints import make, write_text
 from tests.checkpoint.hub import local_hub
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.cluster.machines import NODES, Machines, raylet_of, stop_a_writer
+from tests.evals.kld.llamas import LETTERS, make_llama
 from tests.execute.runs import finish, finished_shards, large_checkpoint, names, staging_of, start, wait_for
 from w8a8 import quantize as quantize_here
 from w8a8 import verify
 from w8a8.cluster import Cluster, Crew, connected, driver, worker
 from w8a8.errors import ClusterError, MissingExtraError, NonFiniteWeightError, TargetBusyError, UsageError, W8A8Error
+from w8a8.evals.kld import run as kld
 from w8a8.execute import ShardRecord, execute
 from w8a8.execute.shard import ShardJob
 from w8a8.execute.spread import quantize_group, take
@@ -143,6 +145,17 @@ def test_samples_run_by_nodes_choose_the_codes_that_one_machine_chooses(machines
     assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
     assert result.plan.calibration is not None
     assert names(tmp_path) == ["here", "miller.txt", "source", "there"]
+
+
+def test_layers_run_by_nodes_predict_what_they_predict_here(machines: Machines, tmp_path: Path) -> None:
+    pair, text = (make_llama(tmp_path / "one", seed=1), make_llama(tmp_path / "two", seed=2)), LETTERS
+    job = kld.prepare(*pair, text, tokens=200, context=16, stream=True)
+    steps: list[int] = []
+    here, there = kld.run(job), kld.run(job, ray=machines.address, advance=steps.append)
+    assert replace(there, seconds=here.seconds) == here
+    assert sum(steps) == job.steps
+    with pytest.raises(UsageError, match="add --stream"):
+        kld.run(replace(job, streamed=False), ray=machines.address)
 
 
 def test_a_model_on_the_hub_arrives_in_the_shared_folder(

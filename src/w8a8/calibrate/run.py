@@ -23,7 +23,7 @@ from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging
 from w8a8.plan import Plan
-from w8a8.recipes.samples import HERE, Hands
+from w8a8.runtime.nodes import on_nodes
 from w8a8.sources.view import View
 from w8a8.storage.folders import lock_folder
 
@@ -66,7 +66,8 @@ def calibrated(
         pass
     setup = Setup.of(name, view, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
-    with lock_folder(home, out), _hands(cluster, home, setup) as hands:
+    gpu = setup.model.device.type == "cuda"
+    with lock_folder(home, out), on_nodes(cluster, str(home), gpu=gpu, notice=notice) as hands:
         setup = replace(setup, hands=hands)
         plan, kept = make(), dict[str, str]()
         passes = 2 if request.keep_bf16 else 1
@@ -87,18 +88,6 @@ def calibrated(
         yield Calibrated(make(kept=kept, calibration=record(finished, setup, plan, kept)), finished)
         # 6) Nothing is left to go on with
         shutil.rmtree(home, ignore_errors=True)
-
-
-@contextmanager
-def _hands(cluster: Cluster | None, home: Path, setup: Setup) -> Iterator[Hands]:
-    """What runs the samples: this machine, or the nodes of a cluster."""
-    if cluster is None:
-        yield HERE
-        return
-    from w8a8.calibrate.hands import NodeHands
-
-    with cluster.crew(str(home), {}, advance=lambda _: None, notice=setup.notice) as crew:
-        yield NodeHands(crew, setup.model.device.type == "cuda")
 
 
 def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:

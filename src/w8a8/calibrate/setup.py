@@ -16,9 +16,9 @@ from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group, groups_of
-from w8a8.recipes.samples import HERE, Hands
 from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
+from w8a8.runtime.samples import HERE, Hands
 from w8a8.runtime.streamed import StreamedModel
 from w8a8.sources.opening import unsplit
 from w8a8.sources.view import LogicalTensor, View

@@ -117,6 +117,7 @@ Examples:
 - `w8a8 eval kld ./gemma ./gemma-W8A8 --data ./gsm8k --out kld.json`
 - `w8a8 eval kld ./gemma ./gemma-W8A8 --float32`
 - `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream`
+- `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream --ray auto`
 """,
 )
 def eval_kld(
@@ -138,6 +139,14 @@ def eval_kld(
     stream: Annotated[
         bool, typer.Option("--stream", help="Keep one layer at a time in memory; automatic if RAM cannot hold both.")
     ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="With --stream, run the layers on the nodes of a Ray cluster: `local`, `auto` or `host:port`.",
+        ),
+    ] = None,
     float32: Annotated[
         bool, typer.Option("--float32", help="Compute in float32, so that BF16's own rounding does not count.")
     ] = False,
@@ -172,7 +181,7 @@ def eval_kld(
             dtypes=("float32", "float32") if float32 else (None, None),
         )
         with live(terminal, "reading", job.steps, unit="steps" if job.streamed else "tokens") as advance:
-            result = run(job, advance=advance, notice=terminal.notice)
+            result = run(job, ray=ray, advance=advance, notice=terminal.notice)
         if out is not None:
             write_json(out, result.to_dict(), indent=1)
     with showing(f"{out} is written" if out else "give --out for a file"):

@@ -27,8 +27,8 @@ from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of
 from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
-from w8a8.recipes.samples import HERE, Hands, Placed
 from w8a8.runtime.linear import W8A8Linear, frozen
+from w8a8.runtime.samples import HERE, Hands, Placed
 from w8a8.runtime.streamed import forward
 
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {

@@ -10,7 +10,9 @@ log-sum-exp in float32 is off by 1e-6 at logits of 20, as much as near models di
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ try:
     import torch
 
     from w8a8.runtime.loading import engine_errors, load_config, load_model
+    from w8a8.runtime.samples import HERE, Hands
     from w8a8.runtime.streamed import StreamedModel, body_of, forward
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
@@ -103,15 +106,19 @@ class StreamedPredictor(Predictor):
         windows: Sequence[Window],
         advance: Callable[[int], None] = lambda _: None,
         dtype: Dtype | None = None,
+        hands: Callable[[bool], AbstractContextManager[Hands]] = lambda _: nullcontext(HERE),
     ) -> None:
         """Let each layer read all windows, in `dtype` (None: the stored one); `advance(tokens)` reports progress.
+
+        `hands(gpu)` run the layers, on a GPU if so.
 
         Raises EngineError, UnsupportedModelError.
         """
         self.name = name
         self._streamed = StreamedModel(name, seen, getattr(torch, dtype) if dtype else None)
         self.model, self.device = self._streamed.model, self._streamed.device
-        self._states = self._read({window.ids[:-1]: None for window in windows}, advance)
+        with hands(self.device.type == "cuda") as running:
+            self._states = self._read({window.ids[:-1]: None for window in windows}, advance, running)
         self._streamed.fill_head()
 
     def logits(self, ids: Sequence[int], rows: int) -> Iterator[Any]:
@@ -121,18 +128,26 @@ class StreamedPredictor(Predictor):
         return found
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _read(self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None]) -> dict[tuple[int, ...], Any]:
+    def _read(
+        self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None], hands: Hands
+    ) -> dict[tuple[int, ...], Any]:
         """The states `[1, tokens, hidden]` behind the last layer, by the ids that were read."""
         states: dict[tuple[int, ...], Any] = {}
         kwargs: dict[int, Any] = {}  # they depend on the length alone
         for ids in readings:
             states[ids], kwargs[len(ids)] = self._streamed.embed(ids)
         for number in range(self._streamed.count):
-            with self._streamed.layer(number) as layer:
-                for ids in states:
-                    states[ids] = forward(layer, states[ids], kwargs[len(ids)][number])
+            samples = ((states[ids], kwargs[len(ids)][number]) for ids in states)
+            with self._streamed.layer(number) as layer, hands.placed(layer, samples) as placed:
+                for ids, made in zip(states, chain.from_iterable(placed.each(_read_block)), strict=True):
+                    states[ids] = made
                     advance(len(ids))
         return states
+
+
+def _read_block(layer: Any, block: Iterable[tuple[Any, Any]]) -> list[Any]:
+    """Let a layer read a block of windows: their states, and its other arguments."""
+    return [forward(layer, states, kwargs) for states, kwargs in block]
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,19 +15,23 @@ import os
 import platform
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from w8a8.checkpoint import Checkpoint, resolve
+from w8a8.cluster import connected
 from w8a8.errors import DoesNotFitError, UnsupportedModelError, UnwritableError, UsageError
 from w8a8.evals.kld.windows import MIN_CONTEXT, Window, cut, tokenize
 from w8a8.evals.statistics import bootstrap
+from w8a8.execute.workers import worker_count
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
 from w8a8.memory.ram import PROCESS_BYTES
@@ -261,11 +265,20 @@ def _in_memory(tensor: LogicalTensor, dtype: "Dtype | None") -> int:
 def run(
     job: Job,
     *,
+    ray: str | None = None,
     advance: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> KldResult:
-    """Load both models and measure; `advance(steps)` reports progress. Raises EngineError, UnsupportedModelError."""
+    """Load both models and measure; `advance(steps)` reports progress.
+
+    At the address `ray`, the nodes of a cluster run the layers of models that are streamed. Raises EngineError,
+    UnsupportedModelError, ClusterError, MissingExtraError, and UsageError where `ray` is given and nothing is streamed.
+    """
     from w8a8.evals.kld.models import Predictor, StreamedPredictor, score
+    from w8a8.runtime.nodes import on_nodes
+
+    if ray and not job.streamed:
+        raise UsageError("--ray runs the layers of models that are streamed: add --stream")
 
     start = time.monotonic()
 
@@ -275,7 +288,8 @@ def run(
         if not job.streamed:
             return Predictor(name, view.path, dtype)
         try:
-            return StreamedPredictor(name, view, job.windows, advance, dtype)
+            hands = partial(on_nodes, cluster, f"kld {uuid4().hex}", notice=notice)
+            return StreamedPredictor(name, view, job.windows, advance, dtype, lambda gpu: hands(gpu=gpu))
         except UnsupportedModelError as error:
             if not _is_decoded(view):
                 raise
@@ -284,7 +298,8 @@ def run(
             ) from error
 
     # 1) Load both models; streamed, their layers read all windows here.
-    reference, candidate = map(load, (job.reference, job.candidate), job.views, job.dtypes)
+    with connected(ray, here=worker_count()) if ray else nullcontext() as cluster:
+        reference, candidate = map(load, (job.reference, job.candidate), job.views, job.dtypes)
     # 2) Let both predict every token, and compare.
     scores = score(reference, candidate, job.windows, advance=advance)
     # 3) Resample blocks of tokens: the intervals.

@@ -9,14 +9,23 @@ from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any, TypeVar
 
-import ray
 import torch
 from torch import nn
 
-from w8a8.cluster import Crew
-from w8a8.recipes.samples import BLOCK, Placed
+from w8a8.cluster import Cluster, Crew
+from w8a8.runtime.samples import BLOCK, HERE, Hands, Placed
 
 R = TypeVar("R")
+
+
+@contextmanager
+def on_nodes(cluster: Cluster | None, name: str, *, gpu: bool, notice: Callable[[str], None]) -> Iterator[Hands]:
+    """The hands of a job called `name` on the nodes of a cluster; those of this machine, where there is none."""
+    if cluster is None:
+        yield HERE
+        return
+    with cluster.crew(name, {}, advance=lambda _: None, notice=notice) as crew:
+        yield NodeHands(crew, gpu)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +39,8 @@ class NodeHands:
     @contextmanager
     def placed(self, layer: nn.Module, samples: Iterable[Any]) -> Iterator[Placed]:
         """Send the layer and its samples into Ray's memory, once."""
+        import ray
+
         samples, blocks = iter(samples), []
         while block := [*islice(samples, BLOCK)]:
             blocks.append(ray.put(block))
@@ -47,6 +58,8 @@ class _PlacedThere:
 
     def changed(self, paths: Iterable[str]) -> None:
         """Send the modules that are others now."""
+        import ray
+
         self.changes |= {path: ray.put(self.layer.get_submodule(path)) for path in paths}
 
     def each(self, work: Callable[..., R], *args: Any) -> Iterator[R]:
@@ -85,6 +98,8 @@ def on_block(
     advance: Callable[[int], None],  # noqa: ARG001 - no bytes are counted
 ) -> R:
     """Do `work` on a node, with the modules of the layer that have changed since it was sent."""
+    import ray
+
     for path, module in changes.items():
         layer.set_submodule(path, ray.get(module))
     return work(layer, iter(block), *args)
