@@ -12,17 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
-from w8a8.checkpoint import Checkpoint, Source, resolve
-from w8a8.checkpoint.finding import remote
+from w8a8.checkpoint import Source
 from w8a8.checkpoint.hub import HubFolder
 from w8a8.checkpoint.source import in_store
 from w8a8.errors import MissingExtraError, UsageError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
 from w8a8.plan.viewing import format_for, view_of
-from w8a8.sources import nf4
+from w8a8.sources.arriving import Opened, arrivals
 from w8a8.sources.view import View
-from w8a8.storage.arrivals import Arrivals, Repository
+from w8a8.storage.arrivals import Repository
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
@@ -115,17 +114,9 @@ def prepare(source: str | Path, options: Options = Options(), *, cache: bool = F
     # 1) the request has to make sense before anything is downloaded
     asked = options.request()
     # 2) the source, by its headers
-    far = None if cache or asked else remote(source)
-    repository = Repository.open(far) if far else None
-    if repository and nf4.is_here(repository.checkpoint.tensors):
-        repository = None
-    if repository:
-        opened = repository.checkpoint
-        found = Source(opened.path, repository.remote.name, repository.remote.revision)
-    else:
-        found = resolve(source)
-        opened = Checkpoint.open(found.path)
-    view = view_of(opened, split=options.compat is None)  # no other tool splits stacks
+    opened = Opened.here(source) if cache or asked else Opened.anywhere(source)
+    found = opened.source
+    view = view_of(opened.checkpoint, split=options.compat is None)  # no other tool splits stacks
     # 3) the plan
     fmt = format_for(view, options.format, options.compat)
     recipe = asked.recipe if asked else "rtn"
@@ -145,7 +136,7 @@ def prepare(source: str | Path, options: Options = Options(), *, cache: bool = F
             "w8a8_recipe": recipe,
         },
     )
-    return Job(found, view, fmt, make(), make, asked, repository)
+    return Job(found, view, fmt, make(), make, asked, opened.repository)
 
 
 def dry_run(source: str | Path, options: Options = Options()) -> Plan:
@@ -307,6 +298,7 @@ def run(
     if job.repository and isinstance(job.repository.remote, HubFolder):
         job.repository.remote.keep("README.md")  # the card will say its license
     start = time.perf_counter()
+    arriving = partial(arrivals, job.repository, budget=disk_budget, arrived=arrived) if job.repository else None
     with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
         workers = cluster.slots if cluster else workers or worker_count()
         delivery = delivery or HERE
@@ -322,26 +314,10 @@ def run(
             notice=notice,
             finished=job.finished,
             hash_source=hash_source,
-            arriving=partial(_arrivals, job.repository, disk_budget, workers, arrived) if job.repository else None,
+            arriving=partial(arriving, workers=workers) if arriving else None,
             delivery=delivery,
             sent=sent,
             carry=partial(spread, cluster=cluster, together=stays, notice=notice) if cluster else None,
         )
         nodes = cluster.nodes() if cluster else ()
     return QuantizeResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed, nodes)
-
-
-def _arrivals(
-    repository: Repository, budget: int | None, workers: int, arrived: Advance, view: View, folder: Path
-) -> Arrivals:
-    """What brings the shards of a model on the Hub."""
-    files = {shard.stored.name: shard.stored.size for shard in view.shards}
-    beside = {
-        spec: None
-        for shard in view.shards
-        for tensor in shard.tensors
-        for spec in tensor.beside
-        if spec.shard != shard.stored.name
-    }
-    budget = budget or 2 * workers * max(files.values())
-    return Arrivals(repository, folder, budget=budget, beside=[*beside], arrived=arrived)

@@ -18,7 +18,7 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import W8A8, cli
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request, is_shard
-from w8a8 import dry_run, inspect, quantize
+from w8a8 import Options, convert, dry_run, inspect, quantize, verify
 from w8a8.checkpoint import stores
 from w8a8.errors import (
     MissingExtraError,
@@ -167,15 +167,30 @@ def test_without_credentials_it_is_said(bucket: Bucket, source: str, monkeypatch
         inspect(source)
 
 
-@pytest.mark.parametrize("command", ["verify", "convert"])
-def test_commands_that_need_files_here_say_so(source: str, tmp_path: Path, command: str) -> None:
-    options: dict[str, list[str | Path]] = {
-        "verify": [tmp_path, "--source", source],
-        "convert": [source, tmp_path / "out", "--format", "bf16"],
-    }
-    run = cli(command, *options[command])
-    assert run.returncode != 0
-    assert "Traceback" not in run.stderr
+def test_a_result_is_verified_against_its_source_in_the_store(bucket: Bucket, source: str, tmp_path: Path) -> None:
+    quantize(source, tmp_path / "out")
+    result = verify(tmp_path / "out", source)
+    assert result.ok, result.problems
+    assert result.checksums == 2 * SHARDS
+    other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1), shards=SHARDS)
+    assert not verify(tmp_path / "out", bucket.put(other, "other")).ok
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
+
+
+def test_a_checkpoint_in_the_store_is_converted(bucket: Bucket, llama: Path, tmp_path: Path) -> None:
+    quantize(llama, tmp_path / "quark")
+    address = bucket.put(tmp_path / "quark", "quark")
+    for name in ("compressed-tensors", "bf16"):
+        convert(address, tmp_path / name, name)
+        convert(tmp_path / "quark", tmp_path / f"{name}-here", name)
+        assert folder_bytes(tmp_path / name) == folder_bytes(tmp_path / f"{name}-here")
+    with pytest.raises(UsageError, match=rf"^{address}: is quark already"):
+        convert(address, tmp_path / "again", "quark")
+
+
+def test_calibration_needs_files_here_and_says_so(source: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"^{source}: this command reads files here; copy the folder first"):
+        quantize(source, tmp_path / "out", Options(recipe="smooth"))
 
 
 def test_keys_that_are_no_files_of_the_folder_are_left_alone(

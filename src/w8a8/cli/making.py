@@ -244,7 +244,9 @@ Examples:
 """
 )
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Folder, GGUF file, or Hub id `org/name[@revision]`.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Folder, GGUF file, Hub id `org/name[@revision]`, or address.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     format: Annotated[  # noqa: A002
         str,
@@ -275,7 +277,15 @@ def convert(
         interruptible("give the same command again to go on from here"),
         live(terminal, "converting", sum(s.size for s in job.view.shards)) as advance,
     ):
-        result = run(job, out, overwrite=overwrite, workers=workers, advance=advance, notice=terminal.notice)
+        result = run(
+            job,
+            out,
+            overwrite=overwrite,
+            workers=workers,
+            advance=advance,
+            arrived=advance.lane("downloaded"),
+            notice=terminal.notice,
+        )
     with showing(f"{out} is whole"):
         show_converted(terminal, result)
 
@@ -292,7 +302,8 @@ Examples:
 def verify(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The quantized checkpoint.")],
     source: Annotated[
-        str, typer.Option(help="The source it was made from: folder, GGUF file, or Hub id `org/name[@revision]`.")
+        str,
+        typer.Option(help="The source it was made from: folder, GGUF file, Hub id `org/name[@revision]`, or address."),
     ],
     top: Annotated[int, typer.Option(min=0, help="Number of worst tensors to list.")] = 10,
     workers: Workers = None,
@@ -312,12 +323,13 @@ def verify(
     from w8a8.verification.run import prepare, run
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    job = prepare(out, source)
+    job = prepare(out, source, here=ray is not None)
     with (
         interruptible("nothing was decided"),
         live(terminal, "verifying", sum(s.size for s in job.source.shards)) as advance,
     ):
-        result = run(job, workers=workers, ray=ray, advance=advance, notice=terminal.notice)
+        arrived = advance.lane("downloaded")
+        result = run(job, workers=workers, ray=ray, advance=advance, arrived=arrived, notice=terminal.notice)
     show_verified(terminal, result, top)
     if not result.ok:
         raise typer.Exit(1)

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from w8a8.checkpoint import Checkpoint, TensorSpec, resolve
+from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.formats import FORMATS, Scheme, detect
 from w8a8.formats.provenance import CalibrationRecord, Provenance
 from w8a8.plan import QUANTIZABLE, Rules
 from w8a8.plan.viewing import view_of
+from w8a8.sources.arriving import Opened
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import LogicalTensor, View
+from w8a8.storage.arrivals import Repository
 
 HALF_A_SCALE = 0.5 + 2**-10
 """Rounding to nearest, and the float32 rounding of the difference itself."""
@@ -32,13 +34,17 @@ class Fold:
 
 @dataclass(frozen=True)
 class Job:
-    """The view of the source, the result, and its provenance, where there is one."""
+    """The view of the source, the result, and its provenance, where there is one.
+
+    With a `repository`, the source's weights arrive while they are compared.
+    """
 
     source: View
     out: Checkpoint
     scheme: Scheme
     provenance: Provenance | None
     rules: Rules
+    repository: Repository | None = None
 
     @cached_property
     def changed(self) -> frozenset[str]:
@@ -70,9 +76,10 @@ class Job:
         return HALF_A_SCALE if ours else FOREIGN_LIMIT
 
 
-def prepare(out: str | Path, source: str | Path) -> Job:
-    """Open both checkpoints. Raises `W8A8Error` where one does not open."""
+def prepare(out: str | Path, source: str | Path, *, here: bool = False) -> Job:
+    """Open both checkpoints. With `here`, all of the source has to be here. Raises `W8A8Error` if one does not open."""
     result = Checkpoint.open(out)
-    original = with_stacks(view_of(Checkpoint.open(resolve(source).path)), result.tensors.keys())
+    opened = Opened.here(source) if here else Opened.anywhere(source)
+    original = with_stacks(view_of(opened.checkpoint), result.tensors.keys())
     rules = Rules.for_config(original.config)
-    return Job(original, result, detect(result.config), Provenance.read(result.path), rules)
+    return Job(original, result, detect(result.config), Provenance.read(result.path), rules, opened.repository)

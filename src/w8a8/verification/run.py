@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import numpy as np
@@ -24,12 +25,15 @@ import numpy as np
 from w8a8.checkpoint import Shard
 from w8a8.checkpoint.stream import file_sha256, read_exactly, stream
 from w8a8.cluster import Cluster, connected
+from w8a8.execute.supply import Local, Supply
 from w8a8.execute.workers import each, worker_count
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.reading import show
+from w8a8.sources.arriving import arrivals
 from w8a8.sources.blocks import shard_blocks
 from w8a8.sources.rows import RowReader, read_values
 from w8a8.sources.view import ViewShard
+from w8a8.storage.writer import disk_errors
 from w8a8.verification import folds
 from w8a8.verification.job import Job, prepare
 from w8a8.verification.result import VerifyResult
@@ -57,7 +61,7 @@ def verify(
     told of what was lost there. Raises `W8A8Error` where either does not open; anything found wrong inside is in the
     result's `problems`.
     """
-    return run(prepare(out, source), workers=workers, ray=ray, advance=advance, notice=notice)
+    return run(prepare(out, source, here=ray is not None), workers=workers, ray=ray, advance=advance, notice=notice)
 
 
 def run(
@@ -66,18 +70,22 @@ def run(
     workers: int | None = None,
     ray: str | None = None,
     advance: Advance = lambda _: None,
+    arrived: Advance = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> VerifyResult:
-    """Carry out a prepared job; see `verify`."""
+    """Carry out a prepared job; see `verify`. `arrived` is told of bytes of the source as they are downloaded."""
     problems, warnings = list(structure_problems(job)), list(exclude_warnings(job))
     # What another tool chose to write differently is worth a word; in our own output it is a sign of tampering.
     (problems if job.provenance is not None else warnings).extend(bookkeeping_problems(job))
-    with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
+    with (
+        _brought(job, workers or worker_count(), arrived) as (job, supply),
+        connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster,
+    ):
         with _on(cluster, job, advance, notice) if cluster else nullcontext(partial(_here, job, advance)) as do:
-            comparison = _compare_bytes(job, do, cluster.handed if cluster else workers or worker_count())
+            comparison = _compare_bytes(job, supply, do, cluster.handed if cluster else workers or worker_count())
         nodes = cluster.nodes() if cluster else ()
-    problems += comparison.problems
-    problems += _fold_problems(job, comparison.factors)
+        problems += comparison.problems
+        problems += _fold_problems(job, comparison.factors)
     tensors = sorted(comparison.errors, key=lambda t: (t.sqnr_db, t.name))
     return VerifyResult(
         tuple(problems),
@@ -92,12 +100,13 @@ def run(
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """`work(job, of, advance=, stopped=)` compares something; it reads `weight` bytes of the source."""
+    """`work(job, of, advance=, stopped=)` compares something; it reads `weight` bytes of the source's `file`."""
 
     work: Callable[..., Comparison]
     of: ViewShard | Shard | str
     label: str
     weight: int = 0
+    file: str = ""
 
 
 Do = Callable[[_Task, Callable[[], bool]], Comparison]
@@ -123,21 +132,43 @@ def _on(cluster: Cluster, job: Job, advance: Advance, notice: Callable[[str], No
         yield lambda task, stopped: crew.call(task.label, task.weight, task.work, sent, task.of, stopped=stopped)
 
 
-def _compare_bytes(job: Job, do: Do, workers: int) -> Comparison:
+@contextmanager
+def _brought(job: Job, workers: int, arrived: Advance) -> Iterator[tuple[Job, Supply]]:
+    """Where the source's weights are far away, have them arrive in a folder beside the result's, which then leaves."""
+    if job.repository is None:
+        yield job, Local(job.source.checkpoint)
+        return
+    home = job.out.path.resolve()
+    with disk_errors(home):
+        folder = TemporaryDirectory(prefix=f".{home.name}.w8a8-verify-", dir=home.parent)
+    with folder:
+        norms = tuple(fold.before.stored for fold in job.folds())
+        supply = arrivals(job.repository, job.source, Path(folder.name), workers=workers, also=norms, arrived=arrived)
+        yield replace(job, source=replace(job.source, checkpoint=supply.checkpoint())), supply
+
+
+def _compare_bytes(job: Job, supply: Supply, do: Do, workers: int) -> Comparison:
     found, adding = Comparison([], []), threading.Lock()
-    shards = sorted(job.source.shards, key=lambda shard: -shard.size)
-    tasks = [_Task(_compare_shard, shard, shard.name, shard.size) for shard in shards]
+    sizes = {shard.name: shard.size for shard in job.source.checkpoint.shards}
+    tasks = [_Task(_compare_shard, s, s.name, s.size, s.stored.name) for s in job.source.shards]
     if job.provenance is not None:
-        parts = job.provenance.source.sha256.keys() - {s.stored.name for s in shards if s.whole}
+        parts = job.provenance.source.sha256.keys() - {s.stored.name for s in job.source.shards if s.whole}
         tasks += [_Task(_check_sum, shard, f"checksum of {shard.name}") for shard in job.out.shards]
-        tasks += [_Task(_check_source, name, f"checksum of the source's {name}") for name in sorted(parts)]
+        for name in sorted(parts):
+            tasks.append(
+                _Task(_check_source, name, f"checksum of the source's {name}", file=name if name in sizes else "")
+            )
+    # The largest files of the source first, and all of a file together, since it may leave behind the last one.
+    tasks.sort(key=lambda task: (-sizes.get(task.file, 0), task.file, -task.weight))
 
     def run(task: _Task, stopped: Stop) -> None:
-        other = do(task, stopped)
+        with supply.hold(task.file, stopped) if task.file else nullcontext():
+            other = do(task, stopped)
         with adding:
             found.add(other)
 
-    each(tasks, run, workers)
+    with supply.running([task.file for task in tasks if task.file], workers):
+        each(tasks, run, workers)
     found.problems.sort()
     return found
 
