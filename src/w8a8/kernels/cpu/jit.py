@@ -4,11 +4,36 @@ Numba's cache on disk watches the file of the function that it compiled, and no 
 change to `ir.py`, touch `rows.py` and `int8.py`, or set `NUMBA_CACHE_DIR` to an empty folder.
 """
 
+import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numba
 from numba.extending import intrinsic as _untyped
+
+
+def _start_without_scipy() -> None:
+    """Keep Numba from loading scipy.linalg when it runs its first function: that takes a quarter of a second.
+
+    It asks, once, whether there is BLAS for an inner product that no loop here has. Whoever uses `numpy.dot` in a
+    function of their own gets BLAS as ever.
+    """
+    with suppress(ImportError, AttributeError):  # another Numba, which may start in another way
+        linalg: Any = importlib.import_module("numba.np.linalg")
+        found = linalg.ensure_blas
+
+        def none() -> None:
+            raise ImportError
+
+        linalg.ensure_blas = none
+        try:
+            importlib.import_module("numba.np.arraymath")
+        finally:
+            linalg.ensure_blas = found
+
+
+_start_without_scipy()
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
