@@ -20,7 +20,7 @@ from tests.checkpoint.hub import COMMIT, Hub
 from tests.checkpoints import folder_bytes, write_checkpoint
 from tests.command import W8A8
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
-from w8a8 import quantize
+from w8a8 import quantize, verify
 from w8a8.checkpoint import stream
 from w8a8.errors import HubError, NonFiniteWeightError, SourceError
 from w8a8.execute.status import status
@@ -206,3 +206,28 @@ def test_scales_that_came_wrong_before_their_shard_are_found(hub: Hub, tmp_path:
     quantize("org/large", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "w8a8.json").read_text())["quantized_tensors"] == 1
     assert not Path(constants.HF_HUB_CACHE).exists()
+
+
+def test_a_source_is_verified_while_it_arrives_and_again_where_it_came_wrong(
+    hub: Hub, large: Path, tmp_path: Path, gate: threading.Event
+) -> None:
+    quantize("org/large", tmp_path / "out")
+    done: list[int] = []
+
+    def advance(nbytes: int) -> None:
+        done.append(nbytes)
+        if sum(done) > SIZE // 3:
+            gate.set()
+
+    waited: list[bool] = []
+    hub.pace = lambda _, begin: waited.append(gate.wait(60)) if begin > SIZE // 2 else None
+    asked: list[str] = []
+    hub.fault = once("ruined", lambda name, _: downloads(name, asked))
+    assert verify(tmp_path / "out", "org/large", advance=advance).ok
+    assert all(waited)
+    assert min(done) < 0  # what was read of the wrong one
+    assert sum(done) == sum(file.stat().st_size for file in large.glob("*.safetensors"))
+    hub.digests["model.safetensors"] = "0" * 64
+    with pytest.raises(HubError, match="its hash is not the one"):
+        verify(tmp_path / "out", "org/large")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source"]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Protocol, TypeVar
 
-from w8a8.checkpoint.stream import ArrivedWrong, Stopped
+from w8a8.checkpoint.stream import ArrivedWrong, Feed, Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
 from w8a8.execute.supply import Supply
 
@@ -54,12 +54,33 @@ def carry_out(
     recording = threading.Lock()
 
     def run(job: ShardJob, stopped: Callable[[], bool]) -> None:
-        admit(job.plan.name, stopped)
-        while not made(job, stopped):
-            pass
+        def make(feed: Feed, count: Callable[[int], None]) -> None:
+            finished = quantize_shard(job, advance=count, stopped=stopped, feed=feed)
+            feed.wait()
+            with recording:
+                record(finished)
 
-    def made(job: ShardJob, stopped: Callable[[], bool]) -> bool:
-        """Make a shard; False where its source came wrong."""
+        admit(job.plan.name, stopped)
+        while_arriving(supply, job.source.name, make, advance=advance, stopped=stopped)
+
+    ordered = in_order(jobs)
+    with supply.running([job.source.name for job in ordered], workers):
+        each(ordered, run, workers)
+
+
+def while_arriving(
+    supply: Supply,
+    name: str,
+    work: Callable[[Feed, Callable[[int], None]], T],
+    *,
+    advance: Callable[[int], None],
+    stopped: Callable[[], bool],
+) -> T:
+    """Do `work(feed, advance)` on a file while it arrives, and again where it came wrong; return what it gives.
+
+    What it gives counts only once the feed is whole, for which `work` waits at its end. Raises what it raises.
+    """
+    while True:
         done = 0
 
         def count(nbytes: int) -> None:
@@ -68,19 +89,10 @@ def carry_out(
             advance(nbytes)
 
         try:
-            with supply.feed(job.source.name, stopped) as feed:
-                finished = quantize_shard(job, advance=count, stopped=stopped, feed=feed)
-                feed.wait()
-                with recording:
-                    record(finished)
+            with supply.feed(name, stopped) as feed:
+                return work(feed, count)
         except ArrivedWrong:
             advance(-done)
-            return False
-        return True
-
-    ordered = in_order(jobs)
-    with supply.running([job.source.name for job in ordered], workers):
-        each(ordered, run, workers)
 
 
 def in_order(jobs: Iterable[ShardJob]) -> list[ShardJob]:

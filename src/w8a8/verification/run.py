@@ -23,10 +23,10 @@ from uuid import uuid4
 import numpy as np
 
 from w8a8.checkpoint import Shard
-from w8a8.checkpoint.stream import file_sha256, read_exactly, stream
+from w8a8.checkpoint.stream import Feed, file_sha256, read_exactly, stream
 from w8a8.cluster import Cluster, connected
 from w8a8.execute.supply import Local, Supply
-from w8a8.execute.workers import each, worker_count
+from w8a8.execute.workers import each, while_arriving, worker_count
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.reading import show
 from w8a8.sources.arriving import arrivals
@@ -81,8 +81,9 @@ def run(
         _brought(job, workers or worker_count(), arrived) as (job, supply),
         connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster,
     ):
-        with _on(cluster, job, advance, notice) if cluster else nullcontext(partial(_here, job, advance)) as do:
-            comparison = _compare_bytes(job, supply, do, cluster.handed if cluster else workers or worker_count())
+        with _on(cluster, job, advance, notice) if cluster else nullcontext(partial(_here, job)) as do:
+            workers = cluster.handed if cluster else workers or worker_count()
+            comparison = _compare_bytes(job, supply, do, workers, advance)
         nodes = cluster.nodes() if cluster else ()
         problems += comparison.problems
         problems += _fold_problems(job, comparison.factors)
@@ -109,12 +110,13 @@ class _Task:
     file: str = ""
 
 
-Do = Callable[[_Task, Callable[[], bool]], Comparison]
+Do = Callable[[_Task, Feed | None, Advance, Stop], Comparison]
+"""Does a task on a file of the source, which may be arriving."""
 
 
-def _here(job: Job, advance: Advance, task: _Task, stopped: Stop) -> Comparison:
+def _here(job: Job, task: _Task, feed: Feed | None, advance: Advance, stopped: Stop) -> Comparison:
     """Do a task on this thread."""
-    return task.work(job, task.of, advance=advance, stopped=stopped)
+    return task.work(job, task.of, feed=feed, advance=advance, stopped=stopped)
 
 
 @contextmanager
@@ -129,7 +131,9 @@ def _on(cluster: Cluster, job: Job, advance: Advance, notice: Callable[[str], No
     files |= {out.path / shard.name: shard.size for shard in out.shards[:1]}
     sent = ray.put(there)
     with cluster.crew(f"verify {out.path} {uuid4().hex}", files, advance=advance, notice=notice) as crew:
-        yield lambda task, stopped: crew.call(task.label, task.weight, task.work, sent, task.of, stopped=stopped)
+        yield lambda task, _feed, _advance, stopped: crew.call(
+            task.label, task.weight, task.work, sent, task.of, stopped=stopped
+        )
 
 
 @contextmanager
@@ -147,7 +151,7 @@ def _brought(job: Job, workers: int, arrived: Advance) -> Iterator[tuple[Job, Su
         yield replace(job, source=replace(job.source, checkpoint=supply.checkpoint())), supply
 
 
-def _compare_bytes(job: Job, supply: Supply, do: Do, workers: int) -> Comparison:
+def _compare_bytes(job: Job, supply: Supply, do: Do, workers: int, advance: Advance) -> Comparison:
     found, adding = Comparison([], []), threading.Lock()
     sizes = {shard.name: shard.size for shard in job.source.checkpoint.shards}
     tasks = [_Task(_compare_shard, s, s.name, s.size, s.stored.name) for s in job.source.shards]
@@ -162,8 +166,15 @@ def _compare_bytes(job: Job, supply: Supply, do: Do, workers: int) -> Comparison
     tasks.sort(key=lambda task: (-sizes.get(task.file, 0), task.file, -task.weight))
 
     def run(task: _Task, stopped: Stop) -> None:
-        with supply.hold(task.file, stopped) if task.file else nullcontext():
-            other = do(task, stopped)
+        def compare(feed: Feed, count: Advance) -> Comparison:
+            seen = do(task, feed, count, stopped)
+            feed.wait()
+            return seen
+
+        if task.file:
+            other = while_arriving(supply, task.file, compare, advance=advance, stopped=stopped)
+        else:
+            other = do(task, None, advance, stopped)
         with adding:
             found.add(other)
 
@@ -181,10 +192,14 @@ def _check_sum(job: Job, shard: Shard, *, stopped: Stop = lambda: False, **_: ob
     return Comparison([f"{shard.name}: is not the file that was written (SHA-256 differs from {PROVENANCE})"], [])
 
 
-def _check_source(job: Job, name: str, *, stopped: Stop = lambda: False, **_: object) -> Comparison:
+def _check_source(
+    job: Job, name: str, *, feed: Feed | None = None, stopped: Stop = lambda: False, **_: object
+) -> Comparison:
     """Compare a source file of which no shard is made from all with its checksum in w8a8.json."""
     there = any(shard.name == name for shard in job.source.checkpoint.shards)
-    return _source_sum(job, name, file_sha256(job.source.path / name, stopped) if there else "")
+    feed = feed or Feed(job.source.path / name)
+    feed.wait()
+    return _source_sum(job, name, file_sha256(feed.path, stopped) if there else "")
 
 
 def _source_sum(job: Job, name: str, sha256: str) -> Comparison:
@@ -194,17 +209,22 @@ def _source_sum(job: Job, name: str, sha256: str) -> Comparison:
 
 
 def _compare_shard(
-    job: Job, shard: ViewShard, *, advance: Advance = lambda _: None, stopped: Stop = lambda: False
+    job: Job,
+    shard: ViewShard,
+    *,
+    feed: Feed | None = None,
+    advance: Advance = lambda _: None,
+    stopped: Stop = lambda: False,
 ) -> Comparison:
     """Compare one source shard, block by block, with its tensors wherever they are in the result."""
-    found = Comparison([], [])
+    found, feed = Comparison([], []), feed or Feed(job.source.path / shard.stored.name)
     known = job.provenance is not None and shard.stored.name in job.provenance.source.sha256
     digest = hashlib.sha256() if known and shard.whole else None
     tallies = {t.name: held for t in shard.tensors if (held := tally(t, job)) is not None}
     files: dict[str, int] = {}
-    buffer, reader = memoryview(bytearray(1)), RowReader(job.source.path)
+    buffer, reader = memoryview(bytearray(1)), RowReader(job.source.path, {shard.stored.name: feed})
     try:
-        with closing(stream(job.source.path / shard.stored.name, shard_blocks(shard), stopped, digest)) as blocks:
+        with closing(stream(feed, shard_blocks(shard), stopped, digest)) as blocks:
             for block, data in blocks:
                 held = tallies.get(block.tensor.name) if block.tensor is not None else None
                 if held is not None:
