@@ -126,13 +126,14 @@ def test_a_card_of_what_came_from_the_hub_asks_it_nothing(hub: Hub, tmp_path: Pa
     assert not hub.requests
 
 
-def test_the_command_says_where_it_went(hub: Hub, llama: Files, tmp_path: Path) -> None:
+@pytest.mark.parametrize("out", [["--push", REPO], [f"hf://{REPO}"]])
+def test_the_command_says_where_it_went(hub: Hub, llama: Files, tmp_path: Path, out: list[str]) -> None:
     for name, data in llama.items():
         path = tmp_path / "llama" / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    run = cli("quantize", "llama", "--push", REPO, "--json", "--public", env=env)
+    run = cli("quantize", "llama", *out, "--json", "--public", env=env)
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
     assert (said["url"], said["commit"], said["repo"]) == (f"{hub.url}/{REPO}", COMMIT, REPO)

@@ -24,6 +24,7 @@ from tests.command import W8A8, cli
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from tests.storage.conftest import SHARDS
 from w8a8 import dry_run, quantize
+from w8a8.checkpoint.source import in_store
 from w8a8.errors import HubError, W8A8Error
 from w8a8.storage import download
 from w8a8.storage.folders import taken
@@ -188,6 +189,14 @@ def test_a_run_that_was_ended_goes_on_and_fetches_nothing_twice(
     again = [name for name in set(asked) if asked.count(name) > 1]  # each header once, and whole what was missing
     assert len(again) <= 6 - done
     assert folder_bytes(out) == expected
+
+
+def test_an_address_on_the_hub_is_its_id(hub: Hub) -> None:
+    plan = dry_run("hf://org/llama@v1")
+    assert (plan.source, plan.revision) == ("org/llama", COMMIT)
+    assert not in_store("hf://org/llama@v1")
+    assert in_store("hf://org/llama/folder")
+    assert in_store("hf://datasets/org/llama")
 
 
 def test_a_budget_that_is_no_size_is_a_usage_error(hub: Hub, tmp_path: Path) -> None:

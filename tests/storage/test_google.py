@@ -15,7 +15,7 @@ from tests.command import cli
 from tests.execute.runs import large_checkpoint
 from tests.servers import free_port, started
 from w8a8 import quantize
-from w8a8.errors import SourceNotFoundError, TargetExistsError, UnwritableError
+from w8a8.errors import TargetExistsError
 
 EMULATOR = "from gcp_storage_emulator.__main__ import main; main()"
 
@@ -73,12 +73,7 @@ def test_from_a_bucket_to_a_bucket(google: str, tmp_path: Path, monkeypatch: pyt
     assert run.returncode == 0, run.stderr
     quantize(folder, tmp_path / "whole", hash_source=True)
     assert read(google, "out") == folder_bytes(tmp_path / "whole")
-    for arguments, error in (
-        (("quantize", address, "gs://models/out"), TargetExistsError),
-        (("quantize", address, "gs://no-such-bucket/out"), UnwritableError),
-        (("inspect", "gs://models/none"), SourceNotFoundError),
-    ):
-        run = cli(*arguments, env=env)
-        assert run.returncode == error.exit_code, run.stderr
-        assert len(run.stderr.splitlines()) == 1, run.stderr
+    run = cli("quantize", address, "gs://models/out", env=env)
+    assert run.returncode == TargetExistsError.exit_code, run.stderr
+    assert len(run.stderr.splitlines()) == 1, run.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "whole"]

@@ -69,17 +69,11 @@ def test_only_headers_are_read_for_a_plan_and_a_look(bucket: Bucket, tmp_path: P
     assert bucket.sent < 500_000
 
 
-def test_the_command_line_takes_an_address(bucket: Bucket, source: str, tmp_path: Path) -> None:
-    run = cli("quantize", source, tmp_path / "out", env=bucket.env)
-    assert run.returncode == 0, run.stderr
-    assert (tmp_path / "out" / "config.json").is_file()
-
-
 FAULTS = ["cut", "drop", HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.FORBIDDEN]
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([None, *FAULTS]), max_size=12))
 def test_whatever_the_store_does_the_result_is_whole_or_none(
     bucket: Bucket, source: str, here: Mapping[str, bytes], tmp_path: Path, faults: list[Fault]
@@ -232,14 +226,13 @@ def test_no_more_is_held_than_the_budget_and_scales_elsewhere_are_there(bucket: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_ended_goes_on(bucket: Bucket, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_run_that_was_ended_goes_on(bucket: Bucket, tmp_path: Path) -> None:
     folder = large_checkpoint(tmp_path / "large", shards=6, shard_mb=2)
     address, out = bucket.put(folder, "large"), tmp_path / "out"
     process = subprocess.Popen([*W8A8, "quantize", address, str(out), "--workers", "1"],
                                env={**os.environ, **bucket.env}, stderr=subprocess.PIPE, text=True)  # fmt: skip
     wait_for(lambda: finished_shards(out) >= 2, process)
-    process.send_signal(number)
+    process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     done = finished_shards(out)
     assert not out.exists()

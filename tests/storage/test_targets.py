@@ -175,7 +175,7 @@ FAULTS = ["cut", "drop", HTTPStatus.INTERNAL_SERVER_ERROR, HTTPStatus.SERVICE_UN
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([None, None, *FAULTS]), max_size=12))
 def test_whatever_the_store_does_it_shows_the_whole_or_nothing(
     bucket: Bucket, llama: Path, expected: Mapping[str, bytes], home: Path, faults: list[Fault]

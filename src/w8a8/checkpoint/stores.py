@@ -9,11 +9,14 @@ condition, too.
 import hashlib
 import logging
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from http import HTTPStatus
+from itertools import islice
 from typing import Any, ClassVar, Self
 
 from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile
@@ -38,6 +41,8 @@ MAX_ENTRIES = 10_000
 MAX_DEPTH = 3
 RANGE_BYTES = 8 << 20
 """Bytes of a request, all of which are in memory."""
+READERS = 4
+"""Requests on their way for a file at once."""
 
 _TAGS = ("ETag", "generation", "etag", "sha", "xet_hash", "blob_id", "mtime", "last_modified", "modified", "created")
 """What implementations call what changes with an object."""
@@ -221,10 +226,8 @@ class StoreFolder:
         """
         with self.store.asking(file.name):
             self._check(file, begin)
-            with self.store.system.open(self.store.path(file.name), "rb", cache_type="none") as opened:
-                opened.seek(begin)
-                while chunk := opened.read(RANGE_BYTES):
-                    yield chunk
+            path, read = self.store.path(file.name), partial(self.store.system.open, mode="rb", cache_type="none")
+            yield from _ranges(partial(read, path), begin, file.size)
             self._check(file, file.size)
 
     def _check(self, file: RemoteFile, begin: int = 0) -> None:
@@ -234,6 +237,33 @@ class StoreFolder:
             if begin:
                 raise NotDeliveredError("it was replaced meanwhile", over=True)
             raise SourceChangedError(f"{self.where(file.name)}: was replaced meanwhile; run the same command again")
+
+
+def _ranges(open_: Callable[[], Any], begin: int, end: int) -> Iterator[bytes]:
+    """The bytes of a file from `begin` to `end`, in order, asked for in several ranges at once: each takes its time.
+
+    Each reader has one on its way. Raises what an implementation raises, and `EOFError`.
+    """
+
+    def read(reader: Any, offset: int) -> bytes:
+        reader.seek(offset)
+        content = bytes(reader.read(min(RANGE_BYTES, end - offset)))
+        if len(content) != min(RANGE_BYTES, end - offset):
+            raise EOFError(f"{len(content):,} bytes came at byte {offset:,}, where {end - offset:,} are left")
+        return content
+
+    offsets = iter(range(begin, end, RANGE_BYTES))
+    with ExitStack() as stack:
+        first = [*islice(offsets, READERS)]
+        readers = [stack.enter_context(open_()) for _ in first]
+        pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="range"))
+        coming = deque(
+            (reader, pool.submit(read, reader, offset)) for reader, offset in zip(readers, first, strict=True)
+        )
+        while coming:
+            reader, future = coming.popleft()
+            yield future.result()
+            coming.extend((reader, pool.submit(read, reader, offset)) for offset in islice(offsets, 1))
 
 
 def _is_file_name(name: str) -> bool:

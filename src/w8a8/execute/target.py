@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -25,6 +26,7 @@ from w8a8.errors import (
     TargetExistsError,
     UnwritableError,
     UsageError,
+    W8A8Error,
 )
 from w8a8.execute.shard import ShardRecord
 from w8a8.storage.folders import remove
@@ -130,10 +132,11 @@ class StoreTarget:
         if not hasattr(system, "list_multipart_uploads"):
             return
         bucket, prefix, _ = system.split_path(self.store.path(""))
-        with suppress(PermissionError):
-            for begun in system.list_multipart_uploads(bucket):
+        with suppress(W8A8Error):
+            for begun in insist(self.store, "", lambda: system.list_multipart_uploads(bucket)):
                 if begun["Key"].startswith(prefix):
-                    system.abort_mpu(bucket, begun["Key"], begun["UploadId"])
+                    key, number = begun["Key"], begun["UploadId"]
+                    insist(self.store, key, partial(system.abort_mpu, bucket, key, number))
 
     def _forget(self) -> None:
         """Remove the token that is kept here."""
