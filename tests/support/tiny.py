@@ -85,7 +85,8 @@ def _fill(name: str, values: torch.Tensor) -> None:
     """Random weights of a size at which every layer matters; norms near what they are.
 
     Rows have one weight twice as large as the others, beside a zero: two neighbours' codes never add up to more than
-    128 then, for which the sums of vLLM's kernel are exact on every CPU (`tests/engines/int8.py`).
+    128 then, for which the sums of vLLM's kernel are exact on every CPU (`tests/engines/int8.py`). Rows are scaled by
+    powers of two, so that a scale in a wrong place shows.
     """
     if values.ndim < 2:
         values.add_(torch.randn(values.shape).to(values) * 0.1)
@@ -97,4 +98,5 @@ def _fill(name: str, values: torch.Tensor) -> None:
         place = torch.arange(len(rows)) % (columns // 2) * 2
         rows[torch.arange(len(rows)), place] = 1.0
         rows[torch.arange(len(rows)), place + 1] = 0.0
-    values.copy_(drawn * 3 * columns**-0.5)
+    row = torch.arange(values.shape[-2]).unsqueeze(1)
+    values.copy_(drawn * 3 * columns**-0.5 * 2.0 ** ((row * 5 + row // 7) % 3 - 1))
