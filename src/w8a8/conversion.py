@@ -12,6 +12,7 @@ from pathlib import Path
 
 from w8a8.checkpoint import Source
 from w8a8.checkpoint.remote import called
+from w8a8.checkpoint.source import is_address
 from w8a8.errors import UsageError
 from w8a8.formats import FORMATS, get_format
 from w8a8.formats.arithmetic import EXACT
@@ -42,13 +43,17 @@ class ConvertJob:
 
 @dataclass(frozen=True, slots=True)
 class ConvertResult:
-    """A finished conversion: seconds of wall time; `resumed` shards were done by an earlier run."""
+    """A finished conversion: seconds of wall time; `resumed` shards were done by an earlier run.
+
+    `address` is that of a result that went to a store, whence `out` is not there.
+    """
 
     source: Path
     out: Path
     plan: Plan
     seconds: float
     resumed: int
+    address: str = ""
 
 
 def prepare(source: str | Path, format: str) -> ConvertJob:  # noqa: A002
@@ -107,13 +112,18 @@ def run(
     workers: int | None = None,
     advance: Callable[[int], None] = lambda _: None,
     arrived: Callable[[int], None] = lambda _: None,
+    sent: Callable[[int], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> ConvertResult:
-    """Carry out a prepared conversion; see `convert`. `arrived` is told of bytes as they are downloaded."""
+    """Carry out a prepared conversion; see `convert`. `arrived` and `sent` are told of bytes that come and go."""
     from w8a8.execute import execute
+    from w8a8.execute.delivery import HERE
+    from w8a8.execute.target import StoreTarget
     from w8a8.execute.workers import worker_count
 
     workers = workers or worker_count()
+    target = StoreTarget.claim(str(out), overwrite=overwrite, source=job.repository) if is_address(out) else None
+    here = target.here if target else Path(out)
 
     def provenance(shards: Mapping[str, ShardFile], files: Mapping[str, SmallFile]) -> Provenance | None:
         return job.provenance and replace(job.provenance, format=job.plan.format, shards=shards, files=files)
@@ -122,7 +132,7 @@ def run(
     resumed = execute(
         job.plan,
         job.view,
-        Path(out),
+        here,
         EXACT,
         overwrite=overwrite,
         workers=workers,
@@ -130,5 +140,8 @@ def run(
         notice=notice,
         provenance=provenance,
         arriving=partial(arrivals, job.repository, workers=workers, arrived=arrived) if job.repository else None,
+        delivery=target or HERE,
+        sent=sent,
     )
-    return ConvertResult(job.source.path, Path(out), job.plan, time.perf_counter() - start, resumed)
+    address = target.store.url if target else ""
+    return ConvertResult(job.source.path, here, job.plan, time.perf_counter() - start, resumed, address)

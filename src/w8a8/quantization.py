@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from w8a8.calibrate.request import SAMPLES, TOKENS, Progress, Request, request
 from w8a8.checkpoint import Source
 from w8a8.checkpoint.hub import HubFolder
-from w8a8.checkpoint.source import in_store
-from w8a8.errors import MissingExtraError, UsageError
+from w8a8.checkpoint.source import is_address
+from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
 from w8a8.plan.viewing import format_for, view_of
@@ -207,19 +207,12 @@ def quantize(
 
 
 def in_a_store(job: Job, out: str | Path, *, overwrite: bool) -> "StoreTarget | None":
-    """Claim `out` for this run where it is an address in an object store; see `StoreTarget.claim`.
-
-    Raises `UsageError` where one of source and target lies in the other.
-    """
-    if not in_store(out):
+    """Claim `out` for this run where it is an address; see `StoreTarget.claim`."""
+    if not is_address(out):
         return None
     from w8a8.execute.target import StoreTarget
 
-    source = job.repository.remote.label if job.repository else ""
-    ours, theirs = f"{source}/", f"{str(out).rstrip('/')}/"
-    if source and (ours.startswith(theirs) or theirs.startswith(ours)):
-        raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
-    return StoreTarget.claim(str(out), overwrite=overwrite)
+    return StoreTarget.claim(str(out), overwrite=overwrite, source=job.repository)
 
 
 @contextmanager

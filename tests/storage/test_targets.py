@@ -18,7 +18,7 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import cli
 from tests.execute.runs import large_checkpoint, staging_of
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request
-from w8a8 import quantize
+from w8a8 import convert, quantize
 from w8a8.errors import StoreError, TargetBusyError, TargetExistsError, UnwritableError, UsageError, W8A8Error
 from w8a8.execute.target import CLAIM
 from w8a8.storage import upload
@@ -78,6 +78,14 @@ def test_from_a_store_to_a_store(bucket: Bucket, llama: Path, home: Path) -> Non
     assert bucket.read(PREFIX) == folder_bytes(home / "whole")
     with pytest.raises(UsageError, match="may not contain each other"):
         quantize(address, f"{address}/out", overwrite=True)
+
+
+def test_a_conversion_goes_to_a_store(bucket: Bucket, llama: Path, home: Path) -> None:
+    quantize(llama, home / "quark")
+    address = bucket.put(home / "quark", "quark")
+    assert convert(address, OUT, "compressed-tensors").address == OUT
+    convert(home / "quark", home / "whole", "compressed-tensors")
+    assert bucket.read(PREFIX) == folder_bytes(home / "whole")
 
 
 def test_large_files_go_by_parts_and_few_shards_are_here_at_once(
@@ -258,7 +266,7 @@ def test_what_cannot_be_written_is_said_at_once(bucket: Bucket, llama: Path, mon
     with pytest.raises(UnwritableError, match="there is no such bucket; make it first"):
         quantize(llama, "s3://no-such-bucket/out")
     with pytest.raises(UsageError, match="hf://org/name"):
-        quantize(llama, "hf://buckets/org/name/out")
+        quantize(llama, "hf://org/name")
     bucket.fault = lambda request: HTTPStatus.FORBIDDEN if request.method == "PUT" else None
     with pytest.raises(StoreError, match=r"the store refused: .*; check the credentials and their rights"):
         quantize(llama, OUT)

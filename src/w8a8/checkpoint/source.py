@@ -60,9 +60,14 @@ def is_on_hub(address: str) -> bool:
     return address.startswith("hf://") and _HUB_ID.fullmatch(address) is not None
 
 
+def is_address(place: str | Path) -> bool:
+    """Whether `place` is an address, as `s3://bucket/folder`."""
+    return _URL.fullmatch(str(place)) is not None
+
+
 def in_store(source: str | Path) -> bool:
     """Whether `source` is the address of a folder that fsspec opens, and no model on the Hub."""
-    return _URL.fullmatch(str(source)) is not None and _HUB_ID.fullmatch(str(source)) is None
+    return is_address(source) and _HUB_ID.fullmatch(str(source)) is None
 
 
 def hub_id(source: str | Path, *, exists: bool | None = None) -> tuple[str, str | None]:

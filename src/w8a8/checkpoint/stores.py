@@ -90,6 +90,11 @@ class Store:
                 raise StoreError(f"{shown}: {first_line(error)}") from error
             raise UsageError(f"{shown}: there is no {protocol}://; s3://, gs://, az:// and hf:// are known") from error
 
+    def overlaps(self, other: "Store") -> bool:
+        """Whether one of two folders is the other, or lies in it."""
+        ours, theirs = f"{self.root}/", f"{other.root}/"
+        return type(self.system) is type(other.system) and (ours.startswith(theirs) or theirs.startswith(ours))
+
     def where(self, name: str) -> str:
         """What messages call a file of the folder, or, with "", the folder."""
         return f"{self.url}/{name}" if name else self.url

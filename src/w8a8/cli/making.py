@@ -247,7 +247,7 @@ def convert(
     source: Annotated[
         str, typer.Argument(metavar="SRC", help="Folder, GGUF file, Hub id `org/name[@revision]`, or address.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder to create, here or at `s3://bucket/folder`.")],
     format: Annotated[  # noqa: A002
         str,
         typer.Option(
@@ -284,6 +284,7 @@ def convert(
             workers=workers,
             advance=advance,
             arrived=advance.lane("downloaded"),
+            sent=advance.lane("sent", sum(shard.data_bytes for shard in job.plan.shards)),
             notice=terminal.notice,
         )
     with showing(f"{out} is whole"):

@@ -90,10 +90,10 @@ def _nodes(terminal: Terminal, nodes: Sequence["NodeWork"]) -> None:
 
 def show_converted(terminal: Terminal, result: "ConvertResult") -> None:
     """Print what `convert` did."""
-    plan = result.plan
+    plan, where = result.plan, result.address or str(result.out)
     if terminal.json:
         values = {
-            "out": str(result.out),
+            "out": where,
             "source": plan.source,
             "revision": plan.revision,
             "format": plan.format,
@@ -106,7 +106,7 @@ def show_converted(terminal: Terminal, result: "ConvertResult") -> None:
         terminal.print_json(values)
         return
     terminal.say(
-        f"[bold]{clean(str(result.out))}[/bold]: {plural(sum(1 for _ in plan.writes()), 'tensor')} in {plan.format}, "
+        f"[bold]{clean(where)}[/bold]: {plural(sum(1 for _ in plan.writes()), 'tensor')} in {plan.format}, "
         f"{size(plan.bytes_in)} to {size(plan.bytes_out)} in {result.seconds:.1f} s"
     )
 

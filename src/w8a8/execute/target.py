@@ -18,7 +18,7 @@ from typing import Self
 
 from w8a8.checkpoint.reader import INDEX
 from w8a8.checkpoint.remote import RemoteFile
-from w8a8.checkpoint.stores import Store
+from w8a8.checkpoint.stores import Store, StoreFolder
 from w8a8.errors import (
     SourceNotFoundError,
     StoreError,
@@ -29,6 +29,7 @@ from w8a8.errors import (
     W8A8Error,
 )
 from w8a8.execute.shard import ShardRecord
+from w8a8.storage.arrivals import Repository
 from w8a8.storage.folders import remove
 from w8a8.storage.upload import insist, upload
 from w8a8.storage.writer import disk_errors, write_whole
@@ -49,15 +50,18 @@ class StoreTarget:
     _clearing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def claim(cls, url: str, *, overwrite: bool) -> Self:
+    def claim(cls, url: str, *, overwrite: bool, source: Repository | None = None) -> Self:
         """Claim the folder at `url` for a run in this folder; nothing that is there is touched yet.
 
-        Raises `UsageError`, `MissingExtraError`, `StoreError`; `TargetExistsError`, `TargetBusyError` where another run
-        has claimed it, `UnwritableError` where there is no such bucket.
+        Raises `UsageError`, also where one of it and the `source` lies in the other; `MissingExtraError`, `StoreError`;
+        `TargetExistsError`, `TargetBusyError` where another run has claimed it, `UnwritableError` where there is no
+        such bucket.
         """
+        if url.startswith("hf://"):
+            raise UsageError(f"{url}: on the Hub, a result goes to a model's repository: `quantize SRC hf://org/name`")
         store = Store.at(url)
-        if store.protocol == "hf":
-            raise UsageError(f"{store.url}: on the Hub, a result goes to a model's repository: hf://org/name")
+        if isinstance(remote := source and source.remote, StoreFolder) and remote.store.overlaps(store):
+            raise UsageError(f"{store.url}: source and target may not contain each other (source: {remote.label})")
         kept = _token(_claim_of(store))
         target = cls(store, kept or json.dumps({"tool": "w8a8", "run": uuid.uuid4().hex}).encode())
         found = target._listing()
