@@ -20,7 +20,8 @@ from tests.execute.runs import large_checkpoint, staging_of
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request
 from w8a8 import convert, quantize
 from w8a8.errors import StoreError, TargetBusyError, TargetExistsError, UnwritableError, UsageError, W8A8Error
-from w8a8.execute.target import CLAIM
+from w8a8.execute.shard import ShardRecord
+from w8a8.execute.target import CLAIM, StoreTarget
 from w8a8.storage import upload
 
 SHARDS = 4
@@ -154,6 +155,16 @@ def test_a_run_whose_folder_was_taken_meanwhile_shows_nothing(bucket: Bucket, ll
     with pytest.raises(TargetBusyError, match="another run has taken this folder meanwhile"):
         quantize(llama, OUT)
     assert "config.json" not in bucket.read(PREFIX)
+
+
+def test_a_run_whose_folder_was_taken_removes_nothing(bucket: Bucket, llama: Path) -> None:
+    target = StoreTarget.claim(OUT, overwrite=False)
+    others = {CLAIM: b"another", "model.safetensors": b"theirs"}
+    for name, content in others.items():
+        bucket.system.pipe_file(f"{BUCKET}/{PREFIX}/{name}", content)
+    with pytest.raises(TargetBusyError, match="another run has taken this folder meanwhile"):
+        target.send(llama / "config.json", ShardRecord("config.json", 1, "", ""), lambda: False)
+    assert bucket.read(PREFIX) == others
 
 
 def test_a_shard_that_was_changed_in_the_store_is_sent_again(

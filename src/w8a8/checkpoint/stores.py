@@ -132,10 +132,7 @@ class Store:
             with self.asking(name):
                 yield
         except NotDeliveredError as error:
-            where = f"{self.url}/{name}" if name else self.url
-            raise StoreError(
-                f"{where}: the store could not be asked ({error}); the same command tries again"
-            ) from error
+            raise StoreError(f"{self.where(name)}: the store did not answer ({error}); try again") from error
 
     def info(self, name: str) -> RemoteFile:
         """Look a file up, as it is now. Raises what the implementation raises."""

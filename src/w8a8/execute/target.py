@@ -102,6 +102,7 @@ class StoreTarget:
 
     def send(self, path: Path, shard: ShardRecord, stopped: Callable[[], bool]) -> str:
         """Send a shard; before the first one, remove what is there of others, and what was sent of it in part."""
+        self._check_claim()
         with self._clearing:
             if not self._cleared:
                 self._clear()
@@ -109,9 +110,8 @@ class StoreTarget:
 
     def finish(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
         """Send the small files, config.json last, where all shards are as they were sent."""
+        self._check_claim()
         found = self._listing()
-        if self._claimant() != self.token:
-            raise TargetBusyError(f"{self.store.url}: another run has taken this folder meanwhile")
         if lost := [shard.name for shard in shards if not self._is_held(shard, found)]:
             raise StoreError(
                 f"{self.store.url}/{lost[0]}: is not what was sent any more; run the same command again to send it anew"
@@ -122,6 +122,11 @@ class StoreTarget:
             upload(self.store, folder / name, name)
         self._remove(CLAIM)
         self._forget()
+
+    def _check_claim(self) -> None:
+        """Raise `TargetBusyError` where the folder is not this run's any more."""
+        if self._claimant() != self.token:
+            raise TargetBusyError(f"{self.store.url}: another run has taken this folder meanwhile")
 
     def _clear(self) -> None:
         """Leave only what this run has sent."""
