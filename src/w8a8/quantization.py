@@ -3,6 +3,7 @@
 The job as it reads: find the source, open it by its headers, plan, calibrate if a recipe asks for it, execute.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -243,8 +244,9 @@ def calibrated(
         raise MissingExtraError(
             f"the package {missing.name} is not installed; --recipe needs it: pip install 'w8a8[eval]'"
         ) from missing
+    place = os.path.realpath(out)
     with (
-        connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster,
+        connected(ray, f"calibrating {place}", workers, here=worker_count()) if ray else nullcontext() as cluster,
         found_(
             job.source.name,
             job.view,
@@ -292,7 +294,8 @@ def run(
         job.repository.remote.keep("README.md")  # the card will say its license
     start = time.perf_counter()
     arriving = partial(arrivals, job.repository, budget=disk_budget, arrived=arrived) if job.repository else None
-    with connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster:
+    place = os.path.realpath(out)  # one run of it in a cluster, also where machines do not see each other's locks
+    with connected(ray, place, workers, here=worker_count()) if ray else nullcontext() as cluster:
         workers = cluster.slots if cluster else workers or worker_count()
         delivery = delivery or HERE
         stays = not job.repository and not delivery.departs

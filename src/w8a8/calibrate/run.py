@@ -67,7 +67,7 @@ def calibrated(
     setup = Setup.of(name, view, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
     gpu = setup.model.device.type == "cuda"
-    with lock_folder(home, out), on_nodes(cluster, str(home), gpu=gpu, notice=notice) as hands:
+    with lock_folder(home, out), on_nodes(cluster, gpu=gpu, notice=notice) as hands:
         setup = replace(setup, hands=hands)
         plan, kept = make(), dict[str, str]()
         passes = 2 if request.keep_bf16 else 1

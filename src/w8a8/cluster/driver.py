@@ -61,13 +61,14 @@ class NodeWork:
 class Cluster:
     """A connection to a Ray cluster: the tasks that it does, and that it is handed, at a time; nodes' names by id.
 
-    Each node has `node_cpus` CPUs, or more.
+    Each node has `node_cpus` CPUs, or more. `board` is where tasks say how far they are.
     """
 
     slots: int
     handed: int
     node_cpus: int
     names: Mapping[str, str]
+    board: Any
     _done: list[tuple[int, Answer[Any]]] = field(default_factory=list)
 
     def nodes(self) -> tuple[NodeWork, ...]:
@@ -82,7 +83,6 @@ class Cluster:
     @contextmanager
     def crew(
         self,
-        name: str,
         files: Mapping[Path, int],
         folder: Path | None = None,
         *,
@@ -91,16 +91,12 @@ class Cluster:
     ) -> Iterator["Crew"]:
         """Begin a job of many tasks: every node sees `files` by their sizes, and writes into `folder`.
 
-        `name` is what no other job of the cluster may have at the same time. `advance` is told of bytes as tasks do
-        them, `notice` of tasks that are begun again. Raises `ClusterError` that names the node which lacks something,
-        and `TargetBusyError`.
+        `advance` is told of bytes as tasks do them, `notice` of tasks that are begun again. Raises `ClusterError` that
+        names the node which lacks something.
         """
-        import ray
-
         site = Site(__version__, files, folder)
         self._look(site, notice)
-        board = _board(name)
-        crew = Crew(self, site, board, advance, notice)
+        crew = Crew(self, site, advance, notice)
         ended = threading.Event()
         listener = threading.Thread(target=crew.listen, args=(ended.wait,), name="board", daemon=True)
         listener.start()
@@ -109,7 +105,6 @@ class Cluster:
         finally:
             ended.set()
             listener.join()
-            ray.kill(board)
 
     def _look(self, site: Site, notice: Callable[[str], None]) -> None:
         """Raise `ClusterError` unless every node that is there has what it has to have."""
@@ -141,7 +136,6 @@ class Crew:
 
     cluster: Cluster
     site: Site
-    board: Any
     advance: Callable[[int], None]
     notice: Callable[[str], None]
     _told: dict[str, int] = field(default_factory=dict)
@@ -176,7 +170,7 @@ class Crew:
             retry_exceptions=[*FLEETING],
             scheduling_strategy="SPREAD",
         )
-        begin = partial(task.remote, label, self.cluster.names, self.site, self.board, work, *args)
+        begin = partial(task.remote, label, self.cluster.names, self.site, self.cluster.board, work, *args)
         answer, given_up = begin(), set[str]()
         while not ray.wait([answer], timeout=POLL_SECONDS)[0]:
             if stopped():
@@ -203,7 +197,7 @@ class Crew:
         with self._lock:
             self.cluster._done.append((weight, found))
             self._said.pop(label, None)
-        self.board.end.remote(label)
+        self.cluster.board.end.remote(label)
         self._tell(label, weight)
         return found.value
 
@@ -215,7 +209,7 @@ class Crew:
         while not ended:
             ended = wait(POLL_SECONDS)
             with suppress(ray.exceptions.RayError):
-                for label, said in ray.get(self.board.read.remote(), timeout=BOARD_SECONDS).items():
+                for label, said in ray.get(self.cluster.board.read.remote(), timeout=BOARD_SECONDS).items():
                     before = self._said.get(label, replace(said, times=1))
                     if said.times > before.times:
                         lost = f"failed or was lost on node {before.name}"
@@ -236,13 +230,14 @@ class Crew:
 
 
 @contextmanager
-def connected(address: str, workers: int | None = None, *, here: int = 1) -> Iterator[Cluster]:
+def connected(address: str, job: str, workers: int | None = None, *, here: int = 1) -> Iterator[Cluster]:
     """Connect to Ray at `address`: `local` starts it on this machine with `here` CPUs, `auto` joins the cluster that
     this machine belongs to, `host:port` the one whose head that is.
 
-    `workers` is the number of tasks at a time; default: one per CPU of the cluster.
+    `job` is a name that no other run on the cluster may have at the same time. `workers` is the number of tasks at a
+    time; default: one per CPU of the cluster.
     Where this process is connected already, that connection is used, and stays.
-    Raises `MissingExtraError`, `UsageError`, `ClusterError`.
+    Raises `MissingExtraError`, `UsageError`, `ClusterError`, `TargetBusyError`.
     """
     try:
         import ray
@@ -259,7 +254,11 @@ def connected(address: str, workers: int | None = None, *, here: int = 1) -> Ite
             raise ClusterError(f"{address}: no node of the Ray cluster has a CPU for tasks")
         cpus = [int(node["Resources"]["CPU"]) for node in nodes]
         slots = sum(cpus)
-        yield Cluster(workers or slots, workers or min(2 * slots, MOST_TASKS), min(cpus), _named(nodes))
+        board = _board(job)
+        try:
+            yield Cluster(workers or slots, workers or min(2 * slots, MOST_TASKS), min(cpus), _named(nodes), board)
+        finally:
+            ray.kill(board)
     finally:
         if ours:
             ray.shutdown()
@@ -285,15 +284,19 @@ def _connect(address: str, cpus: int) -> None:
             **(options if address == "local" else {}),
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.RayError) as error:
+        none = address == "auto" and isinstance(error, ConnectionError)
+        found = "this machine belongs to no Ray cluster" if none else first_line(error)
         start = "`ray start` on this machine makes it one of a cluster's; --ray local starts one here"
-        raise ClusterError(f"--ray {address}: {first_line(error)}; {start}") from error
+        raise ClusterError(f"--ray {address}: {found}; {start}") from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
 def _reach(address: str) -> None:
-    """Raise unless something listens at `address`."""
+    """Raise unless a Ray cluster's head answers at `address`: Ray itself would go on asking for minutes."""
+    import ray
+
     match = re.fullmatch(r"(?P<host>[\w.-]+|\[[0-9a-fA-F:]+\]):(?P<port>\d{1,5})", address)
     if match is None or not 0 < int(match["port"]) < 65536:
         raise UsageError(f"--ray: {address!r} is no address; give local, auto or host:port")
@@ -301,6 +304,11 @@ def _reach(address: str) -> None:
         socket.create_connection((match["host"].strip("[]"), int(match["port"])), REACH_SECONDS).close()
     except OSError as error:
         raise ClusterError(f"--ray {address}: nobody answers there ({error.strerror or error})") from error
+    try:
+        ray._raylet.GcsClient(address=address)
+    except ray.exceptions.RayError as error:
+        what = "who answers there is not the head of a Ray cluster, whose port is 6379 by default"
+        raise ClusterError(f"--ray {address}: {what}") from error
 
 
 def _board(name: str) -> Any:

@@ -23,8 +23,8 @@ AGAIN_SECONDS = 1.0
 BOARD_SECONDS = 10.0
 """How long the board is waited for; without it, the work goes on."""
 
-FLEETING = (UnreadableError, UnwritableError)
-"""What storage may do once and not the next time."""
+FLEETING = (ClusterError, UnreadableError, UnwritableError)
+"""What a node or its storage may lack once, and another node, or the same one the next time, has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,7 @@ def spread(
     # 2) Small shards together, the largest first
     groups = list(grouped(jobs, cluster.slots)) if together else [(job,) for job in in_order(jobs)]
     lock = threading.Lock()
-    with cluster.crew(str(home), files, attempts, advance=advance, notice=notice) as crew:
+    with cluster.crew(files, attempts, advance=advance, notice=notice) as crew:
 
         def run(group: Sequence[ShardJob], stopped: Callable[[], bool]) -> None:
             label = group[0].plan.name + (f" and {len(group) - 1} more" if len(group) > 1 else "")

@@ -19,12 +19,12 @@ R = TypeVar("R")
 
 
 @contextmanager
-def on_nodes(cluster: Cluster | None, name: str, *, gpu: bool, notice: Callable[[str], None]) -> Iterator[Hands]:
-    """The hands of a job called `name` on the nodes of a cluster; those of this machine, where there is none."""
+def on_nodes(cluster: Cluster | None, *, gpu: bool, notice: Callable[[str], None]) -> Iterator[Hands]:
+    """The nodes of a cluster; where there is none, this machine."""
     if cluster is None:
         yield HERE
         return
-    with cluster.crew(name, {}, advance=lambda _: None, notice=notice) as crew:
+    with cluster.crew({}, advance=lambda _: None, notice=notice) as crew:
         yield NodeHands(crew, gpu)
 
 

@@ -77,9 +77,10 @@ def run(
     problems, warnings = list(structure_problems(job)), list(exclude_warnings(job))
     # What another tool chose to write differently is worth a word; in our own output it is a sign of tampering.
     (problems if job.provenance is not None else warnings).extend(bookkeeping_problems(job))
+    name = f"verifying {job.out.path} {uuid4().hex}"
     with (
         _brought(job, workers or worker_count(), arrived) as (job, supply),
-        connected(ray, workers, here=worker_count()) if ray else nullcontext() as cluster,
+        connected(ray, name, workers, here=worker_count()) if ray else nullcontext() as cluster,
     ):
         with _on(cluster, job, advance, notice) if cluster else nullcontext(partial(_here, job)) as do:
             workers = cluster.handed if cluster else workers or worker_count()
@@ -130,7 +131,7 @@ def _on(cluster: Cluster, job: Job, advance: Advance, notice: Callable[[str], No
     files = {source.path / shard.stored.name: shard.stored.size for shard in job.source.shards[:1]}
     files |= {out.path / shard.name: shard.size for shard in out.shards[:1]}
     sent = ray.put(there)
-    with cluster.crew(f"verify {out.path} {uuid4().hex}", files, advance=advance, notice=notice) as crew:
+    with cluster.crew(files, advance=advance, notice=notice) as crew:
         yield lambda task, _feed, _advance, stopped: crew.call(
             task.label, task.weight, task.work, sent, task.of, stopped=stopped
         )

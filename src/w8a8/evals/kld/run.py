@@ -288,7 +288,7 @@ def run(
         if not job.streamed:
             return Predictor(name, view.path, dtype)
         try:
-            hands = partial(on_nodes, cluster, f"kld {uuid4().hex}", notice=notice)
+            hands = partial(on_nodes, cluster, notice=notice)
             return StreamedPredictor(name, view, job.windows, advance, dtype, lambda gpu: hands(gpu=gpu))
         except UnsupportedModelError as error:
             if not _is_decoded(view):
@@ -298,7 +298,7 @@ def run(
             ) from error
 
     # 1) Load both models; streamed, their layers read all windows here.
-    with connected(ray, here=worker_count()) if ray else nullcontext() as cluster:
+    with connected(ray, f"kld {uuid4().hex}", here=worker_count()) if ray else nullcontext() as cluster:
         reference, candidate = map(load, (job.reference, job.candidate), job.views, job.dtypes)
     # 2) Let both predict every token, and compare.
     scores = score(reference, candidate, job.windows, advance=advance)
