@@ -79,6 +79,17 @@ def test_from_a_store_to_a_store(bucket: Bucket, llama: Path, home: Path) -> Non
     assert bucket.read(PREFIX) == folder_bytes(home / "whole")
     with pytest.raises(UsageError, match="may not contain each other"):
         quantize(address, f"{address}/out", overwrite=True)
+    with pytest.raises(UsageError, match="may not contain each other"):
+        quantize(address, address.replace("s3:", "s3a:"), overwrite=True)
+
+
+@pytest.mark.parametrize("protocol", ["file", "local"])
+def test_a_folder_here_is_no_store(llama: Path, protocol: str) -> None:
+    with pytest.raises(UsageError, match=f"lies here; give its path, without {protocol}://"):
+        quantize(llama, f"{protocol}://{llama}", overwrite=True)
+    with pytest.raises(UsageError, match="lies here"):
+        quantize(f"{protocol}://{llama}", "out")
+    assert len([*llama.glob("*.safetensors")]) == SHARDS
 
 
 def test_a_conversion_goes_to_a_store(bucket: Bucket, llama: Path, home: Path) -> None:
@@ -270,6 +281,15 @@ def test_parts_that_a_kill_has_left_are_aborted(bucket: Bucket, llama: Path, exp
         bucket.system.call_s3("create_multipart_upload", Bucket=BUCKET, Key=key)
     quantize(llama, OUT)
     assert bucket.unfinished() == ["other/model.safetensors"]
+    assert bucket.read(PREFIX) == expected
+
+
+@pytest.mark.parametrize("status", [HTTPStatus.FORBIDDEN, HTTPStatus.INTERNAL_SERVER_ERROR])
+def test_where_parts_cannot_be_listed_they_stay(
+    bucket: Bucket, llama: Path, expected: Mapping[str, bytes], status: HTTPStatus
+) -> None:
+    bucket.fault = lambda request: status if request.query.startswith("uploads") and request.method == "GET" else None
+    quantize(llama, OUT)
     assert bucket.read(PREFIX) == expected
 
 

@@ -57,6 +57,6 @@ def _cached(repo: str, revision: str | None) -> Checkpoint | None:
 
 
 def _open_remote(remote: Remote) -> Checkpoint:
-    with TemporaryDirectory(prefix="w8a8-headers-") as folder, called(remote.label, folder):
+    with TemporaryDirectory(prefix="w8a8-headers-") as folder, called(remote.label, folder), reading(Path(folder)):
         lay_out(remote, Path(folder))
         return Checkpoint.open(folder)

@@ -5,16 +5,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Any, ClassVar, Self
 
 from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile
+from w8a8.checkpoint.session import bound, retry_after
 from w8a8.checkpoint.source import look_up, refused, unreachable
 from w8a8.errors import HubError, W8A8Error
 from w8a8.reading import show
 
 CHUNK_BYTES = 1 << 20
+CHUNK_SECONDS = 0.5
+"""How long pieces of a file are gathered, however few come: whoever takes them looks then whether to stop."""
 TIMEOUT_SECONDS = 20.0
 """How long a server may say nothing."""
 
@@ -49,8 +51,10 @@ class HubFolder:
             raise unreachable(label, error) from error
         except (OSError, ValueError, RuntimeError) as error:
             raise refused(label, error) from error
+        if not re.fullmatch(r"[0-9a-f]{40}", commit := str(info.sha)):  # it becomes the name of a folder
+            raise HubError(f"{label}: the Hub does not say which commit it is at ({show(commit)})")
         files = {sibling.rfilename: _listed(label, sibling) for sibling in info.siblings or ()}
-        return cls(repo, label, str(info.sha), files)
+        return cls(repo, label, commit, files)
 
     @property
     def revision(self) -> str:
@@ -66,10 +70,12 @@ class HubFolder:
 
         Raises `HubError`, `SourceNotFoundError`.
         """
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+
         content = bytearray()
         headers = {"Range": f"bytes={begin}-{begin + count - 1}"}
         with self._translated(), self._get(name, headers) as response:
-            _raise_for_status(response)
+            hf_raise_for_status(response)
             length = response.headers.get("Content-Range", "").rpartition("/")[2]
             length = length or response.headers.get("Content-Length", "")
             if not re.fullmatch(r"\d{1,13}", length) or int(length) > MAX_FILE_BYTES:
@@ -87,7 +93,7 @@ class HubFolder:
 
         headers = {"Range": f"bytes={begin}-"} if begin else {}
         try:
-            with self._get(file.name, headers, timeout=TIMEOUT_SECONDS) as response:
+            with self._get(file.name, headers) as response:
                 self._check(file, response, begin)
                 yield from _gathered(response.iter_raw())
         except (HTTPError, OSError) as error:
@@ -102,13 +108,14 @@ class HubFolder:
             with suppress(HTTPError, OSError, ValueError):
                 hf_hub_download(self.name, name, revision=self.version)
 
-    def _get(self, name: str, headers: Mapping[str, str], **options: Any) -> Any:
+    def _get(self, name: str, headers: Mapping[str, str]) -> Any:
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
 
+        bound()
         url = hf_hub_url(self.name, name, revision=self.version)
         headers = {**build_hf_headers(), "Accept-Encoding": "identity", **headers}
-        return get_session().stream("GET", url, headers=headers, follow_redirects=True, **options)
+        return get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT_SECONDS)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
@@ -122,6 +129,7 @@ class HubFolder:
     def _check(self, file: RemoteFile, response: Any, begin: int) -> None:
         """Raise unless the response is what was asked for."""
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
+        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         status = response.status_code
         if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (begin and status == HTTPStatus.OK):
@@ -129,7 +137,7 @@ class HubFolder:
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
             raise NotDeliveredError(f"the Hub answered {status}", retry_after(response.headers.get("Retry-After", "")))
         try:
-            _raise_for_status(response)
+            hf_raise_for_status(response)
         except HTTPError as error:
             raise refused(self.where(file.name), error) from error
         if begin:
@@ -141,12 +149,14 @@ class HubFolder:
 def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Put pieces together as they come, 64 KiB at a time: the HTTP library's own way takes twice the time."""
     waiting: list[bytes] = []
+    due = time.monotonic() + CHUNK_SECONDS
     try:
         for piece in pieces:
             waiting.append(piece)
-            if sum(map(len, waiting)) >= CHUNK_BYTES:
+            if sum(map(len, waiting)) >= CHUNK_BYTES or time.monotonic() >= due:
                 yield b"".join(waiting)
                 waiting.clear()
+                due = time.monotonic() + CHUNK_SECONDS
     except Exception:
         yield b"".join(waiting)  # what came before the connection ended
         raise
@@ -158,21 +168,3 @@ def _listed(label: str, sibling: Any) -> RemoteFile:
     if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
         raise HubError(f"{label}: the Hub does not say how long {show(sibling.rfilename)} is")
     return RemoteFile(sibling.rfilename, size, str(large.sha256) if large else "", str(sibling.blob_id or ""))
-
-
-def _raise_for_status(response: Any) -> None:
-    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
-
-    if response.is_error:
-        response.read()
-    hf_raise_for_status(response)
-
-
-def retry_after(text: str) -> float:
-    """Seconds that a server asks to wait, given as a number or as a date."""
-    if re.fullmatch(r"\d{1,9}", text):
-        return float(text)
-    try:
-        return max(parsedate_to_datetime(text).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return 0.0

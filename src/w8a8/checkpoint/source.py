@@ -14,6 +14,7 @@ from typing import Any
 
 from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.kinds import instead
+from w8a8.checkpoint.session import bound
 from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, UsageError, W8A8Error
 from w8a8.reading import reading
 
@@ -169,6 +170,7 @@ def _fetch(repo: str, revision: str | None, *, cached: bool = False) -> Path:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **{**kwargs, "disable": kwargs.get("disable") or None})  # type: ignore[no-untyped-call]
 
+    bound()
     ignored = list(_NOT_FETCHED)
     folder = snapshot_download(
         repo, revision=revision, ignore_patterns=ignored, local_files_only=cached, tqdm_class=Bars
@@ -190,9 +192,14 @@ def look_up(label: str, repo: str, revision: str | None, *, sizes: bool = False)
     """
     from huggingface_hub import HfApi, constants
 
-    # The one request that does not retry for half a minute before it says that there is no network.
-    info = HfApi().model_info(repo, revision=revision, files_metadata=sizes, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+    bound()
+    timeout = constants.HF_HUB_ETAG_TIMEOUT
+    try:
+        # The one request that does not retry for half a minute before it says that there is no network.
+        info = HfApi().model_info(repo, revision=revision, files_metadata=sizes, timeout=timeout)
+        refuse_pickles(label, [file.rfilename for file in info.siblings or ()])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"its answer makes no sense: {error!r}") from error
     return info
 
 

@@ -76,6 +76,8 @@ class Store:
         shown = re.sub(r"//[^/@]*:[^/@]*@", "//", url.rstrip("/"))
         if "::" in url or {"", ".", ".."} & {*path.strip("/").split("/")}:
             raise UsageError(f"{shown}: is not the address of a folder, as in s3://bucket/folder")
+        if protocol in ("file", "local"):
+            raise UsageError(f"{shown}: lies here; give its path, without {protocol}://")
         for chatty in ("gcsfs", "azure"):  # they print what they also raise
             logging.getLogger(chatty).setLevel(logging.CRITICAL)
         try:

@@ -143,7 +143,7 @@ class StoreTarget:
         bucket, prefix, _ = system.split_path(self.store.path(""))
         with suppress(W8A8Error):
             for begun in insist(self.store, "", lambda: system.list_multipart_uploads(bucket)):
-                if begun["Key"].startswith(prefix):
+                if begun["Key"].startswith(prefix) and "/" not in begun["Key"].removeprefix(prefix):
                     key, number = begun["Key"], begun["UploadId"]
                     insist(self.store, key, partial(system.abort_mpu, bucket, key, number))
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from w8a8.checkpoint.session import bound
 from w8a8.errors import HubError, UsageError, first_line
 from w8a8.terminal.wording import printable
 from w8a8.version import __version__
@@ -35,6 +36,7 @@ def hub_api() -> "HfApi":
     """The Hub, as this tool asks it."""
     from huggingface_hub import HfApi
 
+    bound()
     return HfApi(library_name="w8a8", library_version=__version__)
 
 

@@ -20,7 +20,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import _xet, disable_progress_bars  # type: ignore[attr-defined]
 
-from w8a8.checkpoint.hub import HubFolder, retry_after
+from w8a8.checkpoint.hub import HubFolder
+from w8a8.checkpoint.session import retry_after
 from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import HubError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord

@@ -32,6 +32,8 @@ from w8a8.storage.writer import disk_errors, write_stub
 
 MAX_SMALL_BYTES = 1 << 30
 """The largest file beside the weights that is fetched; tokenizers have some 30 MB."""
+MAX_SMALL_FILES, MAX_BESIDE_BYTES = 10_000, 4 << 30
+"""How many such files a repository may have, and their bytes in all."""
 POLL_SECONDS = 0.2
 """How often one who waits for a shard looks whether the run was stopped."""
 
@@ -55,17 +57,20 @@ class Repository:
         """Fetch headers and small files. Raises what `Remote`, `download` and `Checkpoint.open` raise."""
         folder = TemporaryDirectory(prefix="w8a8-headers-")
         path = Path(folder.name)
-        with called(remote.label, path):
+        with called(remote.label, path), disk_errors(path, resumable=False):
             shards = lay_out(remote, path)
             for early in {"config.json", INDEX} & {*remote.files}:
                 _check(remote, path, early)
-            for small in needed(remote.files):
-                if small not in shards and remote.files[small].size <= MAX_SMALL_BYTES:
-                    target = inside(path, small)
-                    if target.exists():
-                        continue
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    download(remote, remote.files[small], target)
+            beside = [remote.files[name] for name in needed(remote.files) if name not in shards]
+            beside = [file for file in beside if file.size <= MAX_SMALL_BYTES]
+            if len(beside) > MAX_SMALL_FILES or sum(file.size for file in beside) > MAX_BESIDE_BYTES:
+                raise remote.error(f"{path}: {len(beside):,} files lie beside its weights, more than a model has")
+            for small in beside:
+                target = inside(path, small.name)
+                if target.exists():
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                download(remote, small, target)
             return cls(remote, Checkpoint.open(path), folder)
 
     def read(self, name: str, begin: int, nbytes: int) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from w8a8.checkpoint.remote import NotDeliveredError, Remote, RemoteFile
+from w8a8.checkpoint.session import LONGEST_WAIT_SECONDS
 from w8a8.checkpoint.stream import BLOCK_BYTES, Stopped
 from w8a8.storage.folders import remove
 from w8a8.storage.writer import disk_errors
@@ -23,8 +24,6 @@ ATTEMPTS = 6
 download is given up."""
 BACKOFF_SECONDS = 1.0
 """The first wait before asking again; each further one is twice as long."""
-LONGEST_WAIT_SECONDS = 300.0
-"""The longest wait, whatever the server asks for."""
 
 
 def download(
