@@ -41,18 +41,12 @@ def test_from_hub_to_hub_bytes_come_and_go() -> None:
     found = bounds(work, SPEEDS, nodes=1, cores=10, workers=10)
     assert found["network"] == pytest.approx(100)
     assert found["disk"] == pytest.approx(200)
-    assert found["http"] == pytest.approx(100 * (1 / 0.5 - 1 / 1 - 1 / 8))
     assert found["cores"] == pytest.approx(100 * (1 / 1 + 1 / 1 + 1 / 4 + 1 / 8 + 1 / 0.5 + 1 / 8) / 10)
 
 
 @pytest.mark.parametrize(
     ("slow", "bound"),
-    [
-        ({"sha256": 1e7, "arrive": 0.99e7}, "cores"),
-        ({"disk_write": 1e7}, "disk"),
-        ({"network": 1e7}, "network"),
-        ({"arrive": 1e7}, "http"),
-    ],
+    [({"sha256": 1e7}, "cores"), ({"disk_write": 1e7}, "disk"), ({"network": 1e7}, "network")],
 )
 def test_the_slowest_part_bounds_the_run(slow: dict[str, float], bound: str) -> None:
     seconds, found = forecast(replace(WORK, way=HUB), replace(SPEEDS, **slow), cores=4, workers=4)

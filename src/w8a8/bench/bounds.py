@@ -2,8 +2,8 @@
 
 Every part of a run takes some of the processor's time per byte, which the cores of a node share. A shard is the work of
 one thread that quantizes, hashes and writes, and of one that reads, so few shards on many cores leave cores idle. The
-disk and the network have speeds of their own, and a process takes apart what comes over HTTP on one core at a time.
-Nothing waits for anything else: the largest of these times is the run's, behind the time that a process takes to start.
+disk and the network have speeds of their own. Nothing waits for anything else: the largest of these times is the run's,
+behind the time that a process takes to start.
 """
 
 import math
@@ -64,7 +64,6 @@ def bounds(work: Work, speeds: Speeds, *, nodes: int, cores: int, workers: int) 
         moving = 1 / speeds.arrive + share / speeds.read
         disk = (work.source + work.result) / speeds.disk_write  # the page cache gives back what has just been written
         found["network"] = max(work.source, work.result) / speeds.network / nodes
-        found["http"] = work.source * (1 / speeds.arrive - 1 / speeds.sha256 - 1 / speeds.read) / nodes
     rounds = math.ceil(work.shards / (nodes * workers))
     return found | {
         "cores": work.source * (making + reading + moving) / (nodes * cores),

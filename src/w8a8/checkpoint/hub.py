@@ -95,9 +95,9 @@ class HubFolder:
         try:
             with self._get(file.name, headers) as response:
                 self._check(file, response, begin)
-                yield from _gathered(response.iter_raw())
+                yield from _gathered(_pieces(response))
         except (HTTPError, OSError) as error:
-            raise NotDeliveredError(" ".join(str(error).split())[:200] or type(error).__name__) from error
+            raise _not_delivered(error) from error
 
     def keep(self, name: str) -> None:
         """Put a small file into the Hub's cache for later; where the Hub does not give it, it is not there."""
@@ -146,8 +146,37 @@ class HubFolder:
                 raise NotDeliveredError("the Hub sent another part of it than was asked for", over=True)
 
 
+def _pieces(response: Any) -> Iterator[bytes]:
+    """The bytes of a response, as they come.
+
+    The HTTP library takes its time with each of the many small pieces that a connection gives: 16 KiB each with TLS. A
+    body of a known length is all that follows its head in HTTP/1.1. So behind the first piece, with which the library
+    gives all that it has read, the connection itself is read, and closed at the end.
+    """
+    pieces, connection = response.iter_raw(), response.extensions.get("network_stream")
+    length, encoding = (response.headers.get(name, "") for name in ("Content-Length", "Transfer-Encoding"))
+    if not connection or encoding or response.http_version != "HTTP/1.1" or not re.fullmatch(r"\d{1,15}", length):
+        yield from pieces
+        return
+    left = int(length)
+    piece = next(pieces, b"")
+    while piece:
+        yield piece
+        left -= len(piece)
+        if left <= 0:
+            return
+        try:
+            piece = connection.read(min(left, CHUNK_BYTES), timeout=TIMEOUT_SECONDS)
+        except Exception as error:  # of the library below the HTTP library, whose names for them may change
+            raise _not_delivered(error) from error
+
+
+def _not_delivered(error: Exception) -> NotDeliveredError:
+    return NotDeliveredError(" ".join(str(error).split())[:200] or type(error).__name__)
+
+
 def _gathered(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Put pieces together as they come, 64 KiB at a time: the HTTP library's own way takes twice the time."""
+    """Put pieces together, `CHUNK_BYTES` at a time: the HTTP library's own way copies them three times."""
     waiting: list[bytes] = []
     due = time.monotonic() + CHUNK_SECONDS
     try:
