@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fsspec import filesystem
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import w8a8
@@ -188,6 +189,17 @@ def test_layers_left_out_stay_as_they_are(source: Path, text: Path, tmp_path: Pa
             out / twin.shard
         ).read_bytes()[twin.offset :][: twin.nbytes]
     assert w8a8.verify(out, source).ok
+
+
+def test_a_result_is_verified_against_a_source_that_is_far_away(source: Path, text: Path, tmp_path: Path) -> None:
+    w8a8.quantize(source, tmp_path / "out", Options(recipe="smooth", calibration=str(text), **SIZES))
+    far = filesystem("memory")
+    for path in source.iterdir():
+        far.pipe_file(f"/far/{path.name}", path.read_bytes())
+    result = w8a8.verify(tmp_path / "out", "memory://far")
+    assert result.ok, result.problems
+    assert result.folded > 0
+    far.rm("/far", recursive=True)
 
 
 def test_a_budget_keeps_whole_groups_in_bf16(source: Path, text: Path, tmp_path: Path) -> None:

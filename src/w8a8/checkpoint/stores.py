@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, partial
 from http import HTTPStatus
 from itertools import islice
@@ -276,10 +277,16 @@ def _is_file_name(name: str) -> bool:
 
 
 def _described(name: str, info: Mapping[str, Any]) -> RemoteFile:
-    size, tags = info.get("size"), [str(info[key]) for key in _TAGS if info.get(key) is not None]
+    size, tags = info.get("size"), [_spelled(info[key]) for key in _TAGS if info.get(key) is not None]
     if not isinstance(size, int) or not 0 <= size <= MAX_FILE_BYTES:
         raise StoreError(f"{show(name)}: the store does not say how long it is")
     return RemoteFile(name, size, tag=tags[0] if tags else "")
+
+
+def _spelled(tag: Any) -> str:
+    """A tag as text; of a time, which some listings have as a number, the seconds."""
+    tag = tag.timestamp() if isinstance(tag, datetime) else tag
+    return f"{tag:.6f}" if isinstance(tag, float) else str(tag)
 
 
 def _status(error: Exception) -> Any:
