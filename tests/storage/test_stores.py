@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fsspec.registry import _registry
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -151,6 +153,18 @@ def test_what_is_not_there_or_not_allowed_is_said(bucket: Bucket, source: str, t
     bucket.fault = lambda _: None
     with pytest.raises(PickleOnlyError, match="pickles are never opened"):
         inspect(f"s3://{BUCKET}/pickles")
+
+
+@pytest.mark.parametrize(
+    ("protocol", "package", "extra"), [("s3", "s3fs", "s3"), ("gs", "gcsfs", "gs"), ("az", "adlfs", "az")]
+)
+def test_a_package_that_is_missing_is_named_by_its_extra(
+    monkeypatch: pytest.MonkeyPatch, protocol: str, package: str, extra: str
+) -> None:
+    monkeypatch.delitem(_registry, protocol, raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtraError, match=rf"{protocol}:// needs a package .*: pip install 'w8a8\[{extra}\]'"):
+        inspect(f"{protocol}://bucket/folder")
 
 
 def test_without_credentials_it_is_said(bucket: Bucket, source: str, monkeypatch: pytest.MonkeyPatch) -> None:

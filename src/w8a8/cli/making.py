@@ -163,7 +163,7 @@ def quantize(
     if not source:
         raise UsageError("no source: give SRC, or set MODEL_IN")
     if not (out or push or dry_run):
-        raise UsageError("no target: give OUT or --push REPO, or set MODEL_OUT")
+        raise UsageError("no target: give OUT, or set MODEL_OUT; or give --push REPO")
     if out and is_on_hub(out):
         if push:
             raise UsageError("give OUT on the Hub, or --push REPO")
