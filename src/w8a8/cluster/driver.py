@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,9 +94,11 @@ class Cluster:
         `advance` is told of bytes as tasks do them, `notice` of tasks that are begun again. Raises `ClusterError` that
         names the node which lacks something.
         """
+        import ray
+
         site = Site(__version__, files, folder)
         self._look(site, notice)
-        crew = Crew(self, site, advance, notice)
+        crew = Crew(self, site, ray.remote(perform), advance, notice)
         ended = threading.Event()
         listener = threading.Thread(target=crew.listen, args=(ended.wait,), name="board", daemon=True)
         listener.start()
@@ -136,6 +138,7 @@ class Crew:
 
     cluster: Cluster
     site: Site
+    task: Any
     advance: Callable[[int], None]
     notice: Callable[[str], None]
     _told: dict[str, int] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class Crew:
         import ray
         from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
-        task = ray.remote(perform).options(
+        task = self.task.options(
             name=label,
             num_cpus=self.cluster.node_cpus if node else 1,
             num_gpus=int(gpu),
@@ -196,8 +199,8 @@ class Crew:
             ) from error
         with self._lock:
             self.cluster._done.append((weight, found))
-            self._said.pop(label, None)
-        self.cluster.board.end.remote(label)
+        with suppress(RayError):
+            self._hear(label, ray.get(self.cluster.board.end.remote(label), timeout=BOARD_SECONDS))
         self._tell(label, weight)
         return found.value
 
@@ -210,15 +213,21 @@ class Crew:
             ended = wait(POLL_SECONDS)
             with suppress(ray.exceptions.RayError):
                 for label, said in ray.get(self.cluster.board.read.remote(), timeout=BOARD_SECONDS).items():
-                    before = self._said.get(label, replace(said, times=1))
-                    if said.times > before.times:
-                        lost = f"failed or was lost on node {before.name}"
-                        self.notice(f"{label}: {lost}; begun again on node {said.name}")
-                    self._said[label] = said
-                    self._tell(label, said.done)
+                    self._hear(label, said)
                 for node in ray.nodes():
                     if not node["Alive"]:
                         self._dead.setdefault(node["NodeID"], time.monotonic())
+
+    def _hear(self, label: str, said: Said | None) -> None:
+        """Take in what the board says of a task, and pass it on."""
+        if said is None:
+            return
+        with self._lock:
+            heard = self._said[label].times if label in self._said else 1
+            self._said[label] = said
+        if said.times > heard:
+            self.notice(f"{label}: failed or was lost on node {said.before}; begun again on node {said.name}")
+        self._tell(label, said.done)
 
     def _tell(self, label: str, done: int) -> None:
         """Tell of bytes that were not told of: a task that begins again has done some already."""

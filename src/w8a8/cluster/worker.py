@@ -68,11 +68,15 @@ class Answer(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """How far a task is: the node it was begun on at last, by id and name, how many times it was begun, bytes done."""
+    """How far a task is: the node it was begun on at last, by id and name, how many times it was begun, bytes done.
+
+    `before` is the name of the node that it was begun on before.
+    """
 
     node: str
     name: str
-    times: int
+    times: int = 1
+    before: str = ""
     done: int = 0
 
 
@@ -84,16 +88,17 @@ class Board:
 
     def begin(self, label: str, node: str, name: str) -> None:
         """A task begins on a node."""
-        self.said[label] = Said(node, name, self.said[label].times + 1 if label in self.said else 1)
+        last = self.said.get(label)
+        self.said[label] = Said(node, name, last.times + 1, last.name) if last else Said(node, name)
 
     def report(self, label: str, done: int) -> None:
         """A task has done so many bytes so far."""
         if label in self.said:
             self.said[label] = replace(self.said[label], done=done)
 
-    def end(self, label: str) -> None:
-        """A task is done: another one may have its label."""
-        self.said.pop(label, None)
+    def end(self, label: str) -> Said | None:
+        """A task is done, and another one may have its label; return what it said at last."""
+        return self.said.pop(label, None)
 
     def read(self) -> dict[str, Said]:
         """All that was said."""
