@@ -112,8 +112,8 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             self, status: HTTPStatus, body: bytes, headers: Mapping[str, str], name: str = "", begin: int = 0
         ) -> None:
             self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
             self.end_headers()
             if self.command != "HEAD":
                 with suppress(ConnectionError):  # a client may have enough
