@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from tests.command import W8A8
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from w8a8 import quantize, verify
 from w8a8.checkpoint import stream
+from w8a8.checkpoint.hub import HubFolder
 from w8a8.errors import HubError, NonFiniteWeightError, SourceError
 from w8a8.execute.status import status
 
@@ -231,3 +233,16 @@ def test_a_source_is_verified_while_it_arrives_and_again_where_it_came_wrong(
     with pytest.raises(HubError, match="its hash is not the one"):
         verify(tmp_path / "out", "org/large")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out", "source"]
+
+
+def test_who_waits_for_bytes_can_stop(hub: Hub, tmp_path: Path) -> None:
+    files = folder_bytes(large_checkpoint(tmp_path / "source", shards=1, shard_mb=2))
+    hub.repositories, gate = {"org/large": files}, threading.Event()
+    folder = HubFolder.find("org/large", None)
+    [name] = [name for name in files if name.endswith(".safetensors")]
+    hub.pace = lambda _, begin: (gate.wait(60), None)[1] if begin > 10**6 else None
+    pieces = folder.body(folder.files[name], 0)
+    came = [*islice(pieces, 3)]
+    assert came[-1] == b""
+    gate.set()
+    assert b"".join([*came, *pieces]) == files[name]

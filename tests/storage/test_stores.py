@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wa
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request, is_shard
 from w8a8 import Options, convert, dry_run, inspect, quantize, verify
 from w8a8.checkpoint import stores
+from w8a8.checkpoint.remote import NotDeliveredError
 from w8a8.errors import (
     MissingExtraError,
     NoConfigError,
@@ -258,3 +260,22 @@ def test_a_run_that_was_ended_goes_on(bucket: Bucket, tmp_path: Path) -> None:
     quantize(folder, tmp_path / "whole", hash_source=True)
     assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
     assert json.loads((out / "w8a8.json").read_text())["source"]["sha256"]
+
+
+def test_who_waits_for_bytes_can_stop(bucket: Bucket, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, gate = stores.StoreFolder.find(source), threading.Event()
+
+    def hold(request: Request) -> Fault:
+        if request.method == "GET":
+            gate.wait(60)
+        return None
+
+    bucket.fault = hold
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "RANGE_SECONDS", 0.0)
+        with pytest.raises(NotDeliveredError, match="did not come within"):
+            [*folder.body(folder.files[NAME], 0)]
+    pieces = folder.body(folder.files[NAME], 0)
+    assert next(pieces) == b""
+    gate.set()
+    assert b"".join(pieces) == bucket.system.cat_file(f"{BUCKET}/some/llama/{NAME}")

@@ -16,7 +16,7 @@ from w8a8.reading import show
 
 CHUNK_BYTES = 1 << 20
 CHUNK_SECONDS = 0.5
-"""How long pieces of a file are gathered, however few come: whoever takes them looks then whether to stop."""
+"""How long pieces of a file are gathered, however few come, or none: whoever takes them looks then whether to stop."""
 TIMEOUT_SECONDS = 20.0
 """How long a server may say nothing."""
 
@@ -165,10 +165,15 @@ def _pieces(response: Any) -> Iterator[bytes]:
         left -= len(piece)
         if left <= 0:
             return
-        try:
-            piece = connection.read(min(left, CHUNK_BYTES), timeout=TIMEOUT_SECONDS)
-        except Exception as error:  # of the library below the HTTP library, whose names for them may change
-            raise _not_delivered(error) from error
+        piece, silent = b"", time.monotonic() + TIMEOUT_SECONDS
+        while not piece:
+            try:
+                piece = connection.read(min(left, CHUNK_BYTES), timeout=CHUNK_SECONDS)
+                break
+            except Exception as error:  # of the library below the HTTP library, whose names for them may change
+                if not isinstance(error.__cause__ or error.__context__, TimeoutError) or time.monotonic() > silent:
+                    raise _not_delivered(error) from error
+                yield b""
 
 
 def _not_delivered(error: Exception) -> NotDeliveredError:

@@ -9,10 +9,12 @@ condition, too.
 import hashlib
 import logging
 import re
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
@@ -42,8 +44,11 @@ MAX_ENTRIES = 10_000
 MAX_DEPTH = 3
 RANGE_BYTES = 8 << 20
 """Bytes of a request, all of which are in memory."""
+RANGE_SECONDS = 600.0
+"""How long one may take: with 14 kB/s it comes."""
 READERS = 4
 """Requests on their way for a file at once."""
+POLL_SECONDS = 0.5
 
 _TAGS = ("ETag", "generation", "etag", "sha", "xet_hash", "blob_id", "mtime", "last_modified", "modified", "created")
 """What implementations call what changes with an object."""
@@ -247,7 +252,8 @@ class StoreFolder:
 def _ranges(open_: Callable[[], Any], begin: int, end: int) -> Iterator[bytes]:
     """The bytes of a file from `begin` to `end`, in order, asked for in several ranges at once: each takes its time.
 
-    Each reader has one on its way. Raises what an implementation raises, and `EOFError`.
+    Each reader has one on its way. While nothing comes, an empty piece does now and then, so that whoever takes them
+    can stop; nobody waits for a reader then. Raises what an implementation raises, `EOFError`, `NotDeliveredError`.
     """
 
     def read(reader: Any, offset: int) -> bytes:
@@ -258,17 +264,32 @@ def _ranges(open_: Callable[[], Any], begin: int, end: int) -> Iterator[bytes]:
         return content
 
     offsets = iter(range(begin, end, RANGE_BYTES))
-    with ExitStack() as stack:
-        first = [*islice(offsets, READERS)]
-        readers = [stack.enter_context(open_()) for _ in first]
-        pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="range"))
-        coming = deque(
-            (reader, pool.submit(read, reader, offset)) for reader, offset in zip(readers, first, strict=True)
-        )
-        while coming:
-            reader, future = coming.popleft()
-            yield future.result()
-            coming.extend((reader, pool.submit(read, reader, offset)) for offset in islice(offsets, 1))
+    first = [*islice(offsets, READERS)]
+    readers = [open_() for _ in first]
+    coming = deque((reader, _begun(read, reader, offset)) for reader, offset in zip(readers, first, strict=True))
+    while coming:
+        reader, future = coming.popleft()
+        late = time.monotonic() + RANGE_SECONDS
+        while not wait([future], POLL_SECONDS).done:
+            if time.monotonic() > late:
+                raise NotDeliveredError(f"{RANGE_BYTES:,} bytes did not come within {RANGE_SECONDS:.0f} s")
+            yield b""
+        yield future.result()
+        coming.extend((reader, _begun(read, reader, offset)) for offset in islice(offsets, 1))
+
+
+def _begun(read: Callable[[Any, int], bytes], reader: Any, offset: int) -> Future[bytes]:
+    """Read in a thread that nothing waits for, not even the end of this process, as it would for one of a pool."""
+    future: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(read(reader, offset))
+        except BaseException as error:  # noqa: BLE001 - handed to whoever takes the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="range", daemon=True).start()
+    return future
 
 
 def _is_file_name(name: str) -> bool:
