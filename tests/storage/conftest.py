@@ -9,6 +9,7 @@ from huggingface_hub import constants
 from tests.checkpoint.hub import Hub, local_hub
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.storage.buckets import Bucket, bucket_at, s3_server
+from w8a8.checkpoint import remote
 from w8a8.storage import download
 
 Files = Mapping[str, bytes]
@@ -25,7 +26,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Files:
 @pytest.fixture
 def hub(llama: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub with the small Llama, which this process asks; failed requests are repeated without a wait."""
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    for module in (download, remote):
+        monkeypatch.setattr(module, "BACKOFF_SECONDS", 0.0)
     with local_hub({"org/llama": llama}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -45,7 +47,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def bucket(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bucket]:
     """An empty bucket, which this process asks; failed requests are repeated without a wait."""
-    monkeypatch.setattr(download, "BACKOFF_SECONDS", 0.0)
+    for module in (download, remote):
+        monkeypatch.setattr(module, "BACKOFF_SECONDS", 0.0)
     with bucket_at(s3) as bucket:
         for name, value in bucket.env.items():
             monkeypatch.setenv(name, value)

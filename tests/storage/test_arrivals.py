@@ -24,6 +24,7 @@ from tests.command import W8A8, cli
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from tests.storage.conftest import SHARDS
 from w8a8 import dry_run, quantize
+from w8a8.checkpoint import remote
 from w8a8.checkpoint.source import in_store
 from w8a8.errors import HubError, W8A8Error
 from w8a8.storage import download
@@ -123,6 +124,19 @@ def test_a_hub_that_only_fails_is_given_up_and_says_what_to_do(hub: Hub, tmp_pat
     with pytest.raises(HubError, match=rf"{last}: the Hub did not deliver it \(the Hub answered 503\).*same command"):
         quantize("org/llama", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("times", [remote.START_ATTEMPTS - 1, remote.START_ATTEMPTS])
+@pytest.mark.parametrize("fault", [HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS, "cut"])
+def test_what_the_plan_is_made_from_is_asked_for_again(hub: Hub, fault: HTTPStatus | str, times: int) -> None:
+    left = [fault] * times
+    hub.fault = lambda name, _: left.pop() if left and name == "config.json" else None
+    if times < remote.START_ATTEMPTS:
+        assert dry_run("org/llama").source == "org/llama"
+    else:
+        with pytest.raises(HubError, match=r"config\.json: the Hub did not deliver it .*same command"):
+            dry_run("org/llama")
+    assert not left
 
 
 def test_another_server_gets_the_request_but_not_the_token(

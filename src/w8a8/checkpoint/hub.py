@@ -68,14 +68,12 @@ class HubFolder:
     def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
         """Fetch at most `count` bytes of a file, from `begin` on; return them and its length.
 
-        Raises `HubError`, `SourceNotFoundError`.
+        Raises `HubError`, `SourceNotFoundError` or `NotDeliveredError`.
         """
-        from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
-
         content = bytearray()
         headers = {"Range": f"bytes={begin}-{begin + count - 1}"}
         with self._translated(), self._get(name, headers) as response:
-            hf_raise_for_status(response)
+            self._answered(name, response)
             length = response.headers.get("Content-Range", "").rpartition("/")[2]
             length = length or response.headers.get("Content-Length", "")
             if not re.fullmatch(r"\d{1,13}", length) or int(length) > MAX_FILE_BYTES:
@@ -123,27 +121,34 @@ class HubFolder:
 
         try:
             yield
-        except (HTTPError, OfflineModeIsEnabled, OSError, ValueError, RuntimeError) as error:
+        except (OfflineModeIsEnabled, ValueError, RuntimeError) as error:
             raise refused(self.label, error) from error
+        except (HTTPError, OSError) as error:
+            raise _not_delivered(error) from error
 
     def _check(self, file: RemoteFile, response: Any, begin: int) -> None:
         """Raise unless the response is what was asked for."""
+        status = response.status_code
+        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (begin and status == HTTPStatus.OK):
+            raise NotDeliveredError("the Hub does not go on in the middle of it", over=True)
+        self._answered(file.name, response)
+        if begin:
+            place = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15}|\*)", response.headers.get("Content-Range", ""))
+            if place is None or int(place[1]) != begin:
+                raise NotDeliveredError("the Hub sent another part of it than was asked for", over=True)
+
+    def _answered(self, name: str, response: Any) -> None:
+        """Raise unless the Hub gives the file."""
         from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
         from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
 
         status = response.status_code
-        if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE or (begin and status == HTTPStatus.OK):
-            raise NotDeliveredError("the Hub does not go on in the middle of it", over=True)
         if status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_MANY_REQUESTS) or status >= 500:
             raise NotDeliveredError(f"the Hub answered {status}", retry_after(response.headers.get("Retry-After", "")))
         try:
             hf_raise_for_status(response)
         except HTTPError as error:
-            raise refused(self.where(file.name), error) from error
-        if begin:
-            place = re.fullmatch(r"bytes (\d{1,15})-\d{1,15}/(\d{1,15}|\*)", response.headers.get("Content-Range", ""))
-            if place is None or int(place[1]) != begin:
-                raise NotDeliveredError("the Hub sent another part of it than was asked for", over=True)
+            raise refused(self.where(name), error) from error
 
 
 def _pieces(response: Any) -> Iterator[bytes]:

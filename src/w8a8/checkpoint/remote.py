@@ -8,7 +8,8 @@ that folder is opened like any other: the same checks hold, and the safetensors 
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
 from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, require_config, weight_files
+from w8a8.checkpoint.session import LONGEST_WAIT_SECONDS
+from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import W8A8Error
 from w8a8.reading import MAX_JSON_BYTES
 
@@ -28,6 +31,11 @@ FIRST_BYTES = 100_000
 
 MAX_FILE_BYTES = 2**43
 WORKERS = 8
+
+START_ATTEMPTS = 4
+"""Times that a server is asked for the start of a file before that is given up: seven seconds, while a person waits."""
+BACKOFF_SECONDS = 1.0
+"""The first wait before asking again; each further one is twice as long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +106,10 @@ class Remote(Protocol):
         """What messages call a file in it."""
 
     def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
-        """Fetch at most `count` bytes of a file, from `begin` on; return them and its length. Raises `W8A8Error`."""
+        """Fetch at most `count` bytes of a file, from `begin` on; return them and its length.
+
+        Raises `W8A8Error`, or `NotDeliveredError` where it may be asked again.
+        """
 
     def body(self, file: RemoteFile, begin: int) -> Iterator[bytes]:
         """Fetch a file from byte `begin` on. Raises `W8A8Error`, or `NotDeliveredError` where it may be asked again."""
@@ -113,6 +124,30 @@ def called(label: str, folder: str | Path) -> Iterator[None]:
         raise type(error)(str(error).replace(str(folder), label)) from error
 
 
+def wait(seconds: float, stopped: Callable[[], bool] = lambda: False) -> None:
+    """Sleep, within bounds. Raises `Stopped` once `stopped()` holds."""
+    end = time.monotonic() + min(seconds, LONGEST_WAIT_SECONDS)
+    while (left := end - time.monotonic()) > 0:
+        if stopped():
+            raise Stopped
+        time.sleep(min(left, 0.2))
+
+
+def start_of(remote: Remote, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
+    """`remote.start`, asked again where it was not delivered. Raises `W8A8Error`."""
+    for failed in range(START_ATTEMPTS):
+        try:
+            return remote.start(name, count, begin)
+        except NotDeliveredError as failure:
+            if failed == START_ATTEMPTS - 1:
+                raise remote.error(
+                    f"{remote.where(name)}: {remote.keeper} did not deliver it ({failure}); "
+                    "give the same command again to try once more"
+                ) from failure
+            wait(max(failure.wait, BACKOFF_SECONDS * 2**failed))
+    raise AssertionError
+
+
 def lay_out(remote: Remote, folder: Path) -> Sequence[str]:
     """Lay config, index and the shards' headers out in `folder`; return the names of the shards."""
     names = {*remote.files}
@@ -120,7 +155,7 @@ def lay_out(remote: Remote, folder: Path) -> Sequence[str]:
     for name, limit in (("config.json", MAX_JSON_BYTES), (INDEX, MAX_INDEX_BYTES)):
         if name not in names:
             continue
-        content, length = remote.start(name, limit)
+        content, length = start_of(remote, name, limit)
         if len(content) < length:
             raise remote.error(f"{folder}/{name}: {len(content):,} bytes came, of {length:,}")
         (folder / name).write_bytes(content)
@@ -133,11 +168,11 @@ def lay_out(remote: Remote, folder: Path) -> Sequence[str]:
 
 def _headers(remote: Remote, shards: Iterable[str], folder: Path) -> None:
     def shard(name: str) -> None:
-        content, length = remote.start(name, FIRST_BYTES)
+        content, length = start_of(remote, name, FIRST_BYTES)
         if len(content) >= 8:
             (header,) = struct.unpack("<Q", content[:8])
             if len(content) < 8 + header <= length and header <= MAX_HEADER_BYTES:
-                content, length = remote.start(name, 8 + header)
+                content, length = start_of(remote, name, 8 + header)
         with (folder / name).open("wb") as file:
             file.write(content)
             file.truncate(length)

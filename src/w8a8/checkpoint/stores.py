@@ -220,11 +220,11 @@ class StoreFolder:
     def start(self, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
         """Fetch at most `count` bytes of a file, from `begin` on; return them and its length.
 
-        Raises `StoreError`, `SourceNotFoundError`, `SourceChangedError`.
+        Raises `StoreError`, `SourceNotFoundError`, `SourceChangedError`, `NotDeliveredError`.
         """
         file = self.files[name]
         end = min(begin + count, file.size)
-        with self.store.insisting(name):
+        with self.store.asking(name):
             content = self.store.system.cat_file(self.store.path(name), start=begin, end=end) if begin < end else b""
             self._check(file)
         return bytes(content[:count]), file.size

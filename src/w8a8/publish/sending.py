@@ -21,6 +21,7 @@ from huggingface_hub.lfs import UploadInfo, post_lfs_batch_info
 from huggingface_hub.utils import _xet, disable_progress_bars  # type: ignore[attr-defined]
 
 from w8a8.checkpoint.hub import HubFolder
+from w8a8.checkpoint.remote import start_of, wait
 from w8a8.checkpoint.session import retry_after
 from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import HubError, UsageError, W8A8Error
@@ -30,7 +31,6 @@ from w8a8.publish.card.text import README
 from w8a8.publish.hub import explained, hub_api, target_id, writable
 from w8a8.publish.push import Pushed, message, planned, prepare, refuse
 from w8a8.reading import MAX_TEXT_BYTES
-from w8a8.storage.download import wait
 from w8a8.storage.folders import remove
 from w8a8.storage.writer import write_whole
 
@@ -142,7 +142,7 @@ class Upload:
         there = README in {file.rfilename for file in info.siblings or ()}
         try:
             if there:
-                before, _ = HubFolder(self._repo, self._repo, str(info.sha), {}).start(README, MAX_TEXT_BYTES)
+                before, _ = start_of(HubFolder(self._repo, self._repo, str(info.sha), {}), README, MAX_TEXT_BYTES)
                 write_whole(folder / README, before)
             made = card.make(folder, repo=self._repo)
         except W8A8Error as error:

@@ -21,7 +21,7 @@ from typing import Self
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.remote import Remote, RemoteFile, called, lay_out
+from w8a8.checkpoint.remote import Remote, RemoteFile, called, lay_out, start_of
 from w8a8.checkpoint.source import needed
 from w8a8.checkpoint.stream import ArrivedWrong, Feed, Identity, Stopped, read_exactly
 from w8a8.errors import NonFiniteWeightError, SourceChangedError, SourceError, UnreadableError
@@ -74,8 +74,8 @@ class Repository:
             return cls(remote, Checkpoint.open(path), folder)
 
     def read(self, name: str, begin: int, nbytes: int) -> bytes:
-        """Fetch a few bytes of a file. Raises what `Remote.start` raises."""
-        content, _ = self.remote.start(name, nbytes, begin)
+        """Fetch a few bytes of a file. Raises what `start_of` raises."""
+        content, _ = start_of(self.remote, name, nbytes, begin)
         if len(content) != nbytes:
             raise self.remote.error(f"{self.remote.where(name)}: {len(content):,} bytes came, of {nbytes:,}")
         return content

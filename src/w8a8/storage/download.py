@@ -5,13 +5,11 @@ with; only when length and hash are right does it become the target. A server th
 wait is asked again for what is missing.
 """
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from w8a8.checkpoint.remote import NotDeliveredError, Remote, RemoteFile
-from w8a8.checkpoint.session import LONGEST_WAIT_SECONDS
+from w8a8.checkpoint.remote import BACKOFF_SECONDS, NotDeliveredError, Remote, RemoteFile, wait
 from w8a8.checkpoint.stream import BLOCK_BYTES, Stopped
 from w8a8.storage.folders import remove
 from w8a8.storage.writer import disk_errors
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 ATTEMPTS = 6
 """Times that a server is asked without giving a byte, and that a file may come with a wrong hash or length, before the
 download is given up."""
-BACKOFF_SECONDS = 1.0
-"""The first wait before asking again; each further one is twice as long."""
 
 
 def download(
@@ -114,15 +110,6 @@ def _begun(file: RemoteFile, part: Path, stopped: Callable[[], bool]) -> tuple["
                 digest.update(block)
                 size += len(block)
     return digest, size
-
-
-def wait(seconds: float, stopped: Callable[[], bool]) -> None:
-    """Sleep, within bounds. Raises `Stopped` once `stopped()` holds."""
-    end = time.monotonic() + min(seconds, LONGEST_WAIT_SECONDS)
-    while (left := end - time.monotonic()) > 0:
-        if stopped():
-            raise Stopped
-        time.sleep(min(left, 0.2))
 
 
 def _given_up(remote: Remote, file: RemoteFile, reason: str, *, kept: bool) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from w8a8.checkpoint import remote
 from w8a8.checkpoint.remote import NotDeliveredError, RemoteFile
 from w8a8.checkpoint.stores import EXTRAS, Store
 from w8a8.checkpoint.stream import Stopped
@@ -60,5 +61,5 @@ def insist(store: Store, name: str, ask: Callable[[], T], stopped: Callable[[], 
                     f"{store.where(name)}: the store did not take it ({failure}); what was sent is kept, and the same "
                     "command goes on"
                 ) from failure
-            download.wait(download.BACKOFF_SECONDS * 2 ** (attempt - 1), stopped)
+            remote.wait(remote.BACKOFF_SECONDS * 2 ** (attempt - 1), stopped)
     raise AssertionError
