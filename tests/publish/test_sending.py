@@ -133,14 +133,19 @@ def test_the_command_says_where_it_went(hub: Hub, llama: Files, tmp_path: Path, 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    run = cli("quantize", "llama", *out, "--json", "--public", env=env)
+    run = cli("quantize", "llama", *out, "--json", "--log-json", "--public", env=env)
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
+    [sent] = [line["sent"] for line in map(json.loads, run.stderr.splitlines()) if line["event"] == "end"]
+    assert sent["done"] == sent["total"]
     assert (said["url"], said["commit"], said["repo"]) == (f"{hub.url}/{REPO}", COMMIT, REPO)
     assert said["out"] is None
     assert not hub.repositories[REPO].private
     assert not staging_of(tmp_path / "llama-W8A8").exists()
     assert cli("quantize", "llama", "--public", "out").returncode == 2
+    run = cli("quantize", "llama", f"hf://{REPO}@dev")
+    assert run.returncode == 2
+    assert "a result goes to `main`" in run.stderr
 
 
 def test_the_source_and_what_is_public_are_not_replaced(hub: Hub, tmp_path: Path) -> None:
@@ -203,6 +208,14 @@ def test_a_hub_that_asks_to_wait_is_given_the_time(hub: Hub, whole: Files, waits
     push()
     assert shown(hub) == whole
     assert [wait for wait in waits if 99 < wait < 102] == waits != []
+
+
+def test_nobody_waits_for_a_year(hub: Hub, whole: Files, waits: list[float]) -> None:
+    left, hub.wait = [HTTPStatus.TOO_MANY_REQUESTS], "31536000"
+    hub.fault = lambda method, _: left.pop() if left and method == "PUT" else None
+    push()
+    assert shown(hub) == whole
+    assert [wait for wait in waits if 299 < wait < 302] == waits != []
 
 
 def test_what_the_hub_has_lost_is_made_again_and_nothing_else(hub: Hub, whole: Files) -> None:

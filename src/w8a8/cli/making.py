@@ -167,7 +167,9 @@ def quantize(
     if out and is_on_hub(out):
         if push:
             raise UsageError("give OUT on the Hub, or --push REPO")
-        push, out = hub_id(out)[0], None
+        (push, revision), out = hub_id(out), None
+        if revision:
+            raise UsageError(f"hf://{push}@{revision}: a result goes to `main`; leave @{revision} away")
     if public and not push:
         raise UsageError("--public is for a new repository: give --push REPO")
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
@@ -222,7 +224,7 @@ def quantize(
             ray=ray,
             advance=advance,
             arrived=advance.lane("downloaded"),
-            sent=advance.lane("sent", sum(shard.data_bytes for shard in job.plan.shards)),
+            sent=advance.lane("sent", job.plan.shard_bytes),
             notice=terminal.notice,
         )
     with showing(f"{push} is uploaded" if push else f"{out} is whole"):
@@ -284,7 +286,7 @@ def convert(
             workers=workers,
             advance=advance,
             arrived=advance.lane("downloaded"),
-            sent=advance.lane("sent", sum(shard.data_bytes for shard in job.plan.shards)),
+            sent=advance.lane("sent", job.plan.shard_bytes),
             notice=terminal.notice,
         )
     with showing(f"{out} is whole"):

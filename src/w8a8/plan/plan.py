@@ -80,6 +80,11 @@ class Plan:
         """The safetensors header of an output shard, as it will be written."""
         return write_header(((w.name, w.dtype, w.shape, w.begin, w.end) for w in shard.writes), self.metadata)
 
+    @property
+    def shard_bytes(self) -> int:
+        """Bytes of all output shards, with their headers."""
+        return sum(len(self.header(shard)) + shard.data_bytes for shard in self.shards)
+
     def components(self) -> tuple[ComponentSummary, ...]:
         """Totals per component, quantized ones first, then by size."""
         written: dict[str, int] = {}

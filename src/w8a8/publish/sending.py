@@ -147,7 +147,7 @@ class Upload:
             made = card.make(folder, repo=self._repo)
         except W8A8Error as error:
             remove(folder / README)
-            self._notice(f"no model card was written: {error}")
+            self._notice(f"no model card was written: {str(error).replace(str(folder), self._repo)}")
             return
         if made.stranger:
             remove(folder / README)
