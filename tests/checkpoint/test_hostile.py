@@ -1,6 +1,8 @@
 """Hubs that answer what no Hub would, over real HTTP: each is refused in one line, soon, and nothing grows."""
 
 import json
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +20,7 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.servers import listening
 from w8a8.checkpoint import session
 from w8a8.checkpoint.hub import HubFolder
+from w8a8.checkpoint.remote import SCRATCH
 from w8a8.errors import W8A8Error
 from w8a8.storage.arrivals import Repository
 
@@ -187,3 +190,21 @@ def test_what_comes_packed_is_not_unpacked(llama: Mapping[str, bytes], monkeypat
 )  # fmt: skip
 def test_a_wait_is_a_number_whatever_is_said(text: str, seconds: float) -> None:
     assert session.retry_after(text) == seconds
+
+
+def test_what_killed_runs_have_left_of_headers_leaves_with_the_next(
+    llama: Mapping[str, bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with asked(hub_of(llama, described(llama)), monkeypatch):
+        running = Repository.open(HubFolder.find("org/llama", None))
+        left, new = tmp_path / f"{SCRATCH}left", tmp_path / f"{SCRATCH}new"
+        for folder in (left, new):
+            folder.mkdir()
+            (folder / "config.json").touch()
+        for folder in (left, running.checkpoint.path):
+            os.utime(folder, (0, 0))
+        Repository.open(HubFolder.find("org/llama", None))
+    assert {*tmp_path.iterdir()} == {new, running.checkpoint.path}
+    del running
+    assert [*tmp_path.iterdir()] == [new]

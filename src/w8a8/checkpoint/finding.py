@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.hub import HubFolder
 from w8a8.checkpoint.reader import Checkpoint
-from w8a8.checkpoint.remote import Remote, called, lay_out
+from w8a8.checkpoint.remote import Remote, Scratch, called, lay_out
 from w8a8.checkpoint.source import cached, hub_id, in_store
 from w8a8.checkpoint.stores import StoreFolder
 from w8a8.errors import W8A8Error
@@ -57,6 +56,6 @@ def _cached(repo: str, revision: str | None) -> Checkpoint | None:
 
 
 def _open_remote(remote: Remote) -> Checkpoint:
-    with TemporaryDirectory(prefix="w8a8-headers-") as folder, called(remote.label, folder), reading(Path(folder)):
+    with Scratch() as folder, called(remote.label, folder), reading(Path(folder)):
         lay_out(remote, Path(folder))
         return Checkpoint.open(folder)

@@ -6,14 +6,19 @@ out as a folder whose shards have their true length and nothing behind the heade
 that folder is opened like any other: the same checks hold, and the safetensors library has its word.
 """
 
+import fcntl
 import hashlib
+import os
+import shutil
 import struct
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Protocol
 
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
@@ -30,6 +35,7 @@ FIRST_BYTES = 100_000
 """Enough for most headers (huggingface_hub fetches as many)."""
 
 MAX_FILE_BYTES = 2**43
+SCRATCH, SCRATCH_SECONDS = "w8a8-headers-", 60
 WORKERS = 8
 
 START_ATTEMPTS = 4
@@ -113,6 +119,34 @@ class Remote(Protocol):
 
     def body(self, file: RemoteFile, begin: int) -> Iterator[bytes]:
         """Fetch a file from byte `begin` on. Raises `W8A8Error`, or `NotDeliveredError` where it may be asked again."""
+
+
+class Scratch(TemporaryDirectory[str]):
+    """A folder for headers and small files, which leaves with this object, as do those that killed runs have left.
+
+    A lock on it tells that its run is alive: the kernel drops it, however that ends.
+    """
+
+    def __init__(self) -> None:
+        for left in Path(gettempdir()).glob(f"{SCRATCH}*"):
+            _remove_left(left)
+        super().__init__(prefix=SCRATCH)
+        lock = os.open(self.name, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_SH)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove the folder of a run that has ended; a new one may not have its lock yet."""
+    with suppress(OSError):
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            status = os.fstat(lock)
+            if status.st_uid == os.getuid() and time.time() - status.st_mtime > SCRATCH_SECONDS:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+        finally:
+            os.close(lock)
 
 
 @contextmanager

@@ -16,12 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Self
 
 from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.checkpoint.reader import INDEX, inside
-from w8a8.checkpoint.remote import Remote, RemoteFile, called, lay_out, start_of
+from w8a8.checkpoint.remote import Remote, RemoteFile, Scratch, called, lay_out, start_of
 from w8a8.checkpoint.source import needed
 from w8a8.checkpoint.stream import ArrivedWrong, Feed, Identity, Stopped, read_exactly
 from w8a8.errors import NonFiniteWeightError, SourceChangedError, SourceError, UnreadableError
@@ -50,12 +49,12 @@ class Repository:
 
     remote: Remote
     checkpoint: Checkpoint
-    _folder: TemporaryDirectory[str] = field(repr=False)
+    _folder: Scratch = field(repr=False)
 
     @classmethod
     def open(cls, remote: Remote) -> Self:
         """Fetch headers and small files. Raises what `Remote`, `download` and `Checkpoint.open` raise."""
-        folder = TemporaryDirectory(prefix="w8a8-headers-")
+        folder = Scratch()
         path = Path(folder.name)
         with called(remote.label, path), disk_errors(path, resumable=False):
             shards = lay_out(remote, path)
