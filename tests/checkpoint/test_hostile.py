@@ -18,10 +18,11 @@ from huggingface_hub import constants
 from tests.checkpoint.hub import COMMIT
 from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.servers import listening
-from w8a8.checkpoint import session
+from w8a8.checkpoint import remote, session
 from w8a8.checkpoint.hub import HubFolder
 from w8a8.checkpoint.remote import SCRATCH
 from w8a8.errors import W8A8Error
+from w8a8.storage import download
 from w8a8.storage.arrivals import Repository
 
 Answer = tuple[int, Mapping[str, str], bytes | Iterator[bytes]]
@@ -33,6 +34,12 @@ MB = b" " * 10**6
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, bytes]:
     return folder_bytes(write_checkpoint(tmp_path_factory.mktemp("hub") / "llama", llama_tensors(), shards=2))
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (remote, download):
+        monkeypatch.setattr(module, "BACKOFF_SECONDS", 0.0)
 
 
 @contextmanager
