@@ -21,7 +21,7 @@ WORKER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); pr
 
 
 def install(folder: Path, version: str) -> dict[str, str]:
-    """Make `vllm` of that version in `folder`; returns the environment in which it is found."""
+    """Make `vllm` of that version in `folder`, without Ray; returns the environment in which it is found."""
     program = folder / "bin" / "vllm"
     program.parent.mkdir(parents=True)
     program.write_text(f"#!{sys.executable}\nfrom tests.serve.fake_vllm import main\nmain()\n")
@@ -29,6 +29,7 @@ def install(folder: Path, version: str) -> dict[str, str]:
     metadata = folder / f"vllm-{version}.dist-info" / "METADATA"
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (folder / "sitecustomize.py").write_text("import sys\nsys.modules['ray'] = None\n")  # as if it were not installed
     searched = (str(folder), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", ""))
     return {
         "PATH": str(program.parent),

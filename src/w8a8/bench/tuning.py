@@ -38,9 +38,9 @@ def candidates(arch: str, m: int, n: int, k: int) -> list[Tile]:
             "split_k": (1, tile.split_k // 2, tile.split_k * 2),
             "num_warps": (tile.num_warps // 2, tile.num_warps * 2),
             "num_stages": (tile.num_stages - 1, tile.num_stages + 1),
-            "group_m": (1, 16),
+            "group_m": (1, 16) if m > tile.block_m else (),
             "swap": (not tile.swap,),
-            "masked": (not tile.masked,),
+            "masked": (not tile.masked,) if m < tile.block_m else (),
         }.items():
             for value in (getattr(tile, name), *values):
                 try:
