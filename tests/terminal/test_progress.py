@@ -1,9 +1,17 @@
 """The live line: what it says of work that passes in several streams, for people and for machines."""
 
+import fcntl
 import json
+import os
+import pty
 import signal
+import struct
+import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +58,7 @@ def test_the_slowest_stream_says_how_long_it_takes(clock: Callable[[float], None
         made(20_000_000)
     assert len(shown) == 10
     # what is made takes another 200 s, what is sent 2450 s
-    assert shown[-1] == ("2.0 GB of 10.0 GB (20%), 0.04 GB/s, 4.0 GB downloaded, 100.0 MB of 5.0 GB sent, 41 min left")
+    assert shown[-1] == "2.0 GB of 10.0 GB (20%), 39.3 MB/s, 41 min left, 4.0 GB downloaded, 100.0 MB of 5.0 GB sent"
 
 
 def test_what_an_earlier_run_did_is_soon_no_speed(clock: Callable[[float], None]) -> None:
@@ -60,8 +68,38 @@ def test_what_an_earlier_run_did_is_soon_no_speed(clock: Callable[[float], None]
     for _ in range(200):
         clock(0.5)
         made(5_000_000)
-    assert "0.01 GB/s" in shown[-1]
+    assert "10.0 MB/s" in shown[-1]
     assert shown[-1].endswith("82 min left")
+
+
+@pytest.mark.parametrize("width", [60, 100, 160])
+def test_a_terminal_shows_one_line_whatever_its_width(width: int) -> None:
+    script = """
+from w8a8.terminal.output import Terminal
+from w8a8.terminal.progress import live
+with live(Terminal(), "quantizing", 10_000_000_000) as line:
+    fetched = line.lane("downloaded")
+    for _ in range(20):
+        time.sleep(0.1)
+        fetched(400_000_000)
+        line(200_000_000)
+"""
+    terminal, other = pty.openpty()
+    fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    child = subprocess.Popen(
+        [sys.executable, "-c", "import time" + script], stderr=other, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(other)
+    seen = b""
+    with suppress(OSError):  # that is how a terminal says that nobody writes any more
+        while piece := os.read(terminal, 1 << 16):
+            seen += piece
+    os.close(terminal)
+    assert child.wait() == 0
+    assert seen.count(b"\x1b[1A") == 1  # the cursor goes up a line at the end, over the only one
+    assert b"quantizing" in seen.rpartition(b"\r\n")[0].rpartition(b"\r")[2]
+    assert b"4.0 GB of 10.0 GB (40%)" in seen
+    assert (b"8.0 GB downloaded" in seen) is (width > 60)
 
 
 def test_steps_of_many_minutes_have_a_speed(clock: Callable[[float], None]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from w8a8.terminal.events import event
@@ -101,13 +102,13 @@ class Live:
         """The numbers as people read them."""
         main, total = self.main, self.main.total or 0
         if self.unit == BYTES:
-            done = f"{_of(main)} ({main.done / max(total, 1):.0%}), {main.rate(now) / 1e9:.2f} GB/s"
+            done = f"{_of(main)} ({main.done / max(total, 1):.0%}), {size(main.rate(now))}/s"
         else:
             done = f"{main.done:,} of {total:,} {self.unit}"
         beside = [f"{_of(lane)} {lane.name}" for lane in self.beside if lane.done]
         left = self.left(now)
         rest = [] if left is None else [f"{duration(left)} left"]
-        return ", ".join(filter(None, [done, *beside, self.said, *rest]))
+        return ", ".join(filter(None, [done, *rest, *beside, self.said]))
 
     def numbers(self, now: float) -> dict[str, Any]:
         """The same as plain JSON."""
@@ -141,7 +142,9 @@ def live(terminal: Terminal, what: str, total: int, *, unit: str = BYTES) -> Ite
         now = time.monotonic()
         event("end", seconds=round(now - began, 3), **line.numbers(now))
     elif console.is_terminal:
-        with Progress(TextColumn("{task.description}"), BarColumn(), console=console, transient=True) as progress:
+        named = TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(clean(what))))
+        columns = (named, BarColumn(bar_width=None))
+        with Progress(*columns, console=console, transient=True, expand=True) as progress:
             task = progress.add_task(clean(what), total=total)
             line = Live(what, total, unit, lambda line, _now: progress.update(task, completed=line.main.done), 0.0)
             progress.columns = (*progress.columns, _Numbers(line))
@@ -160,7 +163,7 @@ class _Numbers(ProgressColumn):
     max_refresh = 0.5
 
     def __init__(self, line: Live) -> None:
-        super().__init__()
+        super().__init__(Column(no_wrap=True, overflow="ellipsis"))  # the bar has what they leave of the line
         self._line = line
 
     def render(self, _task: Task) -> Text:
