@@ -34,9 +34,10 @@ class Hub:
     """A running Hub. `repositories` maps ids to files; `failing` makes it answer that status to everything.
 
     `fault` may name what goes wrong with a request for a file, given its name and the first byte asked for: a status to
-    answer, or one of "cut", "short", "long", "wrong" (at its start), "ruined" (at its end), "elsewhere" (a redirect to
-    the server `other`). `wait` is its Retry-After. `pace` is called before a chunk of a file is sent, with its name and
-    the byte it goes on at, and may take its time. `digests` are what it claims of a file instead of its SHA-256.
+    answer, or one of "cut", "byte" (one comes), "short", "long", "wrong" (at its start), "ruined" (at its end),
+    "elsewhere" (a redirect to the server `other`). `wait` is its Retry-After. `pace` is called before a chunk of a file
+    is sent, with its name and the byte it goes on at, and may take its time. `digests` are what it claims of a file
+    instead of its SHA-256.
     Without `ranges` it sends whole files whatever is asked for, `lengths` are what it claims of a file instead of its
     length, and `redirecting` it sends every request for a file back to itself. `sent` counts the bytes of bodies.
     """
@@ -134,6 +135,7 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             if fault == "long":
                 content += b"more"
             sent = content[: len(content) // 2] if fault in ("cut", "short") else content
+            sent = content[:1] if fault == "byte" else sent
             claimed = len(sent) if fault == "short" else len(content)
             self.send_response(HTTPStatus.PARTIAL_CONTENT if begin else HTTPStatus.OK)
             self.send_header("Content-Length", str(claimed))
@@ -142,7 +144,7 @@ def local_hub(repositories: Mapping[str, Mapping[str, bytes]]) -> Iterator[Hub]:
             self.end_headers()
             with suppress(ConnectionError):
                 self.wfile.write(sent)
-            self.close_connection = fault == "cut"
+            self.close_connection = fault in ("cut", "byte")
 
         def log_message(self, *args: Any, **kwargs: Any) -> None:
             pass

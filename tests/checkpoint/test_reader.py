@@ -23,6 +23,7 @@ from w8a8.errors import (
     PathEscapeError,
     SourceNotFoundError,
     UnreadableError,
+    UsageError,
     W8A8Error,
 )
 
@@ -236,3 +237,9 @@ def test_what_is_no_folder_is_not_found(llama: Path, name: str, says: str) -> No
         Checkpoint.open(llama.parent / name)
 
     assert says in str(raised.value)
+
+
+@pytest.mark.parametrize("address", ["s3://bucket/folder", "gs://bucket/folder"])
+def test_an_address_where_only_a_folder_is_possible_is_named(address: str) -> None:
+    with pytest.raises(UsageError, match=f"{address}: this command reads files here; copy the folder first"):
+        Checkpoint.open(Path(address))

@@ -26,6 +26,7 @@ from w8a8.checkpoint import stream
 from w8a8.checkpoint.hub import HubFolder
 from w8a8.errors import HubError, NonFiniteWeightError, SourceError
 from w8a8.execute.status import status
+from w8a8.storage import download
 
 SIZE = 6_000_000
 """Some bytes of a shard, to be quantized in blocks of 64 KiB."""
@@ -246,3 +247,37 @@ def test_who_waits_for_bytes_can_stop(hub: Hub, tmp_path: Path) -> None:
     assert came[-1] == b""
     gate.set()
     assert b"".join([*came, *pieces]) == files[name]
+
+
+def test_who_waits_for_headers_can_stop(hub: Hub, tmp_path: Path) -> None:
+    gate = threading.Event()
+    hub.pace = lambda name, _: (gate.wait(60), None)[1] if name.endswith(".safetensors") else None
+    env = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    process = subprocess.Popen([*W8A8, "quantize", "org/llama", str(tmp_path / "out")],
+                               env=env, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    wait_for(lambda: any(name.endswith(".safetensors") for name in hub.downloads), process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=15)  # before the silent server is given up
+    gate.set()
+    assert (process.returncode, errors) == (130, "\nw8a8: interrupted; nothing was begun\n")
+
+
+def test_a_server_that_gives_next_to_nothing_is_given_up(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories = {"org/large": folder_bytes(large_checkpoint(tmp_path / "source", shards=1, shard_mb=8))}
+    folder = HubFolder.find("org/large", None)
+    [file] = [file for name, file in folder.files.items() if name.endswith(".safetensors")]
+    hub.fault = lambda _name, _begin: "byte"
+    hub.requests.clear()
+    with pytest.raises(HubError, match=r"the Hub did not deliver it .*; what came is kept"):
+        download.fetch(folder, file, tmp_path / "part")
+    assert len(hub.requests) == (tmp_path / "part").stat().st_size == download.ATTEMPTS
+    hub.fault, hub.pace = lambda _name, _begin: None, lambda _name, begin: time.sleep(0.6 if begin > 6 else 0)
+    for name, value in (("ATTEMPTS", 2), ("LEAST_SECONDS", 0.1)):
+        monkeypatch.setattr(download, name, value)
+    with pytest.raises(HubError, match=r"bytes came in 0 s\)"):
+        download.fetch(folder, file, tmp_path / "part")
+    hub.pace = lambda _name, begin: time.sleep(0.02)  # 64 KiB each
+    download.fetch(folder, file, tmp_path / "part")
+    assert (tmp_path / "part").stat().st_size == file.size

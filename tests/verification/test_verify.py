@@ -13,7 +13,7 @@ import w8a8
 from tests.checkpoint.files import edit_json
 from tests.checkpoints import LLAMA, Array, llama_tensors, read_tensor, write_checkpoint, write_shard
 from w8a8.checkpoint import Checkpoint, TensorSpec, read_header
-from w8a8.errors import W8A8Error
+from w8a8.errors import UnreadableError, W8A8Error
 from w8a8.execute import execute
 from w8a8.execute.shard import Finished
 from w8a8.formats import Selection, quark
@@ -21,6 +21,7 @@ from w8a8.formats.arithmetic import decode, round_to
 from w8a8.formats.provenance import CalibrationRecord
 from w8a8.plan import make_plan
 from w8a8.quantization import Options, prepare
+from w8a8.verification import run as verification
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -250,6 +251,14 @@ def test_without_the_sources_checksums_its_tensors_are_compared_all_the_same(lla
     assert result.checksums == 2
     other = write_checkpoint(tmp_path / "other", llama_tensors(seed=1), shards=2)
     assert w8a8.verify(tmp_path / "out", other).problems
+
+
+def test_a_result_that_cannot_be_read_any_more_is_an_error_that_names_it(llama: Path, made: Path) -> None:
+    (made / "w8a8.json").unlink()
+    job = verification.prepare(made, llama)
+    (made / job.out.shards[0].name).unlink()
+    with pytest.raises(UnreadableError, match=job.out.shards[0].name):
+        verification.run(job)
 
 
 def test_an_unquantized_checkpoint_is_not_taken_for_a_result(llama: Path) -> None:

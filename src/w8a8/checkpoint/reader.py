@@ -19,6 +19,7 @@ from w8a8.checkpoint.ggufs import Gguf, choose, is_gguf, open_gguf, parts_of
 from w8a8.checkpoint.header import TensorSpec, read_header
 from w8a8.checkpoint.kinds import instead
 from w8a8.checkpoint.sidecars import LeftOut, sort_files
+from w8a8.checkpoint.source import is_address
 from w8a8.errors import (
     DuplicateTensorError,
     InvalidIndexError,
@@ -30,6 +31,7 @@ from w8a8.errors import (
     PickleOnlyError,
     SourceNotFoundError,
     UnreadableError,
+    UsageError,
 )
 from w8a8.reading import UnfitError, open_file, read_json, reading, show
 
@@ -70,13 +72,16 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Self:
         """Open the checkpoint in `folder`, or a GGUF file, or the only one in a folder.
 
-        Raises the source errors of `w8a8.errors`, each naming file and cause.
+        Raises the source errors of `w8a8.errors`, each naming file and cause; `UsageError` for the address of a folder.
         """
         path = Path(folder)
         with reading(path):
             if is_gguf(path) and path.is_file():
                 return cls._of_gguf(path.parent, parts_of(path.name))
             if not path.is_dir():
+                address = str(path).replace(":/", "://", 1)  # of two slashes, a path has left one
+                if is_address(address):
+                    raise UsageError(f"{address}: this command reads files here; copy the folder first")
                 raise SourceNotFoundError(f"{path}: no such folder" + (" (a file)" if path.is_file() else ""))
             names = {entry.name for entry in path.iterdir()}
         if any(map(is_gguf, map(Path, names))) and not any(name.endswith(".safetensors") for name in names):

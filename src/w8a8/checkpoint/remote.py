@@ -11,15 +11,16 @@ import hashlib
 import os
 import shutil
 import struct
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from w8a8.checkpoint.header import MAX_HEADER_BYTES
 from w8a8.checkpoint.reader import INDEX, MAX_INDEX_BYTES, require_config, weight_files
@@ -30,6 +31,8 @@ from w8a8.reading import MAX_JSON_BYTES
 
 if TYPE_CHECKING:
     from hashlib import _Hash
+
+T = TypeVar("T")
 
 FIRST_BYTES = 100_000
 """Enough for most headers (huggingface_hub fetches as many)."""
@@ -182,6 +185,20 @@ def start_of(remote: Remote, name: str, count: int, begin: int = 0) -> tuple[byt
     raise AssertionError
 
 
+def begun(work: Callable[[], T]) -> Future[T]:
+    """Work in a thread that nothing waits for, not even the end of this process, as it would for one of a pool."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - handed to whoever takes the result
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="begun", daemon=True).start()
+    return future
+
+
 def lay_out(remote: Remote, folder: Path) -> Sequence[str]:
     """Lay config, index and the shards' headers out in `folder`; return the names of the shards."""
     names = {*remote.files}
@@ -211,5 +228,16 @@ def _headers(remote: Remote, shards: Iterable[str], folder: Path) -> None:
             file.write(content)
             file.truncate(length)
 
-    with ThreadPoolExecutor(WORKERS) as pool:
-        list(pool.map(shard, shards))
+    left, ended = iter(shards), threading.Event()
+
+    def read() -> None:
+        for name in left:  # each reader takes the next
+            if ended.is_set():
+                return
+            shard(name)
+
+    try:
+        for reader in as_completed([begun(read) for _ in range(WORKERS)]):
+            reader.result()
+    finally:
+        ended.set()

@@ -9,11 +9,10 @@ condition, too.
 import hashlib
 import logging
 import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,7 +21,7 @@ from http import HTTPStatus
 from itertools import islice
 from typing import Any, ClassVar, Self
 
-from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile
+from w8a8.checkpoint.remote import MAX_FILE_BYTES, NotDeliveredError, RemoteFile, begun
 from w8a8.checkpoint.source import needed, refuse_pickles
 from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import (
@@ -266,7 +265,9 @@ def _ranges(open_: Callable[[], Any], begin: int, end: int) -> Iterator[bytes]:
     offsets = iter(range(begin, end, RANGE_BYTES))
     first = [*islice(offsets, READERS)]
     readers = [open_() for _ in first]
-    coming = deque((reader, _begun(read, reader, offset)) for reader, offset in zip(readers, first, strict=True))
+    coming = deque(
+        (reader, begun(partial(read, reader, offset))) for reader, offset in zip(readers, first, strict=True)
+    )
     while coming:
         reader, future = coming.popleft()
         late = time.monotonic() + RANGE_SECONDS
@@ -275,21 +276,7 @@ def _ranges(open_: Callable[[], Any], begin: int, end: int) -> Iterator[bytes]:
                 raise NotDeliveredError(f"{RANGE_BYTES:,} bytes did not come within {RANGE_SECONDS:.0f} s")
             yield b""
         yield future.result()
-        coming.extend((reader, _begun(read, reader, offset)) for offset in islice(offsets, 1))
-
-
-def _begun(read: Callable[[Any, int], bytes], reader: Any, offset: int) -> Future[bytes]:
-    """Read in a thread that nothing waits for, not even the end of this process, as it would for one of a pool."""
-    future: Future[bytes] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(read(reader, offset))
-        except BaseException as error:  # noqa: BLE001 - handed to whoever takes the result
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="range", daemon=True).start()
-    return future
+        coming.extend((reader, begun(partial(read, reader, offset))) for offset in islice(offsets, 1))
 
 
 def _is_file_name(name: str) -> bool:

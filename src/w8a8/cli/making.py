@@ -185,18 +185,19 @@ def quantize(
         keep_bf16=keep_bf16,
     )
     budget = None if disk_budget is None else parse_bytes(disk_budget, "--disk-budget")
-    job = prepare(source, options, cache=cache)
-    if dry_run:
-        show_plan(terminal, job.plan)
-        return
-    target = in_a_store(job, out, overwrite=overwrite) if out else None
-    if target and push:
-        raise UsageError("give OUT in a store, or --push REPO")
-    upload = None
-    if push:
-        from w8a8.publish.sending import Upload
+    with interruptible("nothing was begun"):
+        job = prepare(source, options, cache=cache)
+        if dry_run:
+            show_plan(terminal, job.plan)
+            return
+        target = in_a_store(job, out, overwrite=overwrite) if out else None
+        if target and push:
+            raise UsageError("give OUT in a store, or --push REPO")
+        upload = None
+        if push:
+            from w8a8.publish.sending import Upload
 
-        upload = Upload.open(push, source=job.source.name, public=public, departs=not out, notice=terminal.notice)
+            upload = Upload.open(push, source=job.source.name, public=public, departs=not out, notice=terminal.notice)
     delivery = upload or target
     here = target.here if target else Path(out or (push or "").rpartition("/")[2])
     with (
@@ -274,7 +275,8 @@ def convert(
     from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    job = prepare(source, format)
+    with interruptible("nothing was begun"):
+        job = prepare(source, format)
     with (
         interruptible("give the same command again to go on from here"),
         live(terminal, "converting", sum(s.size for s in job.view.shards)) as advance,
@@ -326,7 +328,8 @@ def verify(
     from w8a8.verification.run import prepare, run
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    job = prepare(out, source, here=ray is not None)
+    with interruptible("nothing was begun"):
+        job = prepare(out, source, here=ray is not None)
     with (
         interruptible("nothing was decided"),
         live(terminal, "verifying", sum(s.size for s in job.source.shards)) as advance,
@@ -361,7 +364,9 @@ def inspect(
     from w8a8.inspection import inspect as inspect_
     from w8a8.terminal.output import Terminal
 
-    show_inspected(Terminal(json=json), inspect_(checkpoint), tensors=tensors)
+    with interruptible("nothing was changed"):
+        found = inspect_(checkpoint)
+    show_inspected(Terminal(json=json), found, tensors=tensors)
 
 
 @app.command(

@@ -114,10 +114,11 @@ def report(
     from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
     page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
-    with interruptible("nothing was written"), live(terminal, "reading", job.nbytes) as advance:
-        found = run(job, workers=workers, advance=advance)
+    with interruptible("nothing was written"):
+        job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
+        with live(terminal, "reading", job.nbytes) as advance:
+            found = run(job, workers=workers, advance=advance)
     written = write(found, page, png or page.parent)
     with showing(f"{page} is written"):
         terminal.table(written, show)
@@ -171,10 +172,10 @@ def push(
     if not repo:
         raise UsageError("no repository: give REPO, or set HF_REPO_ID")
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    job = prepare(out, repo, public=public, source=source)
-    for notice in job.notices:
-        terminal.notice(notice)
     with interruptible("the same command goes on from here"):
+        job = prepare(out, repo, public=public, source=source)
+        for notice in job.notices:
+            terminal.notice(notice)
         with live(terminal, "checking", job.bytes_to_check) as advance:
             check(job, advance)
         result = planned(job) if dry_run else run(job, notice=terminal.notice)

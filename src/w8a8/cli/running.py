@@ -50,15 +50,16 @@ def fit(
     from w8a8.memory import fit as fit_
     from w8a8.terminal.output import Terminal
 
-    found = fit_(
-        checkpoint,
-        find(gpu, count),
-        context=context,
-        concurrency=concurrency,
-        kv_dtype=kv_dtype,
-        utilization=utilization,
-        text_only=text_only,
-    )
+    with interruptible("nothing was changed"):
+        found = fit_(
+            checkpoint,
+            find(gpu, count),
+            context=context,
+            concurrency=concurrency,
+            kv_dtype=kv_dtype,
+            utilization=utilization,
+            text_only=text_only,
+        )
     show_fit(Terminal(json=json), found)
     if not found.fits:
         raise typer.Exit(DoesNotFitError.exit_code)

@@ -5,6 +5,7 @@ with; only when length and hash are right does it become the target. A server th
 wait is asked again for what is missing.
 """
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,8 +19,13 @@ if TYPE_CHECKING:
     from hashlib import _Hash
 
 ATTEMPTS = 6
-"""Times that a server is asked without giving a byte, and that a file may come with a wrong hash or length, before the
-download is given up."""
+"""Times in a row that a server is asked and gives too little, before the download is given up; half as many that a file
+may come with a wrong hash or length."""
+LEAST_BYTES, LEAST_SHARE = 1 << 20, 100
+"""Too little is less than this, and than a hundredth of the file, before a connection ends."""
+LEAST_SECONDS = 900.0
+"""As little in this time ends it: 1.2 kB/s for a large file. Were 64 files on their way at once on a line of 100 kB/s,
+each would have more."""
 
 
 def download(
@@ -59,10 +65,11 @@ def fetch(
     the next call.
     """
     failed = wrong = 0
+    least = max(1, min(LEAST_BYTES, file.size // LEAST_SHARE))
     digest, size = _begun(file, part, stopped)
     advance(size)
     while True:
-        before = size
+        before, late = size, time.monotonic() + LEAST_SECONDS
         try:
             if size < file.size:
                 for chunk in remote.body(file, size):
@@ -75,12 +82,16 @@ def fetch(
                     digest.update(chunk)
                     size += len(chunk)
                     advance(len(chunk))
+                    if time.monotonic() > late:
+                        if size - before < least:
+                            raise NotDeliveredError(f"{size - before:,} bytes came in {LEAST_SECONDS:.0f} s")
+                        failed, before, late = 0, size, time.monotonic() + LEAST_SECONDS
             if size < file.size:
                 raise NotDeliveredError(f"the connection ended at byte {size:,} of {file.size:,}")
             if file.hash not in ("", digest.hexdigest()):
                 raise NotDeliveredError(f"its hash is not the one that {remote.keeper} gives for it", over=True)
         except NotDeliveredError as failure:
-            failed, wrong = (failed + 1 if size <= before else 1), wrong + failure.over
+            failed, wrong = (failed + 1 if size - before < least else 1), wrong + failure.over
             if failed >= ATTEMPTS or wrong >= ATTEMPTS // 2:
                 if failure.over:
                     part.unlink(missing_ok=True)

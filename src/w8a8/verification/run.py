@@ -28,7 +28,7 @@ from w8a8.cluster import Cluster, connected
 from w8a8.execute.supply import Local, Supply
 from w8a8.execute.workers import each, while_arriving, worker_count
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.reading import show
+from w8a8.reading import reading, show
 from w8a8.sources.arriving import arrivals
 from w8a8.sources.blocks import shard_blocks
 from w8a8.sources.rows import RowReader, read_values
@@ -233,8 +233,10 @@ def _compare_shard(
                     nbytes = block.numel * size
                     buffer = buffer if len(buffer) >= nbytes else memoryview(bytearray(nbytes))
                     path = job.out.path / held.made.shard
-                    fd = files[held.made.shard] = files.get(held.made.shard) or os.open(path, os.O_RDONLY)
-                    read_exactly(fd, buffer[:nbytes], held.made.offset + block.at * size, path)
+                    if held.made.shard not in files:
+                        with reading(path):
+                            files[held.made.shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    read_exactly(files[held.made.shard], buffer[:nbytes], held.made.offset + block.at * size, path)
                     held.compare(reader.content(block, data), buffer[:nbytes], block.begin)
                 if block.hashed:
                     advance(block.nbytes)
