@@ -1,6 +1,7 @@
 """`quantize --ray` on a cluster of several nodes, where workers, nodes, storage and the driver fail."""
 
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -284,7 +285,7 @@ def test_of_two_runs_one_makes_the_result(
     machines: Machines, source: Path, whole: Files, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driver, "REACH_SECONDS", 0.5)
-    process = start(source, out, "--ray", machines.address)
+    process = start(source, out, "--ray", machines.address, "--log-json")
     wait_for(lambda: attempts(out).exists(), process)
     with pytest.raises(TargetBusyError, match="another run is writing it now"):
         quantize_here(source, out)
@@ -294,6 +295,8 @@ def test_of_two_runs_one_makes_the_result(
     code, result, stderr = finish(process)
     assert code == 0, stderr
     assert sum(work["tasks"] for work in result["nodes"]) == SHARDS
+    [end] = [event for event in map(json.loads, stderr.splitlines()) if event["event"] == "end"]
+    assert end["nodes"] == result["nodes"]
     assert folder_bytes(out) == whole
     assert not staging_of(out).exists()
 

@@ -18,9 +18,10 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import cli
 from tests.execute.runs import large_checkpoint, staging_of
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request
-from w8a8 import convert, quantize
+from w8a8 import Options, convert, quantize
 from w8a8.errors import StoreError, TargetBusyError, TargetExistsError, UnwritableError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord
+from w8a8.execute.staging import Staging
 from w8a8.execute.target import CLAIM, StoreTarget
 from w8a8.storage import upload
 
@@ -302,3 +303,40 @@ def test_what_cannot_be_written_is_said_at_once(bucket: Bucket, llama: Path, mon
     with pytest.raises(StoreError, match=r"the store refused: .*; check the credentials and their rights"):
         quantize(llama, OUT)
     assert bucket.read(PREFIX) == {}
+
+
+@pytest.mark.parametrize("place", [(StoreTarget, "_forget"), (Staging, "drop")])
+def test_a_run_that_ended_behind_its_last_step_ends_well_and_sends_nothing(
+    bucket: Bucket,
+    llama: Path,
+    expected: Mapping[str, bytes],
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: tuple[type, str],
+) -> None:
+    def end(_: object) -> None:
+        raise KeyboardInterrupt
+
+    def ended() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(*place, end)
+            with pytest.raises(KeyboardInterrupt):
+                quantize(llama, OUT, overwrite=True)
+
+    ended()
+    with pytest.raises(TargetExistsError, match="exists already"):
+        quantize(llama, OUT, Options(format="compressed-tensors"))
+    ended()
+    assert bucket.read(PREFIX) == expected
+    assert staging_of(home / "llama-W8A8").exists()
+    bucket.requests.clear()
+    (home / "elsewhere").mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(home / "elsewhere")
+        with pytest.raises(TargetExistsError):
+            quantize(llama, OUT)
+    assert quantize(llama, OUT).resumed == SHARDS
+    assert {request.method for request in bucket.requests} <= {"GET", "HEAD"}
+    assert [entry.name for entry in home.iterdir()] == ["elsewhere"]
+    with pytest.raises(TargetExistsError, match="exists already; --overwrite replaces it"):
+        quantize(llama, OUT)

@@ -133,12 +133,13 @@ def test_progress_as_events(clock: Callable[[float], None], capsys: pytest.Captu
             clock(1.0)
             made(1000)
         sent(500)
+        made.ending |= {"nodes": []}
     begin, *between, end = events(capsys.readouterr().err)
     assert begin.items() >= {"event": "begin", "what": "making", "unit": "bytes", "total": 4000}.items()
     assert [event["done"] for event in between] == [1000, 2000, 3000, 4000]
     assert [event["eta"] for event in between] == [3.0, 2.0, 1.0, 0.0]
     assert between[1].items() >= {"event": "progress", "total": 4000, "rate": 1000.0}.items()
-    assert end.items() >= {"event": "end", "seconds": 4.0, "done": 4000, "eta": 12.0}.items()
+    assert end.items() >= {"event": "end", "seconds": 4.0, "done": 4000, "eta": 12.0, "nodes": []}.items()
     assert end["sent"] == {"done": 500, "total": 2000, "rate": 125.0}
 
 

@@ -155,7 +155,7 @@ def quantize(
     there is one. OUT has the same size and speed, and is closer to SRC.
     """
     from w8a8.checkpoint.source import hub_id, is_on_hub
-    from w8a8.cli.tables import show_plan, show_quantized
+    from w8a8.cli.tables import by_node, show_plan, show_quantized
     from w8a8.quantization import Options, calibrated, in_a_store, prepare, run
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
@@ -228,6 +228,7 @@ def quantize(
             sent=advance.lane("sent", job.plan.shard_bytes),
             notice=terminal.notice,
         )
+        advance.ending |= by_node(result.nodes)
     with showing(f"{push} is uploaded" if push else f"{out} is whole"):
         show_quantized(terminal, replace(result, address=target.store.url) if target else result, upload)
 
@@ -322,7 +323,7 @@ def verify(
     Checks that every source tensor is accounted for, copies are identical and quantized tensors near, scales are finite
     and positive, and config, index, shards and checksums agree. Exits with 1 if anything is wrong.
     """
-    from w8a8.cli.tables import show_verified
+    from w8a8.cli.tables import by_node, show_verified
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
     from w8a8.verification.run import prepare, run
@@ -336,6 +337,7 @@ def verify(
     ):
         arrived = advance.lane("downloaded")
         result = run(job, workers=workers, ray=ray, advance=advance, arrived=arrived, notice=terminal.notice)
+        advance.ending |= by_node(result.nodes)
     show_verified(terminal, result, top)
     if not result.ok:
         raise typer.Exit(1)

@@ -83,6 +83,11 @@ def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload
     _nodes(terminal, result.nodes)
 
 
+def by_node(nodes: Sequence["NodeWork"]) -> dict[str, Any]:
+    """What the last event of a run on a cluster has of its nodes; nothing where there were none."""
+    return {"nodes": [work.to_dict() for work in nodes]} if nodes else {}
+
+
 def _nodes(terminal: Terminal, nodes: Sequence["NodeWork"]) -> None:
     for work in nodes:
         terminal.say(f"  {clean(work.node)}: {size(work.bytes)}, {work.gb_per_second:.2f} GB/s")

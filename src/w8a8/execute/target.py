@@ -7,11 +7,12 @@ has sent, and any other run is refused.
 
 import errno
 import json
+import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -29,6 +30,7 @@ from w8a8.errors import (
     W8A8Error,
 )
 from w8a8.execute.shard import ShardRecord
+from w8a8.execute.staging import Staging
 from w8a8.storage.arrivals import Repository
 from w8a8.storage.folders import remove
 from w8a8.storage.upload import insist, upload
@@ -40,11 +42,15 @@ MAX_CLAIM_BYTES = 1000
 
 @dataclass
 class StoreTarget:
-    """A folder in a store that the result is sent to, claimed by the run of the staging folder of `here`."""
+    """A folder in a store that the result is sent to, claimed by the run of the staging folder of `here`.
+
+    It is `whole` where a run of that staging folder ended behind its last step: the result shows, and nothing is sent.
+    """
 
     store: Store
     token: bytes
     departs: bool = True
+    whole: bool = False
     _held: Set[str] = frozenset()
     _cleared: bool = False
     _clearing: threading.Lock = field(default_factory=threading.Lock)
@@ -73,8 +79,10 @@ class StoreTarget:
                 f"{store.url}: another run is writing it, or did, from another folder; --overwrite takes its place"
             )
         if found and not claimed:
+            if not overwrite and target._is_own(found):
+                return replace(target, whole=True)
             if not overwrite:
-                raise TargetExistsError(f"{store.url}: exists already; --overwrite replaces it")
+                raise target._exists()
             if "config.json" not in found:
                 raise UsageError(
                     f"{store.url}: is not a checkpoint (no config.json), so --overwrite will not remove it"
@@ -102,6 +110,8 @@ class StoreTarget:
 
     def send(self, path: Path, shard: ShardRecord, stopped: Callable[[], bool]) -> str:
         """Send a shard; before the first one, remove what is there of others, and what was sent of it in part."""
+        if self.whole:  # and of another job
+            raise self._exists()
         self._check_claim()
         with self._clearing:
             if not self._cleared:
@@ -117,14 +127,29 @@ class StoreTarget:
                 f"{self.store.url}/{lost[0]}: is not what was sent any more; run the same command again to send it anew"
             )
         sent = {shard.name for shard in shards}
+        if self.whole:
+            self._forget()
+            return
         names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - sent
         for name in sorted(names, key=lambda name: (name == "config.json", name == INDEX, name)):
             upload(self.store, folder / name, name)
         self._remove(CLAIM)
         self._forget()
 
+    def _is_own(self, found: Mapping[str, RemoteFile]) -> bool:
+        """Whether what shows is the result of the run of the staging folder here: all of its shards, and no others."""
+        shards = Staging.of(Path(os.path.realpath(self.here))).noted().done
+        weights = {name for name in found if name.endswith(".safetensors")}
+        sent = {shard.name for shard in shards if self._is_held(shard, found)}
+        return "config.json" in found and bool(sent) and weights == sent
+
+    def _exists(self) -> TargetExistsError:
+        return TargetExistsError(f"{self.store.url}: exists already; --overwrite replaces it")
+
     def _check_claim(self) -> None:
         """Raise `TargetBusyError` where the folder is not this run's any more."""
+        if self.whole:
+            return
         if self._claimant() != self.token:
             raise TargetBusyError(f"{self.store.url}: another run has taken this folder meanwhile")
 

@@ -76,6 +76,7 @@ class Live:
         self.what, self.unit, self.said = what, unit, ""
         self.main = Lane(what, total)
         self.beside: list[Lane] = []
+        self.ending: dict[str, Any] = {}  # what the last event has besides, as plain JSON
         self._show, self._interval = show, interval
         self._shown = time.monotonic()
         self._lock = Lock()
@@ -140,7 +141,7 @@ def live(terminal: Terminal, what: str, total: int, *, unit: str = BYTES) -> Ite
         event("begin", what=what, unit=unit, total=total)
         yield line
         now = time.monotonic()
-        event("end", seconds=round(now - began, 3), **line.numbers(now))
+        event("end", seconds=round(now - began, 3), **line.numbers(now), **line.ending)
     elif console.is_terminal:
         named = TextColumn("{task.description}", table_column=Column(no_wrap=True, min_width=len(clean(what))))
         columns = (named, BarColumn(bar_width=None))
