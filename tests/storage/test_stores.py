@@ -279,3 +279,12 @@ def test_who_waits_for_bytes_can_stop(bucket: Bucket, source: str, monkeypatch: 
     assert next(pieces) == b""
     gate.set()
     assert b"".join(pieces) == bucket.system.cat_file(f"{BUCKET}/some/llama/{NAME}")
+
+
+def test_a_listing_that_does_not_end_is_given_up(bucket: Bucket, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, gate = stores.Store.at(source), threading.Event()
+    bucket.fault = lambda request: (gate.wait(60), None)[1] if "list-type" in request.query else None
+    monkeypatch.setattr(stores, "LISTING_SECONDS", 0.5)
+    with pytest.raises(StoreError, match="its listing did not end"):
+        store.listing()
+    gate.set()

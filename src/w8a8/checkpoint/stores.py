@@ -41,6 +41,8 @@ EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "az": "az", "abfs": 
 MAX_ENTRIES = 10_000
 """The most that a checkpoint's folder in a store may hold; the largest published have some 300 files."""
 MAX_DEPTH = 3
+LISTING_SECONDS = 120.0
+"""How long the listing of a folder may take, all pages of which come before they are counted: so many have some ten."""
 RANGE_BYTES = 8 << 20
 """Bytes of a request, all of which are in memory."""
 RANGE_SECONDS = 600.0
@@ -152,7 +154,10 @@ class Store:
         with self.asking():
             while folders:
                 folder, depth = folders.pop()
-                entries = self.system.ls(folder, detail=True)
+                listed = begun(partial(self.system.ls, folder, detail=True))
+                if not wait([listed], LISTING_SECONDS).done:
+                    raise StoreError(f"{self.url}: its listing did not end in {LISTING_SECONDS:.0f} s; try again later")
+                entries = listed.result()
                 seen += len(entries)
                 if seen > MAX_ENTRIES:
                     raise StoreError(f"{self.url}: holds more than {MAX_ENTRIES:,} objects; name the model's folder")
