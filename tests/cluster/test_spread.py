@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -133,15 +134,22 @@ def test_nodes_find_what_one_machine_finds(machines: Machines, tmp_path: Path, m
     assert replace(there, nodes=()) == here
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """As Ray gives one to a task with one CPU; with more, sums are made in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_samples_run_by_nodes_choose_the_codes_that_one_machine_chooses(machines: Machines, tmp_path: Path) -> None:
     source, text = make(tmp_path / "source", num_hidden_layers=2), write_text(tmp_path)
     options = Options(recipe="auto", calibration=str(text), samples=10, tokens=48)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as Ray gives one to a task with one CPU; with more, sums are made in another order
-    try:
+    with one_thread():
         quantize_here(source, tmp_path / "here", options)
-    finally:
-        torch.set_num_threads(threads)
     result = quantize_here(source, tmp_path / "there", options, ray=machines.address)
     assert folder_bytes(tmp_path / "there") == folder_bytes(tmp_path / "here")
     assert result.plan.calibration is not None
@@ -152,7 +160,8 @@ def test_layers_run_by_nodes_predict_what_they_predict_here(machines: Machines, 
     pair, text = (make_llama(tmp_path / "one", seed=1), make_llama(tmp_path / "two", seed=2)), LETTERS
     job = kld.prepare(*pair, text, tokens=200, context=16, stream=True)
     steps: list[int] = []
-    here, there = kld.run(job), kld.run(job, ray=machines.address, advance=steps.append)
+    with one_thread():
+        here, there = kld.run(job), kld.run(job, ray=machines.address, advance=steps.append)
     assert replace(there, seconds=here.seconds) == here
     assert sum(steps) == job.steps
     with pytest.raises(UsageError, match="add --stream"):

@@ -20,7 +20,7 @@ GRACE_SECONDS = 5.0
 AGAIN_SECONDS = 1.0
 """How long a task waits before its storage is tried again."""
 
-BOARD_SECONDS = 10.0
+BOARD_SECONDS = 60.0
 """How long the board is waited for; without it, the work goes on."""
 
 FLEETING = (ClusterError, UnreadableError, UnwritableError)

@@ -45,7 +45,7 @@ def test_in_a_terminal_it_shows_a_bar_with_the_accuracy(data: Path, out: Path) -
     os.close(ours)
     assert b"% right" in shown
     assert b"tokens/s" in shown
-    assert b"20/20" in shown
+    assert b"20 of 20 questions" in shown
 
 
 @pytest.mark.parametrize(
