@@ -86,8 +86,9 @@ with live(Terminal(), "quantizing", 10_000_000_000) as line:
 """
     terminal, other = pty.openpty()
     fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
     child = subprocess.Popen(
-        [sys.executable, "-c", "import time" + script], stderr=other, env={**os.environ, "TERM": "xterm"}
+        [sys.executable, "-c", "import time" + script], stderr=other, env={**environment, "TERM": "xterm"}
     )
     os.close(other)
     seen = b""
