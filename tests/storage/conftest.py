@@ -17,18 +17,19 @@ SHARDS = 4
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    folder = write_checkpoint(tmp_path_factory.mktemp("hub") / "llama", llama_tensors(), shards=SHARDS)
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in a folder here."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("here") / "llama", llama_tensors(), shards=SHARDS)
     (folder / "tokenizer.json").write_text("{}")
-    return folder_bytes(folder)
+    return folder
 
 
 @pytest.fixture
-def hub(llama: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+def hub(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A Hub with the small Llama, which this process asks; failed requests are repeated without a wait."""
     for module in (download, remote):
         monkeypatch.setattr(module, "BACKOFF_SECONDS", 0.0)
-    with local_hub({"org/llama": llama}) as hub:
+    with local_hub({"org/llama": folder_bytes(llama)}) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

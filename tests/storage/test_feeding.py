@@ -76,16 +76,25 @@ def downloads(name: str, asked: list[str]) -> bool:
     return name.endswith(".safetensors") and asked.count(name) == 2
 
 
-def test_a_shard_is_quantized_while_it_arrives(hub: Hub, large: Path, tmp_path: Path, gate: threading.Event) -> None:
+def slowed(hub: Hub, gate: threading.Event) -> tuple[list[int], list[bool], Callable[[int], None]]:
+    """Have the Hub keep a file's second half back until a third of it is done.
+
+    What was done, whether the halves were waited for long enough, and what is to be called with bytes done.
+    """
     done: list[int] = []
+    waited: list[bool] = []
 
     def advance(nbytes: int) -> None:
         done.append(nbytes)
         if sum(done) > SIZE // 3:
             gate.set()
 
-    waited: list[bool] = []
     hub.pace = lambda _, begin: waited.append(gate.wait(60)) if begin > SIZE // 2 else None
+    return done, waited, advance
+
+
+def test_a_shard_is_quantized_while_it_arrives(hub: Hub, large: Path, tmp_path: Path, gate: threading.Event) -> None:
+    done, waited, advance = slowed(hub, gate)
     quantize("org/large", tmp_path / "out", advance=advance)
     assert waited
     assert all(waited)
@@ -215,15 +224,7 @@ def test_a_source_is_verified_while_it_arrives_and_again_where_it_came_wrong(
     hub: Hub, large: Path, tmp_path: Path, gate: threading.Event
 ) -> None:
     quantize("org/large", tmp_path / "out")
-    done: list[int] = []
-
-    def advance(nbytes: int) -> None:
-        done.append(nbytes)
-        if sum(done) > SIZE // 3:
-            gate.set()
-
-    waited: list[bool] = []
-    hub.pace = lambda _, begin: waited.append(gate.wait(60)) if begin > SIZE // 2 else None
+    done, waited, advance = slowed(hub, gate)
     asked: list[str] = []
     hub.fault = once("ruined", lambda name, _: downloads(name, asked))
     assert verify(tmp_path / "out", "org/large", advance=advance).ok

@@ -21,6 +21,7 @@ from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
 from tests.command import W8A8, cli
 from tests.execute.runs import finished_shards, large_checkpoint, staging_of, wait_for
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request, is_shard
+from tests.storage.conftest import SHARDS
 from w8a8 import Options, convert, dry_run, inspect, quantize, verify
 from w8a8.checkpoint import stores
 from w8a8.checkpoint.remote import NotDeliveredError
@@ -35,15 +36,7 @@ from w8a8.errors import (
     W8A8Error,
 )
 
-SHARDS = 4
 NAME = f"model-00002-of-0000{SHARDS}.safetensors"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("here") / "llama", llama_tensors(), shards=SHARDS)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")

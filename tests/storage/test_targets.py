@@ -14,10 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints import folder_bytes, llama_tensors, write_checkpoint
+from tests.checkpoints import folder_bytes
 from tests.command import cli
 from tests.execute.runs import large_checkpoint, staging_of
 from tests.storage.buckets import BUCKET, Bucket, Fault, Request
+from tests.storage.conftest import SHARDS
 from w8a8 import Options, convert, quantize
 from w8a8.errors import StoreError, TargetBusyError, TargetExistsError, UnwritableError, UsageError, W8A8Error
 from w8a8.execute.shard import ShardRecord
@@ -25,16 +26,8 @@ from w8a8.execute.staging import Staging
 from w8a8.execute.target import CLAIM, StoreTarget
 from w8a8.storage import upload
 
-SHARDS = 4
 OUT = f"s3://{BUCKET}/results/llama-W8A8"
 PREFIX = "results/llama-W8A8"
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_checkpoint(tmp_path_factory.mktemp("here") / "llama", llama_tensors(), shards=SHARDS)
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture(scope="module")

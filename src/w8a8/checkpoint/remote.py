@@ -8,6 +8,7 @@ that folder is opened like any other: the same checks hold, and the safetensors 
 
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import struct
@@ -170,19 +171,36 @@ def wait(seconds: float, stopped: Callable[[], bool] = lambda: False) -> None:
         time.sleep(min(left, 0.2))
 
 
+def insisted(
+    ask: Callable[[], T],
+    attempts: int,
+    given_up: Callable[[NotDeliveredError], W8A8Error],
+    stopped: Callable[[], bool] = lambda: False,
+) -> T:
+    """Ask up to `attempts` times while it is not delivered, after longer and longer waits.
+
+    Raises what `given_up` makes of the last failure, and `Stopped` once `stopped()` holds.
+    """
+    for failed in itertools.count(1):
+        try:
+            return ask()
+        except NotDeliveredError as failure:
+            if failed == attempts:
+                raise given_up(failure) from failure
+            wait(max(failure.wait, BACKOFF_SECONDS * 2 ** (failed - 1)), stopped)
+    raise AssertionError
+
+
 def start_of(remote: Remote, name: str, count: int, begin: int = 0) -> tuple[bytes, int]:
     """`remote.start`, asked again where it was not delivered. Raises `W8A8Error`."""
-    for failed in range(START_ATTEMPTS):
-        try:
-            return remote.start(name, count, begin)
-        except NotDeliveredError as failure:
-            if failed == START_ATTEMPTS - 1:
-                raise remote.error(
-                    f"{remote.where(name)}: {remote.keeper} did not deliver it ({failure}); "
-                    "give the same command again to try once more"
-                ) from failure
-            wait(max(failure.wait, BACKOFF_SECONDS * 2**failed))
-    raise AssertionError
+    return insisted(
+        lambda: remote.start(name, count, begin),
+        START_ATTEMPTS,
+        lambda failure: remote.error(
+            f"{remote.where(name)}: {remote.keeper} did not deliver it ({failure}); "
+            "give the same command again to try once more"
+        ),
+    )
 
 
 def begun(work: Callable[[], T]) -> Future[T]:

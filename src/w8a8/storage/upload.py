@@ -1,16 +1,14 @@
 """Sends files to a folder in a store: whole, by parts where they are large, or not at all."""
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from w8a8.checkpoint import remote
-from w8a8.checkpoint.remote import NotDeliveredError, RemoteFile
+from w8a8.checkpoint.remote import RemoteFile, insisted
 from w8a8.checkpoint.stores import EXTRAS, Store
 from w8a8.checkpoint.stream import Stopped
 from w8a8.errors import StoreError
-from w8a8.storage import download
+from w8a8.storage.download import ATTEMPTS
 
 T = TypeVar("T")
 
@@ -51,15 +49,17 @@ def insist(store: Store, name: str, ask: Callable[[], T], stopped: Callable[[], 
 
     Raises `StoreError`, `SourceNotFoundError`, `Stopped`, `FileExistsError`.
     """
-    for attempt in itertools.count(1):
-        try:
-            with store.asking(name):
-                return ask()
-        except NotDeliveredError as failure:
-            if attempt == download.ATTEMPTS:
-                raise StoreError(
-                    f"{store.where(name)}: the store did not take it ({failure}); what was sent is kept, and the same "
-                    "command goes on"
-                ) from failure
-            remote.wait(remote.BACKOFF_SECONDS * 2 ** (attempt - 1), stopped)
-    raise AssertionError
+
+    def asked() -> T:
+        with store.asking(name):
+            return ask()
+
+    return insisted(
+        asked,
+        ATTEMPTS,
+        lambda failure: StoreError(
+            f"{store.where(name)}: the store did not take it ({failure}); what was sent is kept, and the same command "
+            "goes on"
+        ),
+        stopped,
+    )
