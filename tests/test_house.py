@@ -107,3 +107,10 @@ def test_a_prefix_that_is_a_room_is_a_folder() -> None:
     for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]:
         prefixes = Counter(path.stem.split("_")[0] for path in folder.glob("*_*.py") if not path.stem.startswith("_"))
         assert [prefix for prefix, count in prefixes.items() if count > 1] == [], folder
+
+
+def test_links_are_followed_by_os_alone() -> None:
+    """`Path.resolve` raises RuntimeError for a link that leads to itself, below Python 3.13; `realpath` nothing."""
+    calls = [str(path) for path in PACKAGE.rglob("*.py") if ".resolve()" in path.read_text(encoding="utf-8")]
+
+    assert not calls

@@ -107,7 +107,7 @@ def bench(
     A node's network gives `megabytes` MB a second. With `ray`, the same numbers of Ray workers are measured, too.
     """
     # 1) The checkpoint, which a later bench finds again
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     source = folder / f"gemma-4-31b-layers-{gib:g}GiB-in-{shards}"
     make_checkpoint(source, gib, notice, shards)
     here, most = len(os.sched_getaffinity(0)), worker_count()

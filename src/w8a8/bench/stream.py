@@ -64,7 +64,7 @@ def bench(
     notice: Callable[[str], None] = lambda _: None,
 ) -> StreamResult:
     """Make the checkpoint (once), and time the contenders `runs` times by turns, at `megabytes` a second."""
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     source = folder / (f"gemma-4-31b-layers-{gib:g}GiB" + (f"-in-{shards}" if shards else ""))
     make_checkpoint(source, gib, notice, shards)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, served(source, megabytes * 1e6) as url:

@@ -114,7 +114,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What the folder is called, or the GGUF file."""
-        return next(iter(self.gguf.headers)) if self.gguf else self.path.resolve().name
+        return next(iter(self.gguf.headers)) if self.gguf else Path(os.path.realpath(self.path)).name
 
     @property
     def home(self) -> Path:
@@ -177,7 +177,7 @@ def _check_name(folder: Path, name: str) -> None:
 
 def _roots(folder: Path) -> tuple[Path, ...]:
     """Return the folder and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))
     blobs = folder.parent.parent / "blobs"
     return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
 

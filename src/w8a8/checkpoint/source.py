@@ -124,7 +124,7 @@ def unreachable(label: str, error: Exception) -> HubError:
 
 def _local(path: Path) -> Source:
     """Describe a local folder; in a Hub cache its path tells repository and commit."""
-    folder = path.resolve()
+    folder = Path(os.path.realpath(path))
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
         return Source(folder, repo.removeprefix("models--").replace("--", "/", 1), folder.name)

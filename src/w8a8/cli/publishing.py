@@ -1,5 +1,6 @@
 """`card`, `report`, `push`: from a W8A8 checkpoint to a published model."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -114,7 +115,7 @@ def report(
     from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    page = page or out.resolve().with_name(f"{out.resolve().name}-report") / "report.html"
+    page = page or Path(f"{os.path.realpath(out)}-report") / "report.html"
     with interruptible("nothing was written"):
         job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
         with live(terminal, "reading", job.nbytes) as advance:

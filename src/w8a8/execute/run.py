@@ -173,7 +173,7 @@ def _job(plan: Plan, view: View, supply: Supply) -> Job:
 
 def check_apart(view: View, out: Path) -> None:
     """Raise `UsageError` where one of source and target lies in the other."""
-    for source in (root.resolve() for root in view.checkpoint.roots):
+    for source in (Path(os.path.realpath(root)) for root in view.checkpoint.roots):
         if source.is_relative_to(out) or out.is_relative_to(source):
             raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 

@@ -143,7 +143,7 @@ def _brought(job: Job, workers: int, arrived: Advance) -> Iterator[tuple[Job, Su
     if job.repository is None:
         yield job, Local(job.source.checkpoint)
         return
-    home = job.out.path.resolve()
+    home = Path(os.path.realpath(job.out.path))
     with disk_errors(home):
         folder = TemporaryDirectory(prefix=f".{home.name}.w8a8-verify-", dir=home.parent)
     with folder:

@@ -5,6 +5,7 @@ Parameters, sizes and ratio come from the headers, the way it was made from `w8a
 marked `yours` stays when the card is written again, and so do metadata that this command does not write.
 """
 
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,7 @@ def make(
 
     # 2) find out what the card says
     origin = find_origin(made, base_model)
-    name = valid_id(repo, "--repo") if repo else printable(made.path.resolve().name)
+    name = valid_id(repo, "--repo") if repo else printable(Path(os.path.realpath(made.path)).name)
     measured = (results or Results()).read()
     gpus, launch = example(made, describe, name)
     inspection = inspect(made.path)
