@@ -4,6 +4,7 @@ Results go to standard output (`--json` for machines), progress and notices to s
 standard error and an exit code of its own (see `w8a8.errors`); with `--json` it is JSON on standard output too.
 """
 
+import gc
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ def main() -> None:
     from w8a8.terminal.output import guard_streams
     from w8a8.terminal.wording import printable
 
+    gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking it through again and again takes a while
     guard_streams()
     if {"--json", OPTION, "--quiet", "-q"} & set(sys.argv):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

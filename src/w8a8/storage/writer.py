@@ -13,6 +13,7 @@ import mmap
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -111,16 +112,20 @@ def write_stub(path: Path, pieces: Iterable[tuple[int, bytes]], size: int) -> No
 
 
 class SequentialWriter:
-    """Append to a new file at `path`. After `finish`, `sha256` and `size` describe what is on the disk."""
+    """Append to a new file at `path`. After `finish`, `sha256` and `size` describe what is on the disk.
+
+    One buffer is written, by a thread of its own, while the other is filled: the disk and the processor work at once.
+    """
 
     def __init__(self, path: Path, largest: int = BLOCK_BYTES) -> None:
         """`largest` is the most that `reserve` will be asked for."""
         self._path = path
-        self._buffer = mmap.mmap(-1, -(-(2 * BLOCK_BYTES + largest) // PAGE) * PAGE)
-        self._view = memoryview(self._buffer)
+        self._filling, self._other = (mmap.mmap(-1, -(-(2 * BLOCK_BYTES + largest) // PAGE) * PAGE) for _ in range(2))
         self._filled = 0
         self._written = 0
         self._digest = hashlib.sha256()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self._writing: Future[None] | None = None
         with disk_errors(path):
             self._fd = _open_direct(path)
 
@@ -128,6 +133,7 @@ class SequentialWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._thread.shutdown()
         os.close(self._fd)
 
     @property
@@ -141,10 +147,13 @@ class SequentialWriter:
         return self._digest.hexdigest()
 
     def reserve(self, nbytes: int) -> memoryview:
-        """Append `nbytes` bytes, to be filled in by the caller before the next call."""
-        if self._filled + nbytes > len(self._view) or self._filled >= 2 * BLOCK_BYTES:
+        """Append `nbytes` bytes, to be filled in by the caller before the next call.
+
+        Raises `DiskFullError` or `UnwritableError` for what was appended before.
+        """
+        if self._filled + nbytes > len(self._filling) or self._filled >= 2 * BLOCK_BYTES:
             self._flush()
-        view = self._view[self._filled : self._filled + nbytes]
+        view = memoryview(self._filling)[self._filled : self._filled + nbytes]
         self._filled += nbytes
         return view
 
@@ -159,29 +168,40 @@ class SequentialWriter:
         self._flush()
         size, rest = self.size, self._filled
         if rest:
-            self._digest.update(self._view[:rest])
-            self._write(-(-rest // PAGE) * PAGE)
+            self._digest.update(memoryview(self._filling)[:rest])
+            self._start(-(-rest // PAGE) * PAGE)
+        self._wait()
         with disk_errors(self._path):
             os.ftruncate(self._fd, size)
             os.fsync(self._fd)
         self._written, self._filled = size, 0
 
     def _flush(self) -> None:
-        """Write all whole pages; what is left of the last one moves to the front."""
+        """Have all whole pages written; what is left of the last one moves to the front of the other buffer."""
         whole = self._filled // PAGE * PAGE
         if not whole:
             return
-        self._digest.update(self._view[:whole])
-        self._write(whole)
+        self._digest.update(memoryview(self._filling)[:whole])
+        self._start(whole)
+        self._other[: self._filled - whole] = self._filling[whole : self._filled]
+        self._filling, self._other = self._other, self._filling
         self._written += whole
         self._filled -= whole
-        self._buffer.move(0, whole, self._filled)
 
-    def _write(self, nbytes: int) -> None:
+    def _start(self, nbytes: int) -> None:
+        """Have the first bytes of the buffer written, once the other buffer is."""
+        self._wait()
+        self._writing = self._thread.submit(self._write, memoryview(self._filling)[:nbytes], self._written)
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write(self, data: memoryview, offset: int) -> None:
         done = 0
         with disk_errors(self._path):
-            while done < nbytes:
-                done += self._write_some(self._view[done:nbytes], self._written + done)
+            while done < len(data):
+                done += self._write_some(data[done:], offset + done)
 
     def _write_some(self, view: memoryview, offset: int) -> int:
         try:
