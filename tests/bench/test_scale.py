@@ -42,6 +42,8 @@ def test_from_hub_to_hub_bytes_come_and_go() -> None:
     assert found["network"] == pytest.approx(100)
     assert found["disk"] == pytest.approx(200)
     assert found["cores"] == pytest.approx(100 * (1 / 1 + 1 / 1 + 1 / 4 + 1 / 8 + 1 / 0.5 + 1 / 8) / 10)
+    assert bounds(work, SPEEDS, nodes=64, cores=10, workers=10)["network"] == pytest.approx(100)  # through one machine
+    assert bounds(work, SPEEDS, nodes=64, cores=10, workers=10)["cores"] == pytest.approx(100 * (1 / 0.5 + 1 / 8) / 10)
 
 
 @pytest.mark.parametrize(

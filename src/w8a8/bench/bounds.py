@@ -2,8 +2,9 @@
 
 Every part of a run takes some of the processor's time per byte, which the cores of a node share. A shard is the work of
 one thread that quantizes, hashes and writes, and of one that reads, so few shards on many cores leave cores idle. The
-disk and the network have speeds of their own. Nothing waits for anything else: the largest of these times is the run's,
-behind the time that a process takes to start.
+disk and the network have speeds of their own. What comes from the Hub, or goes there, passes through the one machine
+that was given the command. Nothing waits for anything else: the largest of these times is the run's, behind the time
+that a process takes to start.
 """
 
 import math
@@ -63,10 +64,10 @@ def bounds(work: Work, speeds: Speeds, *, nodes: int, cores: int, workers: int) 
     if work.way == HUB:
         moving = 1 / speeds.arrive + share / speeds.read
         disk = (work.source + work.result) / speeds.disk_write  # the page cache gives back what has just been written
-        found["network"] = max(work.source, work.result) / speeds.network / nodes
+        found["network"] = max(work.source, work.result) / speeds.network
     rounds = math.ceil(work.shards / (nodes * workers))
     return found | {
-        "cores": work.source * (making + reading + moving) / (nodes * cores),
+        "cores": work.source * max(moving, (making + reading + moving) / nodes) / cores,
         "shards": rounds * work.source / work.shards * max(making, reading),
         "disk": disk / nodes,
     }

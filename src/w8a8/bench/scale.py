@@ -159,7 +159,8 @@ def show(result: ScaleResult, say: Callable[[Any], None]) -> None:
     )
     say(
         f"the model, for 1 to {NODES[-1]} nodes of {result.cores} cores, with this disk and "
-        f"{speeds.network / 1e9:.2f} GB/s of network each; bound by (c)ores, (d)isk, (n)etwork, too few (s)hards"
+        f"{speeds.network / 1e9:.2f} GB/s of network; what the Hub gives and gets passes through one of them; "
+        "bound by (c)ores, (d)isk, (n)etwork, too few (s)hards"
     )
     for way in dict.fromkeys(f.way for f in result.forecasts):
         own = [f for f in result.forecasts if f.way == way]
