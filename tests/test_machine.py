@@ -1,6 +1,7 @@
-"""GPUs as they report themselves (recorded output, a tree of the amdgpu driver's files) and as users describe them."""
+"""GPUs as they report themselves (recorded output, the amdgpu driver's files) and as users say; processors."""
 
 import os
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +11,18 @@ from hypothesis import strategies as st
 
 from w8a8 import machine
 from w8a8.errors import UsageError
-from w8a8.machine import Gpu, amd_gpus, available_memory, describe, detect, find, parse_nvidia_smi
+from w8a8.machine import (
+    Gpu,
+    amd_gpus,
+    available_memory,
+    cpu,
+    describe,
+    detect,
+    find,
+    parse_nvidia_smi,
+    total_memory,
+    usable_cores,
+)
 
 NVIDIA_SMI = """\
 NVIDIA H200, 143771, 9.0
@@ -257,3 +269,25 @@ def test_available_memory_is_what_a_cgroups_limit_leaves(
 def test_this_machine_has_memory_and_its_gpus_are_gpus() -> None:
     assert available_memory() > 2**20
     assert all(gpu.memory >= machine.MIN_MEMORY for gpu in detect())
+
+
+def test_a_processor_is_read_as_linux_lists_it(tmp_path: Path) -> None:
+    core = "processor\t: {}\nmodel name\t: AMD Ryzen 9 9950X\nflags\t\t: fpu sse2 avx2 avx_vnni\n\n"
+    write(tmp_path / "proc/cpuinfo", core.format(0) + core.format(1))
+    write(tmp_path / "proc/meminfo", "MemTotal:       32000000 kB\nMemAvailable:   30000000 kB\n")
+    found = cpu(tmp_path)
+    assert (found.name, found.features) == ("AMD Ryzen 9 9950X", frozenset({"fpu", "sse2", "avx2", "avx_vnni"}))
+    assert found.cores == usable_cores() >= 1
+    assert found.is_x86
+    assert found.multiplies_bytes
+    assert total_memory(tmp_path) == 32_000_000 * 1024
+
+
+def test_a_processor_without_vnni_or_of_another_kind(tmp_path: Path) -> None:
+    write(tmp_path / "proc/cpuinfo", "model name\t: Intel(R) Core(TM) i7-9700\nflags\t: sse2 avx2\n")
+    assert not cpu(tmp_path).multiplies_bytes
+    write(tmp_path / "proc/cpuinfo", "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\nCPU implementer\t: 0x41\n")
+    arm = cpu(tmp_path)
+    assert (arm.name, arm.features) == (platform.machine(), frozenset({"fp", "asimd", "asimddp", "i8mm"}))
+    assert not arm.is_x86
+    assert cpu(tmp_path / "nothing").features == frozenset()

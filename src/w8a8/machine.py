@@ -1,4 +1,4 @@
-"""The machine: its GPUs, as they report themselves or as the user describes them, and its free memory.
+"""The machine: its processor, its GPUs, as they report themselves or as the user describes them, and its memory.
 
 nvidia-smi lists NVIDIA's GPUs. AMD's are read where rocm-smi reads them, from the files of the amdgpu driver: the
 topology in `/sys/class/kfd` names every GPU that can compute, with its architecture and its render node, and the render
@@ -9,6 +9,7 @@ memory to draw with. An integrated GPU with a large carve-out counts with that.
 """
 
 import os
+import platform
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,30 @@ _DESCRIBED = re.compile(r"((?P<count>\d{1,4})x)?(?P<size>\d{1,5}(\.\d{1,3})?)(?P
 _ARCH = re.compile(r"gfx\d{1,2}[0-9a-f]{2}|sm_\d{2,3}a?")
 _NVIDIA_QUERY = ("--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits")
 _NVIDIA_SECONDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Cpu:
+    """The processor: its name, its features as Linux spells them (`avx2`, `avx512_vnni`), the cores we may use."""
+
+    name: str
+    features: frozenset[str]
+    cores: int
+
+    @property
+    def is_x86(self) -> bool:
+        """Whether it is one of Intel's or AMD's."""
+        return "sse2" in self.features
+
+    @property
+    def multiplies_bytes(self) -> bool:
+        """Whether it multiplies bytes in one exact instruction (VNNI); of an x86 alone is that known."""
+        return not self.is_x86 or bool(self.features & {"avx_vnni", "avx512_vnni"})
+
+    @property
+    def multiplies_bf16(self) -> bool:
+        """Whether it has BF16 arithmetic."""
+        return bool(self.features & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +122,24 @@ def amd_gpus(root: Path, environment: Mapping[str, str]) -> tuple[Gpu, ...]:
             indices = [int(index) for index in wanted.split(",") if index]
             found = [found[i] for i in indices if 0 <= i < len(found)]
     return tuple(found)
+
+
+def cpu(root: Path = Path("/")) -> Cpu:
+    """Read the processor's name and features from `proc` below `root`; without it, the name is its architecture's."""
+    rows = [line.partition(":") for line in _text(root / "proc/cpuinfo").splitlines()]
+    values = {key.strip(): value.strip() for key, _, value in reversed(rows)}
+    features = values.get("flags") or values.get("Features") or ""
+    return Cpu(values.get("model name") or platform.machine(), frozenset(features.split()), usable_cores())
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of RAM that the machine has, by `proc` below `root`."""
+    return _numbers(root / "proc/meminfo").get("MemTotal:", 0) * 1024
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -101,7 +101,32 @@ def test_serve_says_it_for_int8_checkpoints(quantized: bool, tmp_path: Path) -> 
     env = NO_KEYS | fake_vllm.install(tmp_path / "vllm", "0.32.0+cpu")
     done = cli("serve", model, "--dry-run", "--json", env=env)
     sentences = [sentence for sentence in json.loads(done.stdout)["notices"] if "INT8" in sentence]
-    assert sentences == (["INT8 kernel: vLLM's kernel for the CPU"] if quantized else [])
+    kernel = "INT8 kernel: vLLM's kernel for the CPU"
+    expected = kernel if machine.cpu().multiplies_bytes else f"{kernel}{int8_kernel.INEXACT}"
+    assert sentences == ([expected] if quantized else [])
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_serve_says_what_the_embedded_engine_multiplies_with(quantized: bool, tmp_path: Path) -> None:
+    source, target = write_checkpoint(tmp_path / "source", llama_tensors(), config=CONFIG), tmp_path / "quantized"
+    quantize(source, target)
+    env = NO_KEYS | {"PATH": ""}
+    done = cli("serve", target if quantized else source, "--dry-run", "--json", env=env)
+    sentences = json.loads(done.stdout)["notices"]
+    assert [sentence.endswith("exact") for sentence in sentences if "INT8" in sentence] == ([True] if quantized else [])
+
+
+def test_vllm_s_int8_is_said_to_be_inexact_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, inexact in (("sse2 avx2", True), ("sse2 avx2 avx_vnni", False), ("asimd", False)):
+        cpu = machine.Cpu("some", frozenset(features.split()), 2)
+        monkeypatch.setattr(machine, "cpu", lambda cpu=cpu: cpu)
+        assert (notice((), VLLM, "auto") or "").endswith(int8_kernel.INEXACT) == inexact
+
+
+def test_on_gpus_the_embedded_engine_needs_triton() -> None:
+    [gpu] = machine.describe("80GiB:sm_90")
+    assert int8_kernel.embedded([gpu], triton=True, int8=True) == "INT8 kernel: w8a8's Triton kernel"
+    assert "for want of Triton" in str(int8_kernel.embedded([gpu], triton=False, int8=True))
 
 
 def test_only_a_missing_torch_means_that_nothing_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`fit`, `serve`, `chat`: from a checkpoint to answers."""
+"""`doctor`, `fit`, `serve`, `chat`: from a machine and a checkpoint to answers."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,6 +7,29 @@ import typer
 
 from w8a8.cli.common import Json, Quiet, app, engines, interruptible
 from w8a8.errors import UsageError
+
+
+@app.command(
+    epilog="""
+Examples:
+
+- `w8a8 doctor`
+- `w8a8 doctor --json`
+"""
+)
+def doctor(json: Json = False) -> None:
+    """Say what this machine has, what each command uses of it, and what to install to be faster.
+
+    Takes some seconds, one of them to measure how fast memory is read. What is missing is no error.
+    """
+    from w8a8.cli.tables import show_diagnosis
+    from w8a8.doctor.facts import look
+    from w8a8.doctor.findings import diagnose
+    from w8a8.terminal.output import Terminal
+
+    with interruptible("nothing was changed"):
+        found = diagnose(look())
+    show_diagnosis(Terminal(json=json), found)
 
 
 @app.command(

@@ -13,6 +13,7 @@ from w8a8.terminal.wording import clean, count, first_few, plural, size
 if TYPE_CHECKING:
     from w8a8.cluster import NodeWork
     from w8a8.conversion import ConvertResult
+    from w8a8.doctor.findings import Diagnosis
     from w8a8.execute.status import Status
     from w8a8.inspection import Inspection
     from w8a8.memory import Fit
@@ -159,6 +160,25 @@ def show_inspected(terminal: Terminal, found: "Inspection", *, tensors: bool) ->
     if tensors:
         for t in found.specs:
             terminal.say(clean(f"{t.dtype:5} {list(t.shape)!s:16} {t.name}  ({t.shard})"))
+
+
+def show_diagnosis(terminal: Terminal, found: "Diagnosis") -> None:
+    """Print what `doctor` found."""
+    if terminal.json:
+        terminal.print_json(found.to_dict())
+        return
+    for title, lines in (("This machine", found.has), ("What commands use", found.uses)):
+        terminal.say(f"[bold]{title}[/bold]")
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        for line in lines:
+            table.add_row(f"  {line.about}", clean(line.text))
+        terminal.print(table)
+    terminal.say("[bold]To be faster[/bold]")
+    for advice in found.faster:
+        terminal.say(f"  {clean(advice.why)}\n      {clean(advice.command)}")
+    if not found.faster:
+        terminal.say("  Nothing is missing.")
 
 
 def show_fit(terminal: Terminal, found: "Fit") -> None:

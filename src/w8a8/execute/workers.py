@@ -1,6 +1,5 @@
 """Threads that carry out shard jobs, several at a time, the largest first."""
 
-import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -9,6 +8,7 @@ from typing import Protocol, TypeVar
 from w8a8.checkpoint.stream import ArrivedWrong, Feed, Stopped
 from w8a8.execute.shard import ShardJob, ShardRecord, quantize_shard
 from w8a8.execute.supply import Supply
+from w8a8.machine import usable_cores
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ Admit = Callable[[str, Callable[[], bool]], None]
 
 def worker_count() -> int:
     """Give the default number of shards at a time: one per core this process may use, at most 8, enough for a disk."""
-    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    return min(8, usable_cores())
 
 
 class CarryOut(Protocol):

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from w8a8.machine import Gpu
@@ -47,22 +48,41 @@ class Installed:
 
     def devices(self, gpus: Sequence[Gpu]) -> tuple[Gpu, ...] | None:
         """Choose those of `gpus` it can use: none of them for a CPU build; None if it has no device here to run on."""
-        if self.build == "cpu":
-            return ()
-        vendor = {"rocm": "amd", "cuda": "nvidia"}.get(self.build)
-        return tuple(gpu for gpu in gpus if gpu.vendor == vendor) or None
+        return () if self.build == "cpu" else usable(self.build, gpus) or None
+
+
+def usable(build: str, gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Choose those of `gpus` that a package built for `build` can use."""
+    vendor = {"rocm": "amd", "cuda": "nvidia"}.get(build)
+    return tuple(gpu for gpu in gpus if gpu.vendor == vendor)
+
+
+def built_for(version: str) -> str:
+    """Say what a release of torch or vLLM is built for, by its version: `cpu`, `rocm`, `xpu`, else `cuda`."""
+    return next((kind for kind in ("cpu", "rocm", "xpu") if kind in version.partition("+")[2]), "cuda")
+
+
+def by_torch(gpus: Sequence[Gpu]) -> tuple[Gpu, ...]:
+    """Choose those of `gpus` that this Python's torch can use, by its version alone; none where it has no torch."""
+    try:
+        return usable(built_for(version("torch")), gpus)
+    except PackageNotFoundError:
+        return ()
 
 
 def find() -> Installed | None:
     """Find the vLLM of this Python, else the one on PATH, else None."""
     if importlib.util.find_spec("vllm"):
-        return _ask(sys.executable, script=None)
+        return at(sys.executable)
     script = shutil.which("vllm")
-    return _ask(_interpreter(Path(script)), script) if script else None
+    return at(_interpreter(Path(script)), script) if script else None
 
 
-def _ask(python: str | None, script: str | None) -> Installed:
-    """Ask `python` about its vLLM. One that does not answer counts as the usual build, for NVIDIA's GPUs."""
+def at(python: str | None, script: str | None = None) -> Installed:
+    """Ask `python` about its vLLM, which `script` starts, if there is one.
+
+    One that does not answer counts as the usual build, for NVIDIA's GPUs.
+    """
     vllm, vllm_cpu, ray, plugin = None, None, True, False
     with suppress(OSError, subprocess.SubprocessError, ValueError):
         done = subprocess.run(
@@ -74,10 +94,9 @@ def _ask(python: str | None, script: str | None) -> Installed:
     elif script:
         program = (script, "serve")
     else:
-        program = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve")
-    version = vllm or vllm_cpu or "of unknown version"
-    build = next((kind for kind in ("cpu", "rocm", "xpu") if kind in version.partition("+")[2]), "cuda")
-    return Installed(program, version, "cpu" if vllm_cpu else build, ray, plugin)
+        program = (python or sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve")
+    release = vllm or vllm_cpu or "of unknown version"
+    return Installed(program, release, "cpu" if vllm_cpu else built_for(release), ray, plugin)
 
 
 def _interpreter(script: Path) -> str | None:

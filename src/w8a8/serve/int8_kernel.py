@@ -1,12 +1,14 @@
-"""Say which INT8 kernel vLLM will run, before anything is loaded, by the plugin's own rules."""
+"""Say what an engine will multiply with, before anything is loaded; of vLLM by the plugin's own rules."""
 
 import os
 from collections.abc import Mapping, Sequence
 
+from w8a8 import machine
 from w8a8.machine import Gpu
 from w8a8.serve.installed import Installed
 from w8a8.vllm_plugin.rule import CPU, CUTLASS, NAMES, OURS, SWITCH, aiter_asked_for, chosen, cutlass_fails, known
 
+INEXACT = ", inexact on a processor without VNNI (docs/serve.md); --engine transformers is exact"
 INSTALL = "pip install 'w8a8[vllm]' in vLLM's environment"
 
 
@@ -16,7 +18,8 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
     `found` is the vLLM that will run, None where GPUs are only described; `backend` is its `--linear-backend`.
     """
     if not gpus:
-        return f"INT8 kernel: {NAMES[CPU]}"
+        exact = machine.cpu().multiplies_bytes
+        return f"INT8 kernel: {NAMES[CPU]}{'' if exact else INEXACT}"
     arch, *others = {gpu.arch for gpu in gpus}
     if others or not arch:
         return None
@@ -36,6 +39,18 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
     if hindrance:
         return f"INT8 kernel: {_with_warning(without, arch)}; {NAMES[OURS]} would run, but its plugin {hindrance}"
     return f"INT8 kernel: {NAMES[OURS]}, by the plugin in this vLLM"
+
+
+def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool) -> str | None:
+    """Say what the embedded engine multiplies with, on `gpus` that torch can use (none: on the CPU).
+
+    `int8`: whether the model has INT8 layers.
+    """
+    if gpus:
+        kernel = NAMES[OURS] if triton else "torch's own operators, for want of Triton"
+        return f"INT8 kernel: {kernel}" if int8 else None
+    by = "vpdpbusd (avx512vnni)" if "avx512_vnni" in machine.cpu().features else "portable loops"
+    return f"INT8 kernel: w8a8's for the CPU, {by}, exact" if int8 else None
 
 
 def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from w8a8.memory.fit import DEFAULT_CONTEXT as CONTEXT
 from w8a8.serve import int8_kernel
 from w8a8.serve.address import check_address
 from w8a8.serve.calling import Call, can_chat
-from w8a8.serve.installed import Installed, find
+from w8a8.serve.installed import Installed, by_torch, find
 from w8a8.serve.place import place_embedded, place_vllm
 from w8a8.serve.process import running
 from w8a8.serve.vllm import Options, command, given, shell
@@ -257,13 +258,14 @@ def _embedded(request: _Request) -> Launch:
     context = place_embedded(request.checkpoint, headers, request.gpus, request.options)
     if not request.dry_run:
         from w8a8.serve.embedded import server as embedded  # noqa: F401 - raises MissingExtraError before anything is downloaded
+    by = int8_kernel.embedded(by_torch(request.gpus), triton=find_spec("triton") is not None, int8=scheme.w8a8)
     listen = ("--host", host, "--port", str(port))
     return Launch(
         "transformers",
         request.checkpoint,
         ("w8a8", "serve", request.checkpoint, "--engine", "transformers", "--max-model-len", str(context), *listen),
         Call(host, port, request.checkpoint, chat=can_chat(request.checkpoint), key=request.shown_key),
-        tuple(request.notices(host)),
+        (*request.notices(host), *filter(None, (by,))),
         context=context,
         api_key=request.api_key,
     )

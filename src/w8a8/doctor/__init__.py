@@ -1,0 +1,1 @@
+"""What this machine has, what each command makes of it, and what to install to be faster."""
