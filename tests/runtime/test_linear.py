@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.interpreter import Interpreted
-from w8a8.runtime.linear import MAX_IN_FEATURES, W8A8Linear, _openmp_fork, composed, padded_int_mm
+from w8a8.runtime.linear import MAX_IN_FEATURES, W8A8Linear, composed, openmp_fork, padded_int_mm
 
 pytestmark = pytest.mark.slow
 
@@ -135,7 +135,7 @@ def test_a_change_of_dtype_leaves_the_scales_float32() -> None:
 
 
 def test_torch_lends_its_threads() -> None:
-    assert _openmp_fork() != 0
+    assert openmp_fork() != 0
 
 
 def test_many_threads_may_call_at_once() -> None:

@@ -48,6 +48,7 @@ def test_an_address_that_is_not_here_is_an_error_that_names_it(host: str) -> Non
         (["--engine", "transformers", "--text-only", "--", "-x"], errors.UsageError, "--text-only"),
         (["another"], errors.UsageError, "another"),
         (["--engine", "transformers", "--max-model-len", "4096"], errors.UsageError, "2048"),
+        (["--dtype", "float16"], errors.UsageError, "auto, bfloat16, float32"),
         (["--api-key", ""], errors.UsageError, "API key"),
         (["--api-key", "a\nb"], errors.UsageError, "API key"),
         (["--engine", "vllm"], errors.MissingExtraError, "pip install vllm"),
@@ -94,6 +95,12 @@ def test_auto_takes_vllm_where_it_has_a_device(model: Path, tmp_path: Path, vllm
     assert chosen(cuda | {"CUDA_VISIBLE_DEVICES": ""}) == "transformers"
     rocm = fake_vllm.install(tmp_path / "rocm", "0.32.0+rocm700")
     assert chosen(rocm | {"PATH": f"{rocm['PATH']}{os.pathsep}{cuda['PATH']}"}) == "transformers"
+
+
+def test_the_command_says_what_is_computed(model: Path, vllm: dict[str, str]) -> None:
+    for env in (vllm, {"PATH": ""}):
+        assert "--dtype" not in run(model, "--dry-run", env=env).stdout
+        assert "--dtype float32" in run(model, "--dry-run", "--dtype", "float32", env=env).stdout
 
 
 def test_dry_run_starts_nothing_and_tries_no_port(model: Path, vllm: dict[str, str]) -> None:

@@ -1,6 +1,7 @@
 """`w8a8 serve` and memory: what fits on which GPUs and nodes, and the command that says so."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,13 @@ from tests.memory.reference import gemma4_31b
 from tests.named import headers
 from tests.serve import fake_vllm
 from tests.serve.launching import CONFIG, install_nvidia_smi, run
-from w8a8 import errors
+from w8a8 import errors, machine
 from w8a8.checkpoint import Checkpoint
 from w8a8.checkpoint.header import write_header
+from w8a8.machine import describe
+from w8a8.memory import ram_needed
+from w8a8.serve.place import place_embedded, place_vllm
+from w8a8.serve.vllm import Options
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +123,19 @@ def test_nodes_are_for_gpus_and_need_ray(model: Path, tmp_path: Path, vllm: dict
     done = run(model, "--nodes", "2", env=cuda)
     assert done.returncode == errors.MissingExtraError.exit_code
     assert "pip install ray" in done.stderr
+
+
+def test_float32_needs_place_for_weights_twice_as_large(gemma4: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    headers, context = Checkpoint.open(gemma4), 4096
+    monkeypatch.setattr(machine, "available_memory", lambda: ram_needed(headers, context) + 10**9)
+    stored, float32 = (Options(max_model_len=context, dtype=dtype) for dtype in ("auto", "float32"))
+    assert place_embedded("m", headers, (), stored) == context
+    with pytest.raises(errors.DoesNotFitError):
+        place_embedded("m", headers, (), float32)
+    for options, judged in ((stored, True), (float32, False)):  # vLLM judges itself
+        gpu = describe("24GiB")
+        with pytest.raises(errors.DoesNotFitError) if judged else nullcontext():
+            place_vllm("m", headers, gpu, options)
 
 
 def test_too_little_ram_is_an_error_for_both_engines(huge: Path, vllm: dict[str, str]) -> None:

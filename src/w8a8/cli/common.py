@@ -67,6 +67,22 @@ def engines() -> list[str]:
     return list(ENGINES)
 
 
+def dtypes() -> list[str]:
+    """List the names that `--dtype` takes."""
+    from w8a8.serve.vllm import DTYPES
+
+    return list(DTYPES)
+
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="What the model computes in: `auto` (as stored), `bfloat16` or `float32`, which takes twice the memory.",
+        autocompletion=dtypes,
+    ),
+]
+
+
 @contextmanager
 def interruptible(consequence: str) -> Iterator[None]:
     """End in order on Ctrl-C or SIGTERM, with 130 or 143, and say the consequence."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, LogJson, Quiet, app, engines, eval_app, interruptible, showing
+from w8a8.cli.common import Dtype, Json, LogJson, Quiet, app, engines, eval_app, interruptible, showing
 from w8a8.errors import UsageError
 
 
@@ -35,6 +35,7 @@ def eval_gsm8k(
     engine: Annotated[
         str, typer.Option(help="Engine that serves CKPT: `auto`, `transformers` or `vllm`.", autocompletion=engines)
     ] = "auto",
+    dtype: Dtype = "auto",
     data: Annotated[
         Path | None,
         typer.Option(help="Folder with train.jsonl and test.jsonl.", show_default="openai/gsm8k from the Hub"),
@@ -84,6 +85,7 @@ def eval_gsm8k(
             ckpt,
             api_key=api_key,
             engine=engine,
+            dtype=dtype,
             completions=completions,
             timeout=timeout,
             notice=terminal.notice,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Json, Quiet, app, engines, interruptible
+from w8a8.cli.common import Dtype, Json, Quiet, app, engines, interruptible
 from w8a8.errors import UsageError
 
 
@@ -124,6 +124,7 @@ def serve(
         int | None,
         typer.Option(min=1, help="Tokens of the longest request.", show_default="8192, or what model and memory allow"),
     ] = None,
+    dtype: Dtype = "auto",
     gpu_memory_utilization: Annotated[
         float, typer.Option(min=0.1, max=1.0, help="Share of each GPU's memory that vLLM may use.")
     ] = 0.9,
@@ -158,6 +159,7 @@ def serve(
         host=host,
         port=port,
         max_model_len=max_model_len,
+        dtype=dtype,
         gpu_memory_utilization=gpu_memory_utilization,
         text_only=text_only,
         tensor_parallel_size=tensor_parallel_size,

@@ -25,6 +25,7 @@ def connected(
     *,
     api_key: str | None,
     engine: str,
+    dtype: str = "auto",
     completions: bool,
     timeout: float,
     notice: Callable[[str], None],
@@ -34,7 +35,9 @@ def connected(
     Raises UsageError and what `serving` raises.
     """
     if checkpoint is not None:
-        with serving(checkpoint, engine=engine, completions=completions, timeout=timeout, notice=notice) as server:
+        with serving(
+            checkpoint, engine=engine, dtype=dtype, completions=completions, timeout=timeout, notice=notice
+        ) as server:
             yield server
     else:
         key = api_key or "none"
@@ -46,18 +49,36 @@ def connected(
 
 @contextmanager
 def serving(
-    checkpoint: str, *, engine: str, completions: bool, timeout: float, notice: Callable[[str], None]
+    checkpoint: str,
+    *,
+    engine: str,
+    dtype: str = "auto",
+    completions: bool,
+    timeout: float,
+    notice: Callable[[str], None],
 ) -> Iterator[Server]:
-    """Serve `checkpoint` with a new random key, and yield the server when it answers.
+    """Serve `checkpoint`, computing in `dtype`, with a new random key, and yield the server when it answers.
 
     Raises UsageError if the model should chat but has no chat template, EngineError, and what `serve` raises.
     """
     if not completions and not can_chat(checkpoint):
         raise UsageError(f"{checkpoint}: the model has no chat template; ask a base model with --completions")
     port = _free_port()
-    launch.prepare(checkpoint, engine=engine, options=Options(host=HOST, port=port), dry_run=True)
+    launch.prepare(checkpoint, engine=engine, options=Options(host=HOST, port=port, dtype=dtype), dry_run=True)
     key = secrets.token_urlsafe()
-    command = (sys.executable, "-m", "w8a8", "serve", checkpoint, "--engine", engine, "--port", str(port))
+    command = (
+        sys.executable,
+        "-m",
+        "w8a8",
+        "serve",
+        checkpoint,
+        "--engine",
+        engine,
+        "--dtype",
+        dtype,
+        "--port",
+        str(port),
+    )
     with (
         NamedTemporaryFile(prefix="w8a8-serve-", suffix=".log", delete=False) as log,
         process.running(command, {"W8A8_API_KEY": key}, log=log) as served,

@@ -103,7 +103,7 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
         (x.numel() // k, n, k),
         KINDS[x.dtype],
         threads=torch.get_num_threads(),
-        fork=_openmp_fork(),
+        fork=openmp_fork(),
     )
     return y
 
@@ -154,7 +154,7 @@ def frozen(tensor: Tensor) -> nn.Parameter:
 
 
 @cache
-def _openmp_fork() -> int:
+def openmp_fork() -> int:
     """Find `GOMP_parallel` in the OpenMP runtime that torch is linked with; 0 where it has none by that name."""
     try:
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, ctypes.c_void_p).value or 0

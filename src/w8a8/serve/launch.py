@@ -33,13 +33,13 @@ from w8a8.serve.calling import Call, can_chat
 from w8a8.serve.installed import Installed, by_torch, find
 from w8a8.serve.place import place_embedded, place_vllm
 from w8a8.serve.process import running
-from w8a8.serve.vllm import Options, command, given, shell
+from w8a8.serve.vllm import DTYPES, Options, command, given, shell
 
 ENGINES = ("auto", "transformers", "vllm")
 KEY_VARIABLES = ("W8A8_API_KEY", "VLLM_API_KEY")
 """Where an API key may stand; safer than in an argument, which every user of the machine can read."""
 
-_OF_BOTH = ("host", "port", "max_model_len", "extra")
+_OF_BOTH = ("host", "port", "max_model_len", "dtype", "extra")
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -54,6 +54,7 @@ class Launch:
     notices: tuple[str, ...]
     program: tuple[str, ...] = ()
     context: int = CONTEXT
+    dtype: str = "auto"
     api_key: str | None = field(default=None, repr=False)
 
     @property
@@ -124,6 +125,7 @@ def run(launch: Launch, ready: Callable[[Call, float], None]) -> None:
         port=address[1],
         api_key=launch.api_key,
         max_model_len=launch.context,
+        dtype=launch.dtype,
         ready=lambda _: ready(call, time.monotonic() - start),
     )
 
@@ -155,6 +157,8 @@ class _Request:
 def _check_request(engine: str, options: Options, api_key: str | None, *, described: bool, dry_run: bool) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
+    if options.dtype not in DTYPES:
+        raise UsageError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     if described and (not dry_run or engine == "transformers"):
         raise UsageError("--describe only shows vLLM's command: add --dry-run, and no --engine transformers")
     if engine == "transformers" and (unused := _for_vllm(options)):
@@ -260,13 +264,18 @@ def _embedded(request: _Request) -> Launch:
         from w8a8.serve.embedded import server as embedded  # noqa: F401 - raises MissingExtraError before anything is downloaded
     by = int8_kernel.embedded(by_torch(request.gpus), triton=find_spec("triton") is not None, int8=scheme.w8a8)
     listen = ("--host", host, "--port", str(port))
+    dtype = () if request.options.dtype == "auto" else ("--dtype", request.options.dtype)
     return Launch(
         "transformers",
         request.checkpoint,
-        ("w8a8", "serve", request.checkpoint, "--engine", "transformers", "--max-model-len", str(context), *listen),
+        (
+            *("w8a8", "serve", request.checkpoint, "--engine", "transformers", "--max-model-len", str(context)),
+            *(*dtype, *listen),
+        ),
         Call(host, port, request.checkpoint, chat=can_chat(request.checkpoint), key=request.shown_key),
         (*request.notices(host), *filter(None, (by,))),
         context=context,
+        dtype=request.options.dtype,
         api_key=request.api_key,
     )
 

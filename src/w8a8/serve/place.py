@@ -67,7 +67,8 @@ def place_vllm(checkpoint: str, headers: Checkpoint, devices: Sequence[Gpu], opt
     # 3) The context: as asked for, else the default, as far as model and memory allow.
     _check_length(options, found.model_context)
     longest, least = found.max_context, options.max_model_len or min(MIN_CONTEXT, found.model_context)
-    if longest < least and not given(options.extra).keys() & _ABOUT_MEMORY:
+    vllm_judges = given(options.extra).keys() & _ABOUT_MEMORY or options.dtype == "float32"
+    if longest < least and not vllm_judges:
         where = "each GPU's memory" if devices else "RAM"
         advice = f". `w8a8 fit` says what would help: {'; '.join(found.advice)}" if devices and found.advice else ""
         raise DoesNotFitError(
@@ -98,7 +99,9 @@ def place_embedded(checkpoint: str, headers: Checkpoint, devices: Sequence[Gpu],
     _check_length(options, model_context)
     context = options.max_model_len or min(CONTEXT, model_context)
     available = machine.available_memory()
-    while not devices and (needed := ram_needed(headers, context)) > available:
+    halves = sum(tensor.nbytes for tensor in headers.tensors.values() if tensor.dtype in ("BF16", "F16"))
+    widened = halves if options.dtype == "float32" else 0
+    while not devices and (needed := ram_needed(headers, context) + widened) > available:
         if options.max_model_len or context <= MIN_CONTEXT:
             raise DoesNotFitError(
                 f"{checkpoint} for {context:,} tokens needs {gigabytes(needed)} of RAM, and "

@@ -15,6 +15,9 @@ from w8a8.vllm_plugin.rule import cutlass_fails
 TEXT_ONLY = '{"image":0,"audio":0,"video":0}'
 """`--limit-mm-per-prompt` for text alone: vLLM loads no encoder. A model without encoders ignores it."""
 
+DTYPES = ("auto", "bfloat16", "float32")
+"""What a model can be made to compute in, whatever it is stored in; auto: the stored dtype."""
+
 PORT = 8000
 """The port vLLM listens on unless told otherwise."""
 
@@ -28,6 +31,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = PORT
     max_model_len: int | None = None
+    dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     text_only: bool = False
     tensor_parallel_size: int | None = None
@@ -78,6 +82,8 @@ def _flags(
         yield "--gpu-memory-utilization", f"{options.gpu_memory_utilization:g}"
     elif kv_cache_bytes:
         yield "--kv-cache-memory-bytes", str(kv_cache_bytes)
+    if options.dtype != "auto":
+        yield "--dtype", options.dtype
     if options.text_only:
         yield "--limit-mm-per-prompt", TEXT_ONLY
     if options.trust_remote_code:

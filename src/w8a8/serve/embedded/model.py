@@ -10,19 +10,20 @@ from transformers.cli.serving.utils import Modality
 
 from w8a8.errors import EngineError, first_line
 from w8a8.runtime.loading import engine_errors, load_model, load_processor, load_tokenizer
+from w8a8.runtime.unquantized import widen
 
 DEFAULT_CONTEXT = 8192
 
 
 class OneModel:
-    """A model with its processor, loaded for good."""
+    """A model with its processor, loaded for good; its unquantized layers compute as `runtime.unquantized` says."""
 
-    def __init__(self, name: str, folder: Path, max_model_len: int | None) -> None:
-        """Load the model. Raises EngineError, or the checkpoint's own error."""
+    def __init__(self, name: str, folder: Path, max_model_len: int | None, dtype: str = "auto") -> None:
+        """Load the model to compute in `dtype` ("auto": as stored). Raises EngineError, or the checkpoint's error."""
         self.name = name
         self.created = int(time.time())
         self.processor = _processor(name, folder)
-        self.model = load_model(name, folder)
+        self.model = widen(load_model(name, folder, dtype))
         text = self.model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.context = min(limit, max_model_len or DEFAULT_CONTEXT)

@@ -50,15 +50,17 @@ def run(
     api_key: str | None,
     ready: Callable[[str], None],
     max_model_len: int | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Serve the checkpoint in `folder` as the model named `checkpoint`, until a signal ends it.
 
     `ready(checkpoint)` is called when requests can be answered. `max_model_len` is the context in tokens; without it,
-    8192 or the model's own limit, whichever is less. Raises PortInUseError at once; EngineError, or the checkpoint's
-    own error, when it cannot be loaded. A signal is raised again after everything was stopped.
+    8192 or the model's own limit, whichever is less. `dtype` is what the model computes in ("auto": as stored).
+    Raises PortInUseError at once; EngineError, or the checkpoint's own error, when it cannot be loaded. A signal is
+    raised again after everything was stopped.
     """
     with bound(host, port) as listener:
-        server = _load(checkpoint, folder, api_key, lambda: ready(checkpoint), max_model_len)
+        server = _load(checkpoint, folder, api_key, lambda: ready(checkpoint), max_model_len, dtype)
         server.run(sockets=[listener])
 
 
@@ -111,10 +113,15 @@ class _Server(uvicorn.Server):
 
 
 def _load(
-    name: str, folder: Path, api_key: str | None, ready: Callable[[], None], max_model_len: int | None
+    name: str,
+    folder: Path,
+    api_key: str | None,
+    ready: Callable[[], None],
+    max_model_len: int | None,
+    dtype: str = "auto",
 ) -> _Server:
     quiet()
-    model = OneModel(name, folder, max_model_len)
+    model = OneModel(name, folder, max_model_len, dtype)
     prompts = Prompts(name, model.model, model.processor, context=model.context, sees=model.sees)
     batcher = Batcher(model.model, model.context)
     app = Starlette(
