@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import nn
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from w8a8.bench.decode import bench, fitting_layers, make_twin, show
+from w8a8.bench.decode import FLOAT32_BYTES, bench, fitting_layers, make_float32, make_twin, show
 from w8a8.bench.model import GEMMA_4_31B, LAYERS, VOCABULARY, make_model
 from w8a8.errors import DoesNotFitError
 from w8a8.runtime.linear import W8A8Linear
@@ -81,18 +81,35 @@ def test_the_twins_all_but_agree(twins: tuple[Any, Any]) -> None:
     assert 0 < (near - exact).norm() / exact.norm() < 0.1
 
 
+def test_the_float32_model_has_a_weight_for_each_shape(twins: tuple[Any, Any]) -> None:
+    bf16 = twins[0]
+    with torch.inference_mode():
+        made = make_float32(bf16)
+        assert made(torch.arange(40)[None]).logits.dtype == torch.float32
+    assert {p.dtype for p in (*made.parameters(), *made.buffers()) if p.is_floating_point()} == {torch.float32}
+    assert [p.shape for p in made.parameters()] == [*dict.fromkeys(p.shape for p in bf16.parameters())]
+    assert bf16.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_float32_weights_are_counted_by_the_shapes_of_the_layers() -> None:
+    with torch.device("meta"):
+        layers = Gemma4ForCausalLM(Gemma4TextConfig(**GEMMA_4_31B, num_hidden_layers=6, vocab_size=64)).model.layers
+    assert sum(4 * shape.numel() for shape in {w.shape for w in layers.parameters() if w.dim() == 2}) == FLOAT32_BYTES
+
+
 def test_it_times_every_token_and_every_prefill_of_both() -> None:
     result = bench(layers=2, tokens=3, prompt=8, runs=2, shapes=TINY)
     for decode, prefill in (
         (result.w8a8_decode, result.w8a8_prefill),
         (result.bf16_decode, result.bf16_prefill),
+        (result.float32_decode, result.float32_prefill),
     ):
         assert (len(decode), len(prefill)) == (3, 2)
         assert min(*decode, *prefill) > 0
     values = json.loads(json.dumps(result.to_dict()))
     assert (values["layers"], values["prompt"]) == (2, 8)
     for rate in (values["decode_tokens_per_second"], values["prefill_tokens_per_second"]):
-        assert rate["speedup"] == rate["w8a8"] / rate["bf16"]
+        assert rate["speedup"] == rate["w8a8"] / max(rate["bf16"], rate["float32"])
     text = StringIO()
     show(result, Console(file=text, width=120).print)
     assert "medians of 3 tokens and 2 prefills" in text.getvalue()
@@ -101,7 +118,7 @@ def test_it_times_every_token_and_every_prefill_of_both() -> None:
 
 def test_layers_are_chosen_to_fit_memory() -> None:
     assert fitting_layers(10**12) == LAYERS
-    assert fitting_layers(24 * 2**30) == 12
-    assert fitting_layers(8 * 10**9) == 4
+    assert fitting_layers(24 * 2**30) == 6
+    assert fitting_layers(8 * 10**9) == 2
     with pytest.raises(DoesNotFitError, match="one layer"):
         fitting_layers(10**9)

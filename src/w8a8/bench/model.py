@@ -3,6 +3,8 @@
 from typing import Any
 
 HIDDEN, INTERMEDIATE, Q, KV = 5376, 21504, 8192, 4096
+FULL_Q, FULL_KV = 16384, 2048
+"""Rows of q_proj and k_proj in a layer that attends to all tokens."""
 LAYERS = 60
 VOCABULARY = 262_144
 LAYER = {

@@ -169,7 +169,7 @@ def bench_decode(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time prefill and decode with layers of Gemma 4 31B in transformers, W8A8 against BF16, random weights."""
+    """Time prefill and decode with layers of Gemma 4 31B, W8A8 against the better of torch's BF16 and float32."""
     from w8a8.bench.decode import bench, show
     from w8a8.terminal.output import Terminal
 
