@@ -6,6 +6,6 @@ the same count for the embedded engine on a CPU. Nothing here reads a weight or 
 """
 
 from w8a8.memory.fit import KV_DTYPES, Fit, fit
-from w8a8.memory.ram import ram_needed
+from w8a8.memory.ram import ram_besides_cache, ram_needed
 
-__all__ = ["KV_DTYPES", "Fit", "fit", "ram_needed"]
+__all__ = ["KV_DTYPES", "Fit", "fit", "ram_besides_cache", "ram_needed"]

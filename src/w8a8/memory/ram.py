@@ -22,12 +22,28 @@ def ram_needed(checkpoint: str | Path | Checkpoint, context: int, concurrency: i
 
     Raises the errors of opening a checkpoint.
     """
-    model = Model.read(checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint))
+    model = _model(checkpoint)
     context = min(context, model.max_context)
     cache = concurrency * sum(_cache_bytes(layer, context) for layer in model.layers)
+    return cache + _besides_cache(model, context, concurrency)
+
+
+def ram_besides_cache(checkpoint: str | Path | Checkpoint, tokens: int, concurrency: int) -> int:
+    """Bytes of RAM for all but caches, where the engine reads `tokens` tokens of a prompt at once; an estimate.
+
+    Raises the errors of opening a checkpoint.
+    """
+    return _besides_cache(_model(checkpoint), tokens, concurrency)
+
+
+def _besides_cache(model: Model, tokens: int, concurrency: int) -> int:
     wide = model.intermediate + (model.experts.width * model.experts.per_token if model.experts else 0)
-    working = context * (6 * model.hidden + 7 * wide + 2 * _from_latent(model)) + concurrency * 6 * model.vocabulary
-    return PROCESS_BYTES + weights_per_gpu(model, 1) + cache + working
+    working = tokens * (6 * model.hidden + 7 * wide + 2 * _from_latent(model)) + concurrency * 6 * model.vocabulary
+    return PROCESS_BYTES + weights_per_gpu(model, 1) + working
+
+
+def _model(checkpoint: str | Path | Checkpoint) -> Model:
+    return Model.read(checkpoint if isinstance(checkpoint, Checkpoint) else open_headers(checkpoint))
 
 
 def _from_latent(model: Model) -> int:

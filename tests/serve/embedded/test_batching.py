@@ -15,7 +15,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from tests.real.test_gemma4 import TEXT, TOKENS, VISION
 from w8a8.serve.embedded import batching
-from w8a8.serve.embedded.batching import Batcher, joinable
+from w8a8.serve.embedded.batching import Batcher
+from w8a8.serve.embedded.caches import Caches
 from w8a8.serve.embedded.stream import StopStrings
 
 pytestmark = pytest.mark.slow
@@ -139,7 +140,7 @@ def together(
 
 
 def test_which_models_can_be_batched(model: Any) -> None:
-    assert joinable(model) is (not isinstance(model, transformers.Qwen3_5ForCausalLM))
+    assert Caches(model).join is (not isinstance(model, transformers.Qwen3_5ForCausalLM))
 
 
 def test_sixteen_at_once_get_the_tokens_they_get_alone(model: Any, tokenizer: Any) -> None:

@@ -1,31 +1,36 @@
-"""Many requests in one model, for the embedded engine: continuous batching over transformers' own caches.
+"""Many requests in one model, for the embedded engine: continuous batching over caches of its own.
 
 transformers' own continuous batching, paged attention (5.23), refuses models whose layers differ in their heads, as
 Gemma 4's do, applies the sampling settings of the first request to all, and knows no stop strings.
 
-One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own,
-and then decodes one token for every running sequence at once. A sequence joins the running ones by being aligned to
-the right: the shorter caches are padded on the left, and the attention mask covers the padding. One that ends leaves
-at once, and the padding shrinks with it. A model whose cache cannot be joined this way (linear attention, positions
-other than one per token) is run by `model.generate`, one request after another.
+One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own
+(`caches`), and then decodes one token for every running sequence at once. A sequence is admitted, first come first
+served, when there is memory for all that it may become. It joins the running ones once its prompt has been read, and
+leaves as soon as it has ended. Models whose caches cannot be joined this way (linear attention, positions other than
+one per token) are run by `model.generate`, one request after another.
 """
 
+import copy
 import logging
 import threading
-from queue import Empty, SimpleQueue
+from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from fastapi import HTTPException
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from w8a8.serve.embedded.stream import Stream, one_line
+from w8a8.machine import gigabytes
+from w8a8.serve.embedded.caches import Caches
+from w8a8.serve.embedded.stream import LATER, Stream, one_line
 
 MAX_RUNNING = 16
 """Sequences decoded together; more wait, first come first served."""
+
+MAX_WAITING = 128
+"""Requests that wait; one more is refused."""
 
 CHUNK = 512
 """Prompt tokens read between two decoding steps, so that a long prompt does not stall those who are being answered."""
@@ -41,39 +46,75 @@ _log = logging.getLogger(__name__)
 class Batcher:
     """Run all requests in one model, on a thread of its own."""
 
-    def __init__(self, model: Any, context: int) -> None:
-        """Start the thread; `context` limits a sequence's tokens, prompt and answer together."""
-        self.context = context
+    def __init__(self, model: Any, context: int, room: int | None = None) -> None:
+        """Start the thread; `context` limits a sequence's tokens, prompt and answer together.
+
+        The caches of all sequences that run take no more than `room` bytes (None: any number), and `context` becomes
+        shorter where one sequence would take more.
+        """
+        self.caches = Caches(model)
+        self.room = room
+        self.context = context if room is None else self.caches.longest(context, room)
         self._model = model
-        self._limit = MAX_RUNNING if joinable(model) else 1
-        self._waiting: SimpleQueue[Stream | None] = SimpleQueue()
-        self._reading: _Prompt | None = None
-        self._running: list[Stream] = []
-        self._cache = self._new_cache()
+        self._limit = MAX_RUNNING if self.caches.join else 1
+        self._waiting: deque[Stream] = deque()
+        self._changed = threading.Condition()
+        self._reading: _Sequence | None = None
+        self._running: list[_Sequence] = []
+        self._rows: DynamicCache | None = None
         self.stopping = False
         self._thread = threading.Thread(target=self._run, name="w8a8-batcher", daemon=True)
         self._thread.start()
+
+    @property
+    def about(self) -> str:
+        """`memory` in words."""
+        cache = self.memory
+        if cache["dtype"] is None:
+            return "this model's cache is transformers' own: requests are answered one after another"
+        room = f"; {gigabytes(cache['bytes'])} for them hold {cache['tokens']:,} tokens" if cache["bytes"] else ""
+        return f"keys and values in {cache['dtype']}{room}; a request may have {self.context:,}"
+
+    @property
+    def memory(self) -> dict[str, Any]:
+        """The dtype of keys and values (null: transformers' own cache), the bytes for them and the tokens that fit.
+
+        The tokens are those of requests as long as the context; null where nothing is counted.
+        """
+        each = self.caches.nbytes(self.context)
+        tokens = self.room // each * self.context if self.room is not None and each else None
+        dtype = str(self.caches.dtype).removeprefix("torch.") if self.caches.dtype else None
+        return {"dtype": dtype, "bytes": self.room, "tokens": tokens}
 
     # --- on the event loop ----------------------------------------------------------------------------------------
 
     def submit(self, inputs: dict[str, Tensor], config: GenerationConfig, tokenizer: Any, parser: Any = None) -> Stream:
         """Queue a request, whose answer comes out of the stream returned; the arguments are a `Stream`'s.
 
-        Raises HTTPException 400 for a request longer than the context, 503 when the engine is stopping.
+        Raises HTTPException 400 for a request longer than the context, 503 when too many wait or the engine is
+        stopping.
         """
         prompt = inputs["input_ids"].shape[-1]
         self._fit(prompt, config)
-        processors = self._model._get_logits_processor(config, input_ids_seq_length=prompt, device=self._model.device)
+        others = copy.copy(config)
+        others.temperature = others.top_k = others.top_p = others.min_p = None  # `sample` does these
+        processors = self._model._get_logits_processor(others, input_ids_seq_length=prompt, device=self._model.device)
         stream = Stream(inputs, config, tokenizer, processors or None, parser)
-        if self.stopping:
-            raise HTTPException(503, SHUTTING_DOWN)
-        self._waiting.put(stream)
+        with self._changed:
+            if self.stopping:
+                raise HTTPException(503, SHUTTING_DOWN)
+            self._waiting = deque(waiting for waiting in self._waiting if not waiting.cancelled)
+            if len(self._waiting) >= MAX_WAITING:
+                raise HTTPException(503, f"{MAX_WAITING} requests are waiting already; try again later", LATER)
+            self._waiting.append(stream)
+            self._changed.notify()
         return stream
 
     def stop(self) -> None:
         """End every request with an error, and the thread after its current step, without waiting for it."""
-        self.stopping = True
-        self._waiting.put(None)
+        with self._changed:
+            self.stopping = True
+            self._changed.notify()
 
     def join(self, seconds: float) -> None:
         """Wait for the thread to end."""
@@ -105,14 +146,23 @@ class Batcher:
 
     def _admit(self) -> bool:
         """Say whether there is a prompt to read; wait for one if there is nothing else to do."""
-        while self._reading is None and len(self._running) < self._limit and not self.stopping:
-            try:
-                stream = self._waiting.get(block=not self._running)
-            except Empty:
-                break
-            if stream is not None and not stream.cancelled:
-                self._reading = _Prompt(stream, self._new_cache())
+        with self._changed:
+            while self._reading is None and len(self._running) < self._limit and not self.stopping:
+                while self._waiting and self._waiting[0].cancelled:
+                    self._waiting.popleft()
+                if self._waiting and (not self._running or self._fits(self._waiting[0])):
+                    self._reading = _Sequence(self._waiting.popleft(), self.caches)
+                    self._reading.stream.begin()
+                elif self._waiting or self._running:
+                    break
+                else:
+                    self._changed.wait()
         return self._reading is not None
+
+    def _fits(self, stream: Stream) -> bool:
+        """Say whether there is memory for a request beside those that run; for one alone there is, by `context`."""
+        taken = sum(sequence.nbytes for sequence in self._running)
+        return self.room is None or taken + self.caches.nbytes(stream.longest) <= self.room
 
     def _read(self) -> int:
         """Read a chunk of the current prompt; after the last its sequence joins the others. Return the tokens read."""
@@ -126,69 +176,49 @@ class Batcher:
                 read = prompt.read(self._model)
                 if not prompt.complete:
                     return read
-                self._join(prompt)
+                prompt.stream.choose(prompt.logits)
+                if not prompt.stream.done:
+                    self._run_together([*self._running, prompt])
         except Exception as error:  # noqa: BLE001 - one request's, not the server's end
             _log.exception("a request failed")
             prompt.stream.fail(one_line(error))
         self._reading = None
         return read
 
-    def _join(self, prompt: "_Prompt") -> None:
-        prompt.stream.choose(prompt.logits)
-        if prompt.stream.done:
-            return
-        if self._running:
-            length = max(self._cache.get_seq_length(), prompt.cache.get_seq_length())
-            for ours, theirs in zip(self._cache.layers, prompt.cache.layers, strict=True):
-                _align(ours, length)
-                _align(theirs, length)
-                if ours.keys is not None:
-                    ours.keys = torch.cat([ours.keys, theirs.keys])
-                    ours.values = torch.cat([ours.values, theirs.values])
-        else:
-            self._cache = prompt.cache
-        self._running.append(prompt.stream)
+    def _run_together(self, sequences: Sequence["_Sequence"]) -> None:
+        self._running = list(sequences)
+        self._rows = self.caches.of_rows([sequence.cache for sequence in sequences]) if sequences else None
 
     def _decode(self) -> None:
         """Decode one more token for every running sequence."""
         try:
             # The cache lacks one token of every sequence: its last.
-            logits = self._model(**self._inputs(), past_key_values=self._cache, use_cache=True).logits[:, -1]
-            for stream, row in zip(self._running, logits, strict=True):
-                if not stream.cancelled:
-                    stream.choose(row)
-            self._leave()
+            logits = self._model(**self._inputs(), past_key_values=self._rows, use_cache=True).logits[:, -1]
+            for sequence, row in zip(self._running, logits, strict=True):
+                if not sequence.stream.cancelled:
+                    sequence.stream.choose(row)
+            staying = [sequence for sequence in self._running if not sequence.ended]
+            if len(staying) < len(self._running):
+                self._run_together(staying)
         except Exception as error:  # noqa: BLE001 - one request's, not the server's end
             _log.exception("decoding failed")
-            for stream in self._running:
-                if not stream.done:
-                    stream.fail(one_line(error))
-            self._running = []
+            for sequence in self._running:
+                if not sequence.stream.done:
+                    sequence.stream.fail(one_line(error))
+            self._run_together([])
 
     def _inputs(self) -> dict[str, Tensor | None]:
         device = self._model.device
-        lengths = torch.tensor([stream.length for stream in self._running], device=device)
-        longest = int(lengths.max())
+        last = [[sequence.stream.tokens[-1]] for sequence in self._running]
+        lengths = torch.tensor([[sequence.stream.length] for sequence in self._running], device=device)
         # With the padding on the left: 0 where a shorter sequence has not begun.
-        mask = torch.arange(longest, device=device) >= longest - lengths[:, None]
+        longest = int(lengths.max())
+        mask = None if self.caches.apart else (torch.arange(longest, device=device) >= longest - lengths).long()
         return {
-            "input_ids": torch.tensor([[stream.tokens[-1]] for stream in self._running], device=device),
-            "position_ids": lengths[:, None] - 1,
-            "attention_mask": None if bool(mask.all()) else mask.long(),
+            "input_ids": torch.tensor(last, device=device),
+            "position_ids": lengths - 1,
+            "attention_mask": mask,
         }
-
-    def _leave(self) -> None:
-        """Take the sequences that have ended out of the batch, and the padding that only they needed."""
-        stay = [i for i, stream in enumerate(self._running) if not (stream.done or stream.cancelled)]
-        if len(stay) == len(self._running):
-            return
-        self._running = [self._running[i] for i in stay]
-        if not stay:
-            self._cache = self._new_cache()
-            return
-        self._cache.batch_select_indices(torch.tensor(stay, device=self._model.device))
-        for layer in self._cache.layers:
-            _align(layer, max(stream.length for stream in self._running) - 1)
 
     def _generate(self, stream: Stream) -> None:
         """Run one request to its end with `model.generate`."""
@@ -200,25 +230,25 @@ class Batcher:
         if self.stopping and not stream.done:
             stream.fail(SHUTTING_DOWN)
 
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._model.config.get_text_config(decoder=True))
-
     def _fail_all(self) -> None:
-        streams = [*self._running, *([self._reading.stream] if self._reading else [])]
-        while not self._waiting.empty():
-            if (stream := self._waiting.get()) is not None:
-                streams.append(stream)
-        for stream in streams:
+        sequences = [*self._running, *([self._reading] if self._reading else [])]
+        for stream in [*(sequence.stream for sequence in sequences), *self._waiting]:
             stream.fail(SHUTTING_DOWN)
 
 
-class _Prompt:
-    """A prompt that is being read into a cache of its own."""
+class _Sequence:
+    """A request that has been admitted, and its cache."""
 
-    def __init__(self, stream: Stream, cache: DynamicCache) -> None:
-        self.stream, self.cache = stream, cache
+    def __init__(self, stream: Stream, caches: Caches) -> None:
+        self.stream = stream
+        self.cache, self.nbytes = caches.of_one(stream.longest), caches.nbytes(stream.longest)
         self.complete = False
         self.logits = torch.empty(0)
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more is to be decoded."""
+        return self.stream.done or self.stream.cancelled
 
     def read(self, model: Any) -> int:
         """Read the next chunk, or all of a prompt with images; return the number of tokens read.
@@ -252,24 +282,3 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
             self._stream.take(int(input_ids[0, -1]))
         stop = self._stream.done or self._stream.cancelled or self._batcher.stopping
         return torch.tensor([stop], device=input_ids.device)
-
-
-def joinable(model: Any) -> bool:
-    """Say whether sequences can be decoded together: caches hold only keys and values, and a token has one position."""
-    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in cache.layers)
-    positions_vary = any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "model", None)))
-    return bool(cache.layers) and plain and not positions_vary and not model.config.is_encoder_decoder
-
-
-def _align(layer: Any, length: int) -> None:
-    """Pad or crop the left of a cache layer [batch, heads, tokens, head size] so that it has `length` tokens."""
-    if layer.keys is None:  # it shares the keys and values of another
-        return
-    kept = length
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer.cumulative_length = length
-        kept = min(length, layer.sliding_window - 1)
-    more = kept - layer.keys.shape[-2]
-    layer.keys = pad(layer.keys, (0, 0, more, 0))
-    layer.values = pad(layer.values, (0, 0, more, 0))

@@ -41,8 +41,8 @@ class Api:
         ]
 
     async def health(self, _: Call) -> Response:
-        """Say that the server answers."""
-        return JSONResponse({"status": "ok"})
+        """Say that the server answers, and what its cache holds."""
+        return JSONResponse({"status": "ok", "cache": self._batcher.memory})
 
     async def models(self, _: Call) -> Response:
         """List the model."""
@@ -83,6 +83,7 @@ class Api:
     async def _answer(self, asked: Request, prompt: Prompt, limit: int | None, spelling: Spelling) -> Response:
         config = generation_config(asked, self._model.model.generation_config, limit)
         stream = self._batcher.submit(prompt.inputs, config, self._model.tokenizer, prompt.parser)
+        await stream.turn()
         if asked.stream:
             return StreamingResponse(spelling.events(stream, asked.with_usage), media_type="text/event-stream")
         return JSONResponse(spelling.whole([item async for item in stream.items()], stream))

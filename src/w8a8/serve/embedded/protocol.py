@@ -49,11 +49,11 @@ UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-def failure(status: int, message: str) -> JSONResponse:
+def failure(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Spell an error as the OpenAI API does."""
     kind = NAMES.get(status, "InvalidRequestError" if status < 500 else "InternalServerError")
     sayable = message.encode(errors="replace").decode()
-    return JSONResponse({"error": {"message": sayable, "type": kind, "param": None, "code": status}}, status)
+    return JSONResponse({"error": {"message": sayable, "type": kind, "param": None, "code": status}}, status, headers)
 
 
 def read(body: bytes) -> dict[str, Any]:

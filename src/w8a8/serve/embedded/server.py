@@ -15,7 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import EngineError, MissingExtraError
+from w8a8 import machine
+from w8a8.errors import DoesNotFitError, EngineError, MissingExtraError
+from w8a8.machine import gigabytes
+from w8a8.memory import ram_besides_cache
 from w8a8.serve.address import bound
 
 try:
@@ -26,7 +29,7 @@ try:
     from starlette.responses import Response
 
     from w8a8.runtime.loading import quiet
-    from w8a8.serve.embedded.batching import Batcher
+    from w8a8.serve.embedded.batching import CHUNK, MAX_RUNNING, Batcher
     from w8a8.serve.embedded.connections import Connection
     from w8a8.serve.embedded.guard import Guard
     from w8a8.serve.embedded.handlers import Api
@@ -39,6 +42,8 @@ except ImportError as missing:
     ) from missing
 
 SHUTDOWN_SECONDS = 5
+
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -70,7 +75,8 @@ def running(checkpoint: str, folder: Path, *, api_key: str, max_model_len: int |
     with bound("127.0.0.1", 0) as listener:
         started = threading.Event()
         server = _load(checkpoint, folder, api_key, started.set, max_model_len)
-        logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+        for name in ("uvicorn.access", "w8a8"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         while not started.wait(0.1):
@@ -103,6 +109,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
+            _log.info("%s", self._batcher.about)
             self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -121,9 +128,21 @@ def _load(
     dtype: str = "auto",
 ) -> _Server:
     quiet()
+    free = machine.available_memory()
     model = OneModel(name, folder, max_model_len, dtype)
+    room = None  # on GPUs, where transformers may have spread the model, nothing is counted
+    if model.model.device.type == "cpu":
+        at_once = model.context if model.sees else CHUNK
+        room = free - ram_besides_cache(folder, at_once, MAX_RUNNING)
+    batcher = Batcher(model.model, model.context, room)
+    if not batcher.context:
+        batcher.stop()
+        raise DoesNotFitError(
+            f"{name} leaves no RAM for a request: {gigabytes(free)} were available; end other programs, or take a "
+            "smaller model"
+        )
+    model.context = batcher.context
     prompts = Prompts(name, model.model, model.processor, context=model.context, sees=model.sees)
-    batcher = Batcher(model.model, model.context)
     app = Starlette(
         routes=Api(model, batcher, prompts).routes, exception_handlers={HTTPException: _refused, Exception: _broken}
     )
@@ -131,7 +150,7 @@ def _load(
 
 
 async def _refused(_: Request, error: Any) -> Response:
-    return failure(error.status_code, str(error.detail))
+    return failure(error.status_code, str(error.detail), error.headers)
 
 
 async def _broken(_: Request, error: Exception) -> Response:
@@ -139,9 +158,9 @@ async def _broken(_: Request, error: Exception) -> Response:
 
 
 def _log_config() -> dict[str, Any]:
-    """Make uvicorn log to standard error alone: a line per request, none for starting and stopping."""
+    """Make uvicorn log to standard error alone: what the cache holds, and a line per request."""
     config: dict[str, Any] = json.loads(json.dumps(uvicorn.config.LOGGING_CONFIG))
     config["handlers"]["access"]["stream"] = "ext://sys.stderr"
     config["loggers"]["uvicorn.error"]["level"] = "WARNING"
-    config["loggers"]["w8a8"] = {"handlers": ["default"], "level": "WARNING"}
+    config["loggers"]["w8a8"] = {"handlers": ["default"], "level": "INFO"}
     return config

@@ -18,9 +18,16 @@ from transformers import GenerationConfig
 from transformers.cli.serving.utils import response_events_to_chunks
 
 from w8a8.errors import first_line
+from w8a8.serve.embedded.sampling import sample
 
 Item: TypeAlias = Any
 """A piece of an answer: a `str` of text, a `ReasoningText` (a str, too), or a `ToolCall` that the model asks for."""
+
+MAX_WAIT_SECONDS = 600.0
+"""The time that a request waits for its turn."""
+
+LATER = {"Retry-After": "10"}
+"""The header of an answer to a request that may be sent again, after so many seconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -39,8 +46,8 @@ class Stream:
         """Take the `inputs` as the processor returned them for one sequence: `input_ids` [1, prompt], perhaps images.
 
         `tokenizer` is that of the `tokenizers` library. `processors` turn `input_ids` [1, n] and `scores`
-        [1, vocabulary] into scores, as in `model.generate`. `parser`, transformers' `ResponseParser`, finds reasoning
-        and calls in the text. Made on the event loop that `items` is read on.
+        [1, vocabulary] into scores, as in `model.generate`, before a token is sampled. `parser`, transformers'
+        `ResponseParser`, finds reasoning and calls in the text. Made on the event loop that `items` is read on.
         """
         self.inputs = inputs
         self.prompt: list[int] = inputs["input_ids"][0].tolist()
@@ -50,6 +57,7 @@ class Stream:
         self.finish_reason: Literal["stop", "length"] = "stop"
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Item | _Failure | None] = asyncio.Queue()
+        self._begun = asyncio.Event()
         self._cancelled = threading.Event()
         self._tokenizer, self._parser, self._processors = tokenizer, parser, processors
         self._decoder = DecodeStream([], skip_special_tokens=parser is None)
@@ -64,6 +72,18 @@ class Stream:
             self._send(response_events_to_chunks(parser.initial_events))
 
     # --- on the event loop ----------------------------------------------------------------------------------------
+
+    async def turn(self) -> None:
+        """Wait until the engine begins with this request. Raises HTTPException 503 if that takes too long."""
+        try:
+            async with asyncio.timeout(MAX_WAIT_SECONDS):
+                await self._begun.wait()
+        except TimeoutError:
+            waited = f"the request has waited {MAX_WAIT_SECONDS:.0f} s for its turn; try again later"
+            raise HTTPException(503, waited, LATER) from None
+        finally:
+            if not self._begun.is_set():
+                self.cancel()
 
     async def items(self) -> AsyncIterator[Item]:
         """Yield the answer piece by piece. Raises HTTPException 503 if the engine fails; cancels what nobody reads."""
@@ -87,21 +107,28 @@ class Stream:
         return len(self.prompt) + len(self.tokens)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the prompt and the longest answer."""
+        return len(self.prompt) + int(self.config.max_new_tokens)
+
+    @property
     def cancelled(self) -> bool:
         """Whether the client is gone."""
         return self._cancelled.is_set()
 
+    def begin(self) -> None:
+        """Say that this request's turn has come."""
+        self._call(self._begun.set)
+
     def choose(self, logits: Tensor) -> None:
         """Choose the next token by logits [vocabulary] of any float dtype, and take it; an error ends this stream."""
         try:
-            scores = logits.float()[None]
+            scores = logits.float()
             if self._processors is not None:
-                scores = self._processors(torch.tensor([self.prompt + self.tokens], device=scores.device), scores)
-            if self.config.do_sample:
-                token = torch.multinomial(scores.softmax(-1), 1, generator=self._generator)
-            else:
-                token = scores.argmax(-1)
-            self.take(int(token))
+                read = torch.tensor([self.prompt + self.tokens], device=scores.device)
+                scores = self._processors(read, scores[None])[0]
+            drawn = self.config.do_sample
+            self.take(sample(scores, self.config, self._generator) if drawn else int(scores.argmax()))
         except Exception as error:  # noqa: BLE001 - one request's, not the batch's
             _log.exception("a request failed")
             self.fail(one_line(error))
@@ -120,6 +147,7 @@ class Stream:
         """Close the stream with an error."""
         self.done = True
         self._send([_Failure(message)])
+        self.begin()
 
     def _end(self) -> None:
         """Pass the rest of the text on, and close the stream."""
@@ -151,9 +179,13 @@ class Stream:
         self._send(items)
 
     def _send(self, items: Sequence["Item | _Failure | None"]) -> None:
-        with suppress(RuntimeError):  # the event loop has ended, and nobody listens
-            for item in items:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
+        for item in items:
+            self._call(self._queue.put_nowait, item)
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Call a function on the event loop."""
+        with suppress(RuntimeError):  # that has ended, and nobody listens
+            self._loop.call_soon_threadsafe(function, *arguments)
 
 
 class _Failure:
