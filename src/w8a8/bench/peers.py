@@ -1,13 +1,10 @@
 """The tools that this one is compared with, each in its own virtual environment, called as its users call it."""
 
-import subprocess
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from w8a8.bench.process import last_line
-from w8a8.errors import W8A8Error
+from w8a8.bench.environment import TORCH, built
 
 _QUARK = """
 import sys
@@ -73,23 +70,10 @@ class Peer:
         Raises W8A8Error with pip's reason if the environment cannot be built.
         """
         home = folder / self.key
-        python = home / "bin" / "python"
-        if not (home / "ready").exists():
-            self._build(home, python)
+        python = built(home, (TORCH,), (TORCH, *self.packages))
         script = home / "run.py"
         script.write_text(self.script, encoding="utf-8")
         return [str(python), str(script), str(source), str(out)]
-
-    def _build(self, home: Path, python: Path) -> None:
-        venv.create(home, with_pip=True, clear=True)
-        # torch first and pinned: an unpinned one would bring the newest CUDA build.
-        for packages in (("torch==2.13.0",), ("torch==2.13.0", *self.packages)):
-            pip = [str(python), "-m", "pip", "install", "--quiet", *packages]
-            try:
-                subprocess.run(pip, check=True, capture_output=True, text=True)
-            except subprocess.CalledProcessError as error:
-                raise W8A8Error(f"its environment could not be built: {last_line(error.stderr or '')}") from error
-        (home / "ready").touch()
 
 
 PEERS = (

@@ -334,3 +334,38 @@ def bench_sources(
 
     terminal = Terminal(json=json, quiet=quiet)
     terminal.table(bench(runs=runs, size=size - size % 256, notice=terminal.notice), show)
+
+
+@bench_app.command(
+    "engines",
+    epilog="""
+Examples:
+
+- `w8a8 bench engines .demo/qwen2.5-coder-0.5b.gguf --vllm .venv-vllm`
+- `w8a8 bench engines ./gemma-3-270m --runs 3 --json`
+""",
+)
+def bench_engines(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A GGUF file, or a checkpoint in BF16.")],
+    vllm: Annotated[
+        Path | None,
+        typer.Option(
+            "--vllm", help="Environment or Python with a vLLM for the CPU.", show_default="that of `serve`, if any"
+        ),
+    ] = None,
+    runs: Runs = 5,
+    folder: Annotated[
+        Path, typer.Option("--dir", help="Folder to work in; holds environments, 4 GB, and the model in three dtypes.")
+    ] = FOLDER,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Time a small model on the CPU, 1 and 16 requests: `serve`, vLLM, torchao's INT8, llama.cpp's Q8_0.
+
+    torchao and llama.cpp get environments of their own, built once, in minutes: llama.cpp is compiled for this CPU.
+    """
+    from w8a8.bench.engines import bench, show
+    from w8a8.terminal.output import Terminal
+
+    terminal = Terminal(json=json, quiet=quiet)
+    terminal.table(bench(model, folder=folder, vllm=vllm, runs=runs, notice=terminal.notice), show)

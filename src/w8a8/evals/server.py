@@ -63,7 +63,7 @@ def serving(
     """
     if not completions and not can_chat(checkpoint):
         raise UsageError(f"{checkpoint}: the model has no chat template; ask a base model with --completions")
-    port = _free_port()
+    port = free_port()
     launch.prepare(checkpoint, engine=engine, options=Options(host=HOST, port=port, dtype=dtype), dry_run=True)
     key = secrets.token_urlsafe()
     command = (
@@ -101,7 +101,8 @@ def _address(url: str) -> str:
     return url if parts.path.strip("/") else parts._replace(path="/v1").geturl()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of localhost that nothing listens on."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
