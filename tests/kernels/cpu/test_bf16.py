@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from w8a8.kernels.cpu import bf16 as bf16_cpu
-from w8a8.kernels.cpu.bf16 import DEPTH, GROUP, ROWS, SLAB
+from w8a8.kernels.cpu.bf16 import DEPTH, FEW, GROUP, ROWS, SLAB
 
 pytestmark = pytest.mark.slow
 
@@ -64,8 +64,9 @@ def test_any_number_of_tokens_has_too(tokens: int) -> None:
 
 
 @pytest.mark.parametrize("inputs", [DEPTH - GROUP, DEPTH, DEPTH + 1, DEPTH + GROUP, 2 * DEPTH + 80])
-def test_deep_layers_have_too(inputs: int) -> None:
-    check_exactly(7, 3 * ROWS + 1, inputs)
+@pytest.mark.parametrize("tokens", [1, FEW, FEW + 1])
+def test_deep_layers_have_too(tokens: int, inputs: int) -> None:
+    check_exactly(tokens, 3 * ROWS + 1, inputs)
 
 
 @pytest.mark.parametrize("inputs", [1, 640, 3 * DEPTH + 16])

@@ -7,8 +7,10 @@ lower half the odd one. So two instructions widen two vectors of weights. Tokens
 inputs, even ones first.
 
 A tile multiplies 4 rows with up to 3 tokens, lanes along the inputs: 12 sums stay in registers, and each of AVX2's
-other four has something to do. 48 rows x 1,024 inputs stay in L2 while all tokens pass, three at a time, and meanwhile
-the block that comes next is fetched. Up to about 4 tokens reading takes all the time; from there on multiplying does.
+other four has something to do. All tokens pass a block of 1,024 inputs, three at a time. Up to `FEW` tokens a block has
+4 rows, and the next 4 are fetched meanwhile, in the order in which they lie in memory: the weight is read once, at the
+memory's speed while there are fewer than about 4 tokens. With more tokens multiplying takes all the time; a block has
+48 rows and stays in L2, so that three tokens stay in L1.
 
 In every sum lane j adds up the inputs 2j, 2j + 1, 2j + 2 * lanes, ... of a block (evens before odds in each group), the
 lanes are added by neighbours, and then the blocks. So a result depends on neither the number of tokens nor that of
@@ -49,6 +51,8 @@ GROUP = 32
 """Inputs of a step: a cache line of weights."""
 TILE_ROWS, TILE_TOKENS = 4, 3
 """Rows and, at most, tokens of a tile."""
+FEW = 32
+"""Most tokens that pass 4 rows at a time: their inputs of a block fit into L2."""
 SLAB = 256
 """Tokens that are widened at once."""
 PARALLEL_TOKENS = 1 << 18
@@ -74,7 +78,7 @@ def _tile(tokens: int) -> Any:
 
     Arguments: address of the first row's first input; bytes from row to row; index of the last row that exists (read
     again in place of rows past it); address of the first token, widened; bytes from token to token; steps of `GROUP`
-    inputs; address of the first sum [tokens][ROWS]; bytes from a row to what shall be fetched into L2 meanwhile.
+    inputs; address of the first sum [tokens][ROWS]; bytes from the first input to what is fetched meanwhile.
     """
 
     def body(context: Any, builder: Builder, args: Sequence[Any]) -> None:
@@ -97,9 +101,9 @@ def _tile(tokens: int) -> Any:
         # 2) Steps of 32 inputs, first the even ones of each vector of words, then the odd ones.
         with cgutils.for_range(builder, steps) as loop:
             at = builder.shl(loop.index, _long(6))
-            for address in row:
-                line = _pointer(builder, ir.IntType(8), address, at, ahead)
-                builder.call(prefetch, [line, _WORD(0), _WORD(2), _WORD(1)])
+            for line in range(TILE_ROWS):
+                place = _pointer(builder, ir.IntType(8), weight, ahead, builder.shl(at, _long(2)), _long(64 * line))
+                builder.call(prefetch, [place, _WORD(0), _WORD(3), _WORD(1)])
             for word in range(0, GROUP // 2, lanes):
                 for odd in (0, 1):
                     # Words are read again for the odd ones: kept, they would need registers that sums need.
@@ -166,29 +170,24 @@ def _widen_tokens(p):  # type: ignore[no-untyped-def]
 
 @jit()
 def _multiply_block(p, block, row_bytes, rows, depth, steps, sums, ahead):  # type: ignore[no-untyped-def]
-    """Add to `sums` [tokens, ROWS] what a block of `rows` rows at the address `block` gives; fetch what lies `ahead`.
-
-    The first passes over the block share the fetching, so that it lasts as long as they do.
-    """
+    """Add to the sums at the address `sums` what a block of `rows` rows at the address `block` gives."""
     m, token_bytes = p[M], 4 * p[WIDTH]
-    passes = -(-m // TILE_TOKENS)
-    for turn in range(passes):
-        t = turn * TILE_TOKENS
+    for t in range(0, m, TILE_TOKENS):
         states = p[STATES] + t * token_bytes + 4 * depth
         for r in range(0, rows, TILE_ROWS):
-            row, last, to = block + r * row_bytes, rows - 1 - r, sums.ctypes.data + 4 * (t * ROWS + r)
-            near = ahead if r // TILE_ROWS % passes == turn else 0
+            row, last, to = block + r * row_bytes, rows - 1 - r, sums + 4 * (t * ROWS + r)
             if m - t >= 3:
-                tile3(row, row_bytes, last, states, token_bytes, steps, to, near)
+                tile3(row, row_bytes, last, states, token_bytes, steps, to, ahead)
             elif m - t == 2:
-                tile2(row, row_bytes, last, states, token_bytes, steps, to, near)
+                tile2(row, row_bytes, last, states, token_bytes, steps, to, ahead)
             else:
-                tile1(row, row_bytes, last, states, token_bytes, steps, to, near)
+                tile1(row, row_bytes, last, states, token_bytes, steps, to, ahead)
 
 
 @jit()
 def _multiply(p):  # type: ignore[no-untyped-def]
     m, n, k = p[M], p[N], p[K]
+    span = TILE_ROWS if m <= FEW else ROWS
     sums = np.empty((m, ROWS), np.float32)
     tail, rest = np.zeros((ROWS, GROUP), np.uint16), k % GROUP
     first = fetch_add(p[COUNTER], p[TAKEN])
@@ -197,15 +196,18 @@ def _multiply(p):  # type: ignore[no-untyped-def]
         following = fetch_add(p[COUNTER], p[TAKEN])
         rows, start = min(p[TAKEN], n - first), p[WEIGHT] + 2 * first * k
         sums[:] = 0
-        for depth in range(0, k - rest, DEPTH):
-            ahead = 2 * DEPTH if depth + DEPTH < k - rest else 2 * ((following - first) * k - depth)
-            steps = min(DEPTH, k - rest - depth) // GROUP
-            _multiply_block(p, start + 2 * depth, 2 * k, rows, depth, steps, sums, ahead)
+        for r in range(0, rows, span):
+            count, to = min(span, rows - r), sums.ctypes.data + 4 * r
+            after = r + span if r + span < rows else following - first
+            for depth in range(0, k - rest, DEPTH):
+                steps, ahead = min(DEPTH, k - rest - depth) // GROUP, 2 * (after - r) * k + 2 * (TILE_ROWS - 1) * depth
+                block = start + 2 * (r * k + depth)
+                _multiply_block(p, block, 2 * k, count, depth, steps, to, ahead if m <= FEW else 0)
         # 2) The inputs behind the last group, with zeros up to a whole one.
         if rest:
             for r in range(rows):
                 tail[r, :rest] = carray(as_pointer(start + 2 * (r * k + k - rest)), rest, np.uint16)
-            _multiply_block(p, tail.ctypes.data, 2 * GROUP, rows, k - rest, 1, sums, 0)
+            _multiply_block(p, tail.ctypes.data, 2 * GROUP, rows, k - rest, 1, sums.ctypes.data, 0)
         # 3) The bias, and rounding.
         bias = carray(as_pointer(p[BIAS] + 2 * first), rows, np.uint16)
         for t in range(m):
