@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, DynamicCache
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -114,12 +114,20 @@ class Rows(DynamicLayer):  # type: ignore[misc]
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
     """Be transformers' `sdpa`; for a `key` from `Rows.update`, row by row over what that row has seen."""
-    if (found := getattr(key, "rows", None)) is None:
+    found = getattr(key, "rows", None)
+    if found is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     layer, rows = found
     layer.attended = True
-    each = [sdpa_attention_forward(module, query[i : i + 1], *row, None, **kwargs)[0] for i, row in enumerate(rows)]
-    return torch.cat(each), None
+    # The heads that share keys are like tokens of one head. As heads of their own, which transformers makes of them
+    # where there is no mask, each is multiplied by itself: ten times slower in BF16 on a CPU.
+    grouped = query.reshape(len(rows), key.shape[1], -1, query.shape[-1])
+    scale = kwargs.get("scaling")
+    each = [
+        scaled_dot_product_attention(grouped[i : i + 1], keys, values, scale=scale).flatten(1, 2)
+        for i, (keys, values) in enumerate(rows)
+    ]
+    return torch.cat(each)[:, None], None
 
 
 AttentionInterface.register("sdpa", attend)
