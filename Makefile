@@ -1,5 +1,5 @@
 # Each command does its own set-up on a fresh machine (Python >= 3.11 with venv, make, network to the package index):
-#   make demo    a real Gemma 3 270M: quantized, verified, served
+#   make demo    two real models: quantized, verified, served, scored beside the original
 #   make test    formatter, linter, type checker, the whole test suite
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
 #   make fuzz    300,000 damaged files, read as the commands read them: half an hour

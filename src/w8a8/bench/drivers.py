@@ -54,16 +54,18 @@ main(generate)
 """
 
 _LLAMA_CPP = """
-import os
+import ctypes, os
 import llama_cpp as lib
 import numpy as np
+
+lib.llama_backend_init()
 
 source, threads = sys.argv[1], int(sys.argv[2])
 target = sys.argv[3]
 if not os.path.exists(target):
     how = lib.llama_model_quantize_default_params()
     how.ftype, how.allow_requantize, how.nthread = lib.LLAMA_FTYPE_MOSTLY_Q8_0, True, threads
-    if lib.llama_model_quantize(source.encode(), (target + ".part").encode(), how):
+    if lib.llama_model_quantize(source.encode(), (target + ".part").encode(), ctypes.byref(how)):
         sys.exit("llama.cpp cannot quantize the file")
     os.rename(target + ".part", target)
 
