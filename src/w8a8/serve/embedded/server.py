@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8 import machine
+from w8a8.checkpoint.finding import open_headers
 from w8a8.errors import DoesNotFitError, EngineError, MissingExtraError
 from w8a8.machine import gigabytes
 from w8a8.memory import ram_besides_cache
@@ -130,11 +131,7 @@ def _load(
     quiet()
     free = machine.available_memory()
     model = OneModel(name, folder, max_model_len, dtype)
-    room = None  # on GPUs, where transformers may have spread the model, nothing is counted
-    if model.model.device.type == "cpu":
-        at_once = model.context if model.sees else CHUNK
-        room = free - ram_besides_cache(folder, at_once, MAX_RUNNING)
-    batcher = Batcher(model.model, model.context, room)
+    batcher = Batcher(model.model, model.context, _room(model, folder, free))
     if not batcher.context:
         batcher.stop()
         raise DoesNotFitError(
@@ -147,6 +144,19 @@ def _load(
         routes=Api(model, batcher, prompts).routes, exception_handlers={HTTPException: _refused, Exception: _broken}
     )
     return _Server(Guard(app, api_key), batcher, prompts, ready)
+
+
+def _room(model: OneModel, folder: Path, free: int) -> int | None:
+    """Return the bytes of RAM for caches, of those that were `free` before the model was loaded.
+
+    None, no limit, where it is on GPUs, to which transformers may have spread it.
+    """
+    if model.model.device.type != "cpu":
+        return None
+    stored = open_headers(folder)
+    weights: int = sum(parameter.nbytes for parameter in model.model.parameters())
+    widened = max(0, weights - sum(tensor.nbytes for tensor in stored.tensors.values()))
+    return free - widened - ram_besides_cache(stored, model.context if model.sees else CHUNK, MAX_RUNNING)
 
 
 async def _refused(_: Request, error: Any) -> Response:
