@@ -112,8 +112,10 @@ def test_serve_says_what_the_embedded_engine_multiplies_with(quantized: bool, tm
     quantize(source, target)
     env = NO_KEYS | {"PATH": ""}
     done = cli("serve", target if quantized else source, "--dry-run", "--json", env=env)
-    sentences = json.loads(done.stdout)["notices"]
-    assert [sentence.endswith("exact") for sentence in sentences if "INT8" in sentence] == ([True] if quantized else [])
+    [sentence] = json.loads(done.stdout)["notices"]
+    assert sentence.startswith("INT8 kernel: w8a8's for the CPU, ") == quantized
+    assert ("exact" in sentence) == quantized
+    assert "BF16 layers are computed in " in sentence
 
 
 def test_vllm_s_int8_is_said_to_be_inexact_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +123,19 @@ def test_vllm_s_int8_is_said_to_be_inexact_where_it_is(monkeypatch: pytest.Monke
         cpu = machine.Cpu("some", frozenset(features.split()), 2)
         monkeypatch.setattr(machine, "cpu", lambda cpu=cpu: cpu)
         assert (notice((), VLLM, "auto") or "").endswith(int8_kernel.INEXACT) == inexact
+
+
+def test_what_bf16_layers_are_computed_in_follows_cpu_and_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    for features, dtype, computed in (
+        ("sse2 avx2", "auto", "float32"),
+        ("sse2 avx512_bf16", "auto", "BF16"),
+        ("sse2 avx512_bf16", "float32", "float32"),
+    ):
+        cpu = machine.Cpu("some", frozenset(features.split()), 2)
+        monkeypatch.setattr(machine, "cpu", lambda cpu=cpu: cpu)
+        assert (
+            int8_kernel.embedded((), triton=False, int8=False, dtype=dtype) == f"BF16 layers are computed in {computed}"
+        )
 
 
 def test_on_gpus_the_embedded_engine_needs_triton() -> None:

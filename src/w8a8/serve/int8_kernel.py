@@ -41,16 +41,18 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
     return f"INT8 kernel: {NAMES[OURS]}, by the plugin in this vLLM"
 
 
-def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool) -> str | None:
+def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool, dtype: str = "auto") -> str | None:
     """Say what the embedded engine multiplies with, on `gpus` that torch can use (none: on the CPU).
 
-    `int8`: whether the model has INT8 layers.
+    `int8`: whether the model has INT8 layers; `dtype` is that of the option.
     """
     if gpus:
         kernel = NAMES[OURS] if triton else "torch's own operators, for want of Triton"
         return f"INT8 kernel: {kernel}" if int8 else None
     by = "vpdpbusd (avx512vnni)" if "avx512_vnni" in machine.cpu().features else "portable loops"
-    return f"INT8 kernel: w8a8's for the CPU, {by}, exact" if int8 else None
+    kernel = f"INT8 kernel: w8a8's for the CPU, {by}, exact; " if int8 else ""
+    others = "BF16" if dtype != "float32" and machine.cpu().multiplies_bf16 else "float32"
+    return f"{kernel}BF16 layers are computed in {others}"
 
 
 def _hindrance(found: Installed, environment: Mapping[str, str]) -> str:

@@ -262,7 +262,12 @@ def _embedded(request: _Request) -> Launch:
     context = place_embedded(request.checkpoint, headers, request.gpus, request.options)
     if not request.dry_run:
         from w8a8.serve.embedded import server as embedded  # noqa: F401 - raises MissingExtraError before anything is downloaded
-    by = int8_kernel.embedded(by_torch(request.gpus), triton=find_spec("triton") is not None, int8=scheme.w8a8)
+    by = int8_kernel.embedded(
+        by_torch(request.gpus),
+        triton=find_spec("triton") is not None,
+        int8=scheme.w8a8,
+        dtype=request.options.dtype,
+    )
     listen = ("--host", host, "--port", str(port))
     dtype = () if request.options.dtype == "auto" else ("--dtype", request.options.dtype)
     return Launch(
