@@ -30,17 +30,7 @@ from numba import carray, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
 
-from w8a8.kernels.cpu.ir import (
-    _function,
-    _long,
-    _outlined,
-    _pointer,
-    as_float32,
-    as_pointer,
-    fetch_add,
-    rounded_bits,
-    run_threads,
-)
+from w8a8.kernels.cpu.ir import as_float32, as_pointer, fetch_add, rounded_bits, run_threads
 from w8a8.kernels.cpu.jit import c_function, intrinsic, jit
 
 ROWS = 48
@@ -63,7 +53,7 @@ PARALLEL_WEIGHTS = 1 << 19
 # Positions of a call's parameters in the array that every thread reads: addresses, sizes, the counter of work taken.
 X, WEIGHT, BIAS, OUT, STATES, M, N, K, WIDTH, TAKEN, PHASE, COUNTER = range(12)
 
-_WORD, _FLOAT = ir.IntType(32), ir.FloatType()
+_WORD, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
 @cache
@@ -86,9 +76,13 @@ def _tile(tokens: int) -> Any:
         lanes = 16 if "+avx512f" in context.codegen().magic_tuple()[2] else 8
         words, floats = ir.VectorType(_WORD, lanes), ir.VectorType(_FLOAT, lanes)
         high, upper = ir.Constant(words, [16] * lanes), ir.Constant(words, [0xFFFF0000] * lanes)
-        fma = _function(builder, f"llvm.fmuladd.v{lanes}f32", floats, floats, floats, floats)
-        prefetch = _function(
-            builder, "llvm.prefetch.p0", ir.VoidType(), ir.IntType(8).as_pointer(), _WORD, _WORD, _WORD
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{lanes}f32"
+        )
+        prefetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _WORD, _WORD, _WORD]),
+            "llvm.prefetch.p0",
         )
         # 1) Sums of zero; the addresses of rows and tokens.
         zero = ir.Constant(floats, None)
@@ -130,13 +124,37 @@ def _tile(tokens: int) -> Any:
             place = _pointer(builder, four, sums, _long(4 * ROWS * t))
             builder.store(builder.fadd(builder.load(place, align=4), found), place, align=4)
 
+    def generate(context: Any, builder: Builder, _signature: Any, args: Sequence[Any]) -> Any:
+        """Call the tile, which is a function of its own, so that it has every register."""
+        name = f"w8a8_bf16_{tokens}"
+        if name not in builder.module.globals:
+            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_LONG] * 8), name)
+            function.linkage = "internal"
+            function.attributes.add("noinline")
+            inner = Builder(function.append_basic_block())
+            body(context, inner, function.args)
+            inner.ret_void()
+        builder.call(builder.module.globals[name], args)
+        return context.get_dummy_value()
+
     @intrinsic
     def tile(
         _context: Any, _weight: Any, _row: Any, _last: Any, _x: Any, _token: Any, _n: Any, _sums: Any, _ahead: Any
     ) -> Any:
-        return _outlined(f"w8a8_bf16_{tokens}", 8, body)
+        return types.void(*[types.int64] * 8), generate
 
     return tile
+
+
+def _long(value: int) -> Any:
+    return ir.Constant(_LONG, value)
+
+
+def _pointer(builder: Builder, type_: ir.Type, first: Any, *more: Any) -> Any:
+    """Return the sum of addresses as a pointer to `type_`."""
+    for part in more:
+        first = builder.add(first, part)
+    return builder.inttoptr(first, type_.as_pointer())
 
 
 def _neighbours(builder: Builder, a: Any, b: Any) -> Any:
