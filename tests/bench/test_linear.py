@@ -24,18 +24,19 @@ def test_there_is_a_row_for_each_shape_and_number_of_tokens(result: LinearResult
         (128, 64, 9),
     ]
     for row in result.rows:
-        for turns in (row.w8a8_ms, row.bf16_ms, row.read_gb_s):
+        for turns in (row.w8a8_ms, row.bf16_ms, row.f32_ms, row.read_gb_s):
             assert len(turns) == 3
             assert min(turns) > 0
 
 
 def test_its_json_holds_every_turn_and_the_medians() -> None:
-    row = LinearRow(1000, 2000, 4, (3.0, 2.0, 1.0), (8.0, 4.0, 2.0), (10.0, 4.0, 1.0))
+    row = LinearRow(1000, 2000, 4, (3.0, 2.0, 1.0), (8.0, 4.0, 2.0), (9.0, 5.0, 3.0), (10.0, 4.0, 1.0))
     values = json.loads(json.dumps(LinearResult(2, (row,)).to_dict()))
     assert values["threads"] == 2
     found = values["rows"][0]
     assert found["w8a8_ms"] == [3.0, 2.0, 1.0]
     assert (found["w8a8_median_ms"], found["bf16_median_ms"], found["speedup"]) == (2.0, 4.0, 2.0)
+    assert (found["f32_median_ms"], found["better"]) == (5.0, "BF16")
     assert (found["gb_s"], found["read_median_gb_s"], found["share_of_read"]) == (1.0, 4.0, 0.25)
     assert (found["us_per_token"], found["tera_ops"]) == (500.0, 0.008)
 
@@ -43,8 +44,9 @@ def test_its_json_holds_every_turn_and_the_medians() -> None:
 def test_its_table_shows_every_row(result: LinearResult) -> None:
     text = StringIO()
     show(result, Console(file=text, width=120).print)
-    header, titles, *rows = text.getvalue().splitlines()
+    header, titles, *rows, last = text.getvalue().splitlines()
     assert "medians of 3" in header
+    assert "better of torch" in last
     assert titles.split()[:2] == ["out", "x"]
     assert [row.split()[:4] for row in rows] == [
         ["64", "x", "128", "1"],

@@ -142,7 +142,7 @@ def bench_linear(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Time one linear layer of Gemma 4 31B, W8A8 against BF16, for 1 to 512 tokens. Needs 2 GB of memory."""
+    """Time one linear layer of Gemma 4 31B, W8A8 against BF16 and F32, for 1 to 512 tokens. Needs 3 GB of memory."""
     from w8a8.bench.linear import bench, show
     from w8a8.terminal.output import Terminal
 

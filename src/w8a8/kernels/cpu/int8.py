@@ -1,17 +1,19 @@
 """A whole W8A8 linear layer on a CPU: quantize the tokens, multiply, scale, round. Weights stay as the file has them.
 
-The instruction that multiplies, `vpdpbusd` (`ir.py`), takes unsigned times signed bytes. Tokens' codes are the signed
-ones. Weights become unsigned as they are loaded, by flipping their sign bit: w + 128. This adds 128 * sum(codes) to a
-token's sums, which is known from the token alone and is subtracted at the end; INT32 wraps, so the result is exact.
-Nothing is computed from a weight ahead of time, and no second copy of a weight is kept.
+`instructions.py` says which instruction multiplies (`CPU`), `tiles.py` makes the inner loops of it. Where it takes
+unsigned times signed bytes, tokens' codes are the signed ones. Weights become unsigned as they are loaded, by flipping
+their sign bit: w + 128. This adds 128 * sum(codes) to a token's sums, which is known from the token alone and is
+subtracted at the end; INT32 wraps, so the result is exact. Nothing is computed from a weight ahead of time, and no
+second copy of a weight is kept.
 
 The weight [out, in] is stored row by row. There are two ways through it:
 
-- *dot*, up to 8 tokens: 64 bytes of 3 or 4 rows meet each token, and lanes are summed at a row's end. The weight is
-  read once, in order, with software prefetch. Reading takes all the time: 2 tokens cost no more than 1.
-- *outer*, 9 tokens and more: lanes are tokens. Tokens are packed by groups of 16, 4 bytes of a row are broadcast, and
-  24 sums stay in registers: 6 rows x 64 tokens, 12 x 32 or 24 x 16. Blocks of 48 rows x 4,096 inputs stay in L2 while
-  up to 512 tokens pass. One core makes 480 products a nanosecond, where 512 are possible at 4 GHz.
+- *dot*, few tokens: 64 inputs of 3 or 4 rows meet each token, and lanes are summed at a row's end. The weight is read
+  once, in order, with software prefetch. Reading takes all the time: 2 tokens cost no more than 1.
+- *outer*, more tokens: lanes are tokens. Tokens are packed by vectors, a word (4 bytes) of a row is broadcast, and as
+  many sums as there are registers for stay in them. Blocks of 48 rows stay in L2 while up to 512 tokens pass; where
+  codes in vectors are 16-bit integers, a block of weights is written as such first. With 512-bit `vpdpbusd` one core
+  makes 480 products a nanosecond, where 512 are possible at 4 GHz.
 
 This file starts no threads. `fork` is the address of `GOMP_parallel(function, data, threads, flags)` in the OpenMP
 runtime that torch uses: torch's own threads, which spin already, do the work instead of competing with it. Each call
@@ -24,23 +26,9 @@ from typing import Any
 import numpy as np
 from numba import carray, types
 
-from w8a8.kernels.cpu.ir import (
-    as_float32,
-    as_pointer,
-    dot1,
-    dot2,
-    dot4,
-    dot8,
-    fetch_add,
-    float_bits,
-    outer1,
-    outer2,
-    outer4,
-    rounded_bits,
-    run_threads,
-    transpose,
-)
+from w8a8.kernels.cpu.ir import as_float32, as_pointer, fetch_add, float_bits, rounded_bits, run_threads
 from w8a8.kernels.cpu.jit import c_function, jit
+from w8a8.kernels.cpu.tiles import CPU, LINE, dot1, dot2, dot4, dot8, outer1, outer2, outer4, transpose
 
 FLOOR = 2.0**-119
 """The smallest amax a token is scaled by, 1.5e-36: `127 / amax` stays finite and `amax / 127` normal."""
@@ -54,8 +42,16 @@ DOT_TOKENS = 8
 """Most tokens that the dot tiles multiply."""
 SLAB = 512
 """Tokens that pass while a block of the weight stays in L2."""
-DEPTH = 4096
+DEPTH = 4096 // CPU.code**2
 """Inputs in a block of the weight."""
+
+# What Numba compiles may know of the instruction set: numbers.
+SUMS, LANES, CODE = CPU.sums, CPU.lanes, CPU.code
+CODES_TYPE = np.int8 if CODE == 1 else np.int16
+FLIPPED = 128 if CPU.flips else 0
+DOT_GROUP, OUTER_GROUP = SUMS // 3, SUMS // 6
+"""Most tokens of a dot tile, and most vectors of an outer tile."""
+
 PARALLEL_TOKENS = 1 << 19
 """Several threads quantize a slab with at least this many values (about 60 us of work). Below, starting them costs
 more: on a busy machine, waiting for a thread that is not running takes milliseconds."""
@@ -85,7 +81,7 @@ def _quantize_token(x, codes, scale, offset, t):  # type: ignore[no-untyped-def]
         total = np.int32(total + code)
         codes[j] = code
     scale[t] = amax / np.float32(127)
-    offset[t] = np.int32(128 * total)
+    offset[t] = np.int32(FLIPPED * total)
 
 
 @jit()
@@ -140,13 +136,13 @@ def _by_dot(m, n, k):  # type: ignore[no-untyped-def]
 @jit()
 def _dot_group(m):  # type: ignore[no-untyped-def]
     """Tokens of one dot tile, when `m` tokens are multiplied."""
-    return 1 if m == 1 else 2 if m == 2 else 4 if m <= 4 else 8
+    return 1 if m == 1 else 2 if m == 2 else 4 if m <= 4 else DOT_GROUP
 
 
 @jit()
 def _outer_group(v, vectors):  # type: ignore[no-untyped-def]
-    """Vectors (of 16 tokens each) in the outer tile that holds vector `v`: tiles of four first, then a two, a one."""
-    return 4 if v < vectors // 4 * 4 else 2 if v < vectors // 2 * 2 else 1
+    """Vectors in the outer tile that holds vector `v`: the largest tiles first, then a two, a one."""
+    return OUTER_GROUP if v < vectors // OUTER_GROUP * OUTER_GROUP else 2 if v < vectors // 2 * 2 else 1
 
 
 @jit()
@@ -156,36 +152,36 @@ def _quantize_rows(p):  # type: ignore[no-untyped-def]
         t = fetch_add(p[COUNTER], 1)
         if t >= p[M]:
             return
-        _quantize_row(p, t, carray(as_pointer(p[CODES] + t * p[WIDTH]), p[WIDTH], np.int8))
+        _quantize_row(p, t, carray(as_pointer(p[CODES] + t * p[WIDTH]), p[WIDTH] // CODE, CODES_TYPE))
 
 
 @jit()
 def _quantize_packed(p):  # type: ignore[no-untyped-def]
-    """Write codes as the outer tiles read them: 16 tokens at a time, transposed by words."""
+    """Write codes as the outer tiles read them: a vector of tokens at a time, transposed by words."""
     width = p[WIDTH]
-    vectors = -(-p[M] // 16)
-    codes = np.empty((16, width), np.int8)
+    vectors = -(-p[M] // LANES)
+    codes = np.empty((LANES, width // CODE), CODES_TYPE)
     while True:
         v = fetch_add(p[COUNTER], 1)
         if v >= vectors:
             return
-        for t in range(16):
-            if 16 * v + t < p[M]:
-                _quantize_row(p, 16 * v + t, codes[t])
+        for t in range(LANES):
+            if LANES * v + t < p[M]:
+                _quantize_row(p, LANES * v + t, codes[t])
             else:
                 codes[t] = 0
         group = _outer_group(v, vectors)
         start = v // group * group
-        panel = p[CODES] + 16 * start * width + 64 * (v - start)
-        for j in range(0, width, 64):
-            transpose(codes.ctypes.data + j, width, panel + 16 * group * j, 64 * group)
+        panel = p[CODES] + LANES * start * width + 4 * LANES * (v - start)
+        for j in range(0, width, 4 * LANES):
+            transpose(codes.ctypes.data + j, width, panel + LANES * group * j, 4 * LANES * group)
 
 
 @jit()
 def _multiply_dot(p):  # type: ignore[no-untyped-def]
     m, n, k, width = p[M], p[N], p[K], p[WIDTH]
     group = _dot_group(m)
-    rows = 3 if group == 8 else 4
+    rows = min(4, SUMS // group)
     sums = np.empty((-(-m // group) * group, ROWS), np.int32)
     while True:
         first = fetch_add(p[COUNTER], ROWS)
@@ -209,11 +205,21 @@ def _multiply_dot(p):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def _widen(weight, k, count, out):  # type: ignore[no-untyped-def]
+    """Write the first `count` inputs of rows of `k` bytes as 16-bit integers."""
+    for r in range(out.shape[0]):
+        row = carray(as_pointer(weight + r * k), count, np.int8)
+        for j in range(count):
+            out[r, j] = row[j]
+
+
+@jit()
 def _multiply_outer(p):  # type: ignore[no-untyped-def]
     m, n, k, width = p[M], p[N], p[K], p[WIDTH]
-    vectors = -(-m // 16)
-    sums = np.empty((16 * vectors, ROWS), np.int32)
-    turned = np.empty((16, ROWS), np.int32)
+    vectors = -(-m // LANES)
+    sums = np.empty((LANES * vectors, ROWS), np.int32)
+    turned = np.empty((LANES, ROWS), np.int32)
+    wide = np.empty((ROWS * (CODE - 1), DEPTH), np.int16)
     while True:
         first = fetch_add(p[COUNTER], ROWS)
         if first >= n:
@@ -222,31 +228,34 @@ def _multiply_outer(p):  # type: ignore[no-untyped-def]
         first = min(first, n - ROWS)
         sums[:] = 0
         for depth in range(0, k, DEPTH):
-            steps = min(DEPTH, k - depth) // 4
+            inputs = min(DEPTH, k - depth)
+            weight, stride = p[WEIGHT] + first * k + depth, k
+            if CODE == 2:
+                _widen(weight, k, inputs, wide)
+                weight, stride = np.int64(wide.ctypes.data), 2 * DEPTH
+            words = inputs * CODE // 4
             v = 0
             while v < vectors:
                 group = _outer_group(v, vectors)
-                codes = p[CODES] + 16 * v * width + 16 * group * depth
-                to = sums.ctypes.data + 64 * v * ROWS
-                rows = 24 // group
-                for r in range(0, ROWS, rows):
-                    block = p[WEIGHT] + (first + r) * k + depth
+                codes = p[CODES] + LANES * (v * width + group * depth * CODE)
+                to = sums.ctypes.data + 4 * LANES * v * ROWS
+                for r in range(0, ROWS, SUMS // group):
                     if group == 4:
-                        outer4(block, k, codes, steps, to + 256 * r)
+                        outer4(weight + r * stride, stride, codes, words, to + 16 * LANES * r)
                     elif group == 2:
-                        outer2(block, k, codes, steps, to + 128 * r)
+                        outer2(weight + r * stride, stride, codes, words, to + 8 * LANES * r)
                     else:
-                        outer1(block, k, codes, steps, to + 64 * r)
+                        outer1(weight + r * stride, stride, codes, words, to + 4 * LANES * r)
                 v += group
         # 2) Turn them so that a token's sums lie side by side, and finish each token.
         for v in range(vectors):
             group = _outer_group(v, vectors)
             start = v // group * group
-            for r in range(0, ROWS, 16):
-                block = sums.ctypes.data + 64 * (start * ROWS + group * r + v - start)
-                transpose(block, 64 * group, turned.ctypes.data + 4 * r, 4 * ROWS)
-            for t in range(min(16, m - 16 * v)):
-                _finish(p, 16 * v + t, first, turned[t])
+            for r in range(0, ROWS, LANES):
+                block = sums.ctypes.data + 4 * LANES * (start * ROWS + group * r + v - start)
+                transpose(block, 4 * LANES * group, turned.ctypes.data + 4 * r, 4 * ROWS)
+            for t in range(min(LANES, m - LANES * v)):
+                _finish(p, LANES * v + t, first, turned[t])
 
 
 def _work(data):  # type: ignore[no-untyped-def]
@@ -267,10 +276,10 @@ def _work(data):  # type: ignore[no-untyped-def]
 @jit()
 def _linear(x, weight, scale, bias, out, m, n, k, kind, work, threads, fork):  # type: ignore[no-untyped-def]
     # 1) Buffers for one slab of tokens, and the parameters that every thread reads.
-    width = -(-k // 64) * 64
+    width = -(-k // LINE) * LINE * CODE
     size = 4 if kind == 2 else 2
     slab = min(m, SLAB)
-    codes = np.empty(-(-slab // 16) * 16 * width, np.int8)
+    codes = np.empty(-(-slab // LANES) * LANES * width, np.int8)
     token_scale = np.empty(slab, np.float32)
     offset = np.empty(slab, np.int32)
     taken = np.zeros(1, np.int64)

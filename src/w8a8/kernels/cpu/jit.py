@@ -1,7 +1,8 @@
 """How Numba compiles the loops of this folder: without the GIL, cached on disk where a cache can be written.
 
 Numba's cache on disk watches the file of the function that it compiled, and no file that this one imports: after a
-change to `ir.py`, touch `rows.py` and `int8.py`, or set `NUMBA_CACHE_DIR` to an empty folder.
+change to `ir.py` or `tiles.py`, touch `rows.py` and `int8.py`, or set `NUMBA_CACHE_DIR` to an empty folder. It keeps
+the code of different CPUs and features apart, and so of the instruction sets that `W8A8_CPU` names.
 """
 
 import importlib
@@ -10,7 +11,11 @@ from contextlib import suppress
 from typing import Any
 
 import numba
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _untyped
+
+from w8a8.errors import UsageError
+from w8a8.kernels.cpu.instructions import VARIABLE, available, instruction_set
 
 
 def _start_without_scipy() -> None:
@@ -34,6 +39,17 @@ def _start_without_scipy() -> None:
 
 
 _start_without_scipy()
+
+
+def _compile_for(cpu: str, features: str) -> None:
+    """Have Numba compile for LLVM's `cpu` with `features` alone. Raises UsageError where it compiles already."""
+    numba.config.CPU_NAME, numba.config.CPU_FEATURES = cpu, features
+    if cpu_target.target_context.codegen().magic_tuple()[2] != features:
+        raise UsageError(f"{VARIABLE} comes too late: this program used Numba before w8a8. Import w8a8.runtime first")
+
+
+if instruction_set() is not available()[0]:
+    _compile_for(*instruction_set().target)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
