@@ -133,7 +133,7 @@ def test_tiles_use_the_instruction_and_spill_nothing(name: str) -> None:
     cpu = NAMED[name]
     register = "%zmm" if cpu.width == 64 else "%ymm"
     for tokens in (1, 2, 4, cpu.sums // 3):
-        rows = min(4, cpu.sums // tokens)
+        rows = min(4, cpu.dot_sums // tokens)
         check_loop(loop_of(dot_tile(cpu, rows, tokens), cpu), cpu, register, rows * tokens * 64 // cpu.inputs)
     for vectors in (1, 2, cpu.sums // 6):
         check_loop(loop_of(outer_tile(cpu, cpu.sums // vectors, vectors), cpu), cpu, register, cpu.sums)

@@ -43,8 +43,13 @@ class InstructionSet:
 
     @property
     def sums(self) -> int:
-        """Vectors of sums that a tile keeps in registers."""
+        """Vectors of sums that an outer tile keeps in registers."""
         return self.registers * 3 // 4
+
+    @property
+    def dot_sums(self) -> int:
+        """Vectors of sums that a dot tile keeps in registers, beside a vector of each row."""
+        return 24 if self.registers == 32 else 8
 
     @property
     def inputs(self) -> int:

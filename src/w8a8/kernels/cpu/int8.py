@@ -46,7 +46,7 @@ DEPTH = 4096 // CPU.code**2
 """Inputs in a block of the weight."""
 
 # What Numba compiles may know of the instruction set: numbers.
-SUMS, LANES, CODE = CPU.sums, CPU.lanes, CPU.code
+SUMS, DOT_SUMS, LANES, CODE = CPU.sums, CPU.dot_sums, CPU.lanes, CPU.code
 CODES_TYPE = np.int8 if CODE == 1 else np.int16
 FLIPPED = 128 if CPU.flips else 0
 DOT_GROUP, OUTER_GROUP = SUMS // 3, SUMS // 6
@@ -181,7 +181,7 @@ def _quantize_packed(p):  # type: ignore[no-untyped-def]
 def _multiply_dot(p):  # type: ignore[no-untyped-def]
     m, n, k, width = p[M], p[N], p[K], p[WIDTH]
     group = _dot_group(m)
-    rows = min(4, SUMS // group)
+    rows = min(4, DOT_SUMS // group)
     sums = np.empty((-(-m // group) * group, ROWS), np.int32)
     while True:
         first = fetch_add(p[COUNTER], ROWS)

@@ -23,7 +23,7 @@ from w8a8.kernels.cpu.instructions import InstructionSet, instruction_set
 from w8a8.kernels.cpu.ir import BYTE, HALF, LONG, WORD, Tile, Value, function, long, pointer
 from w8a8.kernels.cpu.jit import intrinsic
 
-AHEAD = 1024
+AHEAD = 512
 """Bytes that the dot tiles prefetch ahead."""
 LINE = 64
 """Bytes of a row, and so inputs, that a dot tile takes at once: a cache line."""
@@ -47,7 +47,10 @@ def _add_products(cpu: InstructionSet, builder: Builder, total: Value, w: Value,
         return builder.call(function(builder, cpu.intrinsic, lanes, lanes, lanes, lanes), [total, w, x])
     w, x = builder.bitcast(w, codes), builder.bitcast(x, codes)
     if cpu.intrinsic:
-        return builder.add(total, builder.call(function(builder, cpu.intrinsic, lanes, codes, codes), [w, x]))
+        pairs = builder.call(function(builder, cpu.intrinsic, lanes, codes, codes), [w, x])
+        return _opaque(
+            builder, builder.add(total, pairs)
+        )  # else LLVM adds up pairs first, in registers that are scarce
     words = ir.VectorType(WORD, cpu.inputs)
     products = builder.mul((builder.zext if cpu.flips else builder.sext)(w, words), builder.sext(x, words))
     step = cpu.inputs // cpu.lanes
@@ -55,6 +58,11 @@ def _add_products(cpu: InstructionSet, builder: Builder, total: Value, w: Value,
         chosen = ir.Constant(lanes, list(range(first, cpu.inputs, step)))
         total = builder.add(total, builder.shuffle_vector(products, ir.Constant(words, ir.Undefined), chosen))
     return total
+
+
+def _opaque(builder: Builder, value: Value) -> Value:
+    """Hide from LLVM how the vector `value` came about, by an empty asm."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
 
 
 def _load_weights(cpu: InstructionSet, builder: Builder, *address: Value) -> Value:
@@ -142,7 +150,7 @@ def outer_tile(cpu: InstructionSet, rows: int, vectors: int) -> Tile:
         signs = _signs(cpu)
         if cpu.intrinsic:
             # Hidden from LLVM by an empty asm: it would flip before broadcasting, in registers that are scarcer.
-            signs = builder.asm(ir.FunctionType(lanes, [lanes]), "", "=v,0", [signs], side_effect=False)
+            signs = _opaque(builder, signs)
         # 2) Each row's word, broadcast, against every vector of tokens.
         with cgutils.for_range(builder, words) as loop:
             panel = builder.mul(loop.index, long(cpu.width * vectors))
@@ -224,5 +232,5 @@ def transpose(_context: Any, _source: Any, _stride: Any, _target: Any, _target_s
     return transpose_tile(CPU).intrinsic()
 
 
-dot1, dot2, dot4, dot8 = (_dot(min(4, CPU.sums // tokens), tokens) for tokens in (1, 2, 4, 8))
+dot1, dot2, dot4, dot8 = (_dot(min(4, CPU.dot_sums // tokens), tokens) for tokens in (1, 2, 4, 8))
 outer1, outer2, outer4 = (_outer(CPU.sums // vectors, vectors) for vectors in (1, 2, 4))
