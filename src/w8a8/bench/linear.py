@@ -1,4 +1,4 @@
-"""`w8a8 bench linear`: time one layer of Gemma 4 31B's MLP, W8A8 against the better of torch's BF16 and float32.
+"""`w8a8 bench linear`: time a layer of Gemma 4 31B's MLP in W8A8, and a BF16 head, against torch's BF16 and float32.
 
 All run in this process, by turns, on torch's threads; medians are shown. A turn goes through several copies of the
 weight, so that no cache serves it: a model reads its layers in the same way. The speed of memory is measured in the
@@ -24,31 +24,38 @@ if TYPE_CHECKING:
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 512)
 SPREAD = 3 << 27
 """Least number of bytes in all copies of a weight: 384 MiB, more than caches hold."""
+HEADS = ((262_144, 640),)
+"""[out, in] of Gemma 3 270M's head, which stays in BF16."""
+HEAD_TOKENS = (1, 16)
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRow:
-    """One shape [out, in] and number of tokens: milliseconds of each turn, and GB/s of reading memory in each."""
+    """One shape [out, in] and number of tokens: milliseconds of each turn, and GB/s of reading memory in each.
+
+    `kind` is what our layer's weight is, W8A8 or BF16.
+    """
 
     outputs: int
     inputs: int
     tokens: int
-    w8a8_ms: tuple[float, ...]
+    ours_ms: tuple[float, ...]
     bf16_ms: tuple[float, ...]
     f32_ms: tuple[float, ...]
     read_gb_s: tuple[float, ...]
+    kind: str = "W8A8"
 
     def to_dict(self) -> dict[str, Any]:
         """Return medians and figures that follow from them, as JSON values.
 
-        `gb_s` counts the INT8 weight's bytes; `speedup` is that over the `better` of BF16 and float32.
+        `gb_s` counts the bytes of our weight; `speedup` is that over the `better` of torch's BF16 and float32.
         """
-        times = (self.w8a8_ms, self.bf16_ms, self.f32_ms, self.read_gb_s)
+        times = (self.ours_ms, self.bf16_ms, self.f32_ms, self.read_gb_s)
         ours, bf16, f32, read = (statistics.median(all_) for all_ in times)
-        gb_s = self.outputs * self.inputs / ours / 1e6
+        gb_s = (1 if self.kind == "W8A8" else 2) * self.outputs * self.inputs / ours / 1e6
         return {
             **asdict(self),
-            "w8a8_median_ms": ours,
+            "ours_median_ms": ours,
             "bf16_median_ms": bf16,
             "f32_median_ms": f32,
             "better": "BF16" if bf16 < f32 else "F32",
@@ -78,42 +85,52 @@ def bench(
     runs: int,
     shapes: Sequence[tuple[int, int]] = MLP_SHAPES,
     tokens: Sequence[int] = TOKENS,
+    heads: Sequence[tuple[int, int]] = HEADS,
+    head_tokens: Sequence[int] = HEAD_TOKENS,
     spread: int = SPREAD,
     notice: Callable[[str], None] = lambda _: None,
 ) -> LinearResult:
-    """Time every shape [out, in] and number of tokens `runs` times. Raises MissingExtraError without torch."""
+    """Time W8A8 layers of `shapes` [out, in] with each number of `tokens`, and BF16 `heads` with `head_tokens`.
+
+    Each has `runs` turns. Raises MissingExtraError without torch.
+    """
     try:
         import torch
     except ImportError as error:
         raise MissingExtraError("bench linear needs torch: pip install 'w8a8[serve]'") from error
     rows = []
+    sizes = [*((shape, tokens, "W8A8") for shape in shapes), *((shape, head_tokens, "BF16") for shape in heads)]
     with torch.inference_mode():
         written = torch.ones(spread // 8, dtype=torch.int64)
-        for outputs, inputs in shapes:
-            notice(f"{outputs} x {inputs}: making weights")
-            w8a8, bf16, f32 = _layers(outputs, inputs, spread)
-            for count in tokens:
+        for (outputs, inputs), counts, kind in sizes:
+            notice(f"{kind} {outputs} x {inputs}: making weights")
+            made = _layers(kind, outputs, inputs, spread)
+            for count in counts:
                 x = torch.randn(count, inputs).to(torch.bfloat16)
-                contenders = ((w8a8, x), (bf16, x), (f32, x.float()), ([lambda _: written.sum()], x))
+                contenders = (*zip(made, (x, x, x.float()), strict=True), ([lambda _: written.sum()], x))
                 ours, half, full, read = _times(contenders, runs)
                 gb_s = tuple(written.nbytes / ms / 1e6 for ms in read)
-                rows.append(LinearRow(outputs, inputs, count, ours, half, full, gb_s))
+                rows.append(LinearRow(outputs, inputs, count, ours, half, full, gb_s, kind))
                 medians = (statistics.median(all_) for all_ in (ours, half, full))
                 notice("{} tokens: {:.2f} ms, BF16 {:.2f} ms, F32 {:.2f} ms".format(count, *medians))
+            del made, contenders
     return LinearResult(torch.get_num_threads(), tuple(rows))
 
 
 def show(result: LinearResult, say: Callable[[Any], None]) -> None:
     """Print the table for a person; `say` prints text and Rich tables."""
     table = plain_table(
-        "out x in", "tokens", "W8A8 ms", "BF16 ms", "F32 ms", "speedup", "GB/s", "of read", "us/token", "TOPS", left=1
+        *("out x in", "tokens", "layer", "ms", "BF16 ms", "F32 ms"),
+        *("speedup", "GB/s", "of read", "us/token", "TOPS"),
+        left=1,
     )
     rows = [row.to_dict() for row in result.rows]
     for row in rows:
         table.add_row(
             f"{row['outputs']} x {row['inputs']}",
             f"{row['tokens']}",
-            f"{row['w8a8_median_ms']:.2f}",
+            row["kind"],
+            f"{row['ours_median_ms']:.2f}",
             f"{row['bf16_median_ms']:.2f}",
             f"{row['f32_median_ms']:.2f}",
             f"{row['speedup']:.2f} {row['better']:>4}",
@@ -123,7 +140,7 @@ def show(result: LinearResult, say: Callable[[Any], None]) -> None:
             f"{row['tera_ops']:.2f}",
         )
     read = statistics.median(row["read_median_gb_s"] for row in rows)
-    runs = len(result.rows[0].w8a8_ms)
+    runs = len(result.rows[0].ours_ms)
     say(f"{result.threads} threads, medians of {runs}; memory reads at {read:.1f} GB/s")
     say(table)
     say("speedup: over the better of torch's BF16 and F32, named beside it")
@@ -132,28 +149,31 @@ def show(result: LinearResult, say: Callable[[Any], None]) -> None:
 Layer = Callable[["torch.Tensor"], Any]
 
 
-def _layers(outputs: int, inputs: int, spread: int) -> tuple[list[Layer], list[Layer], list[Layer]]:
-    """Make layers with random weights, in INT8, BF16 and F32: enough of each to fill `spread` bytes, at least two."""
+def _layers(kind: str, outputs: int, inputs: int, spread: int) -> tuple[list[Layer], list[Layer], list[Layer]]:
+    """Make layers of random weights, ours of that `kind`, torch's in BF16 and F32: at least two that fill `spread`."""
     import torch
 
     from w8a8.runtime.linear import W8A8Linear
+    from w8a8.runtime.unquantized import BF16Linear
 
     def count(size: int) -> range:
         return range(max(2, -(-spread // (size * outputs * inputs))))
 
-    def plain(dtype: torch.dtype, source: Any) -> Layer:
-        linear = torch.nn.Linear(inputs, outputs, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
-        linear.weight.copy_(source.weight).mul_(0.02 / 127)
+    def plain(dtype: torch.dtype, made: Any = torch.nn.Linear) -> Layer:
+        linear = made(inputs, outputs, bias=False, device="meta", dtype=dtype).to_empty(device="cpu")
+        linear.weight.random_(-127, 128).mul_(0.02 / 127)
         return linear  # type: ignore[no-any-return]
 
-    w8a8: list[Any] = []
-    for _ in count(1):
+    def quantized() -> Layer:
         layer = W8A8Linear(inputs, outputs, bias=False)
         layer.weight.random_(-127, 128)
         layer.weight_scale.fill_(0.02 / 127)
-        w8a8.append(layer)
-    bf16 = [plain(torch.bfloat16, w8a8[i]) for i in count(2)]
-    return w8a8, bf16, [plain(torch.float32, w8a8[i]) for i in count(4)]
+        return layer
+
+    bf16, f32 = [plain(torch.bfloat16) for _ in count(2)], [plain(torch.float32) for _ in count(4)]
+    if kind == "BF16":
+        return [plain(torch.bfloat16, BF16Linear) for _ in count(2)], bf16, f32
+    return [quantized() for _ in count(1)], bf16, f32
 
 
 def _times(contenders: Sequence[tuple[Sequence[Layer], "torch.Tensor"]], runs: int) -> list[tuple[float, ...]]:
