@@ -110,11 +110,11 @@ def test_serve_says_it_for_int8_checkpoints(quantized: bool, tmp_path: Path) -> 
 def test_serve_says_what_the_embedded_engine_multiplies_with(quantized: bool, tmp_path: Path) -> None:
     source, target = write_checkpoint(tmp_path / "source", llama_tensors(), config=CONFIG), tmp_path / "quantized"
     quantize(source, target)
-    env = NO_KEYS | {"PATH": ""}
+    env = NO_KEYS | {"PATH": "", "W8A8_CPU": "generic"}
     done = cli("serve", target if quantized else source, "--dry-run", "--json", env=env)
     [sentence] = json.loads(done.stdout)["notices"]
     assert sentence.startswith("INT8 kernel: w8a8's for the CPU, ") == quantized
-    assert ("exact" in sentence) == quantized
+    assert ("(generic), exact" in sentence) == quantized
     assert "BF16 layers are computed in " in sentence
 
 

@@ -15,6 +15,7 @@ Examples:
 
 - `w8a8 doctor`
 - `w8a8 doctor --json`
+- `W8A8_CPU=avx2 w8a8 doctor`
 """
 )
 def doctor(json: Json = False) -> None:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from w8a8 import machine
+from w8a8.kernels.cpu.instructions import instruction_set
 from w8a8.machine import Gpu
 from w8a8.serve.installed import Installed
 from w8a8.vllm_plugin.rule import CPU, CUTLASS, NAMES, OURS, SWITCH, aiter_asked_for, chosen, cutlass_fails, known
@@ -44,12 +45,14 @@ def notice(gpus: Sequence[Gpu], found: Installed | None, backend: str) -> str | 
 def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool, dtype: str = "auto") -> str | None:
     """Say what the embedded engine multiplies with, on `gpus` that torch can use (none: on the CPU).
 
-    `int8`: whether the model has INT8 layers; `dtype` is that of the option.
+    `int8`: whether the model has INT8 layers; `dtype` is that of the option. Raises UsageError if `W8A8_CPU` names what
+    this CPU lacks.
     """
     if gpus:
         kernel = NAMES[OURS] if triton else "torch's own operators, for want of Triton"
         return f"INT8 kernel: {kernel}" if int8 else None
-    by = "vpdpbusd (avx512vnni)" if "avx512_vnni" in machine.cpu().features else "portable loops"
+    chosen_set = instruction_set()
+    by = f"{chosen_set.product} ({chosen_set.name})"
     kernel = f"INT8 kernel: w8a8's for the CPU, {by}, exact; " if int8 else ""
     others = "BF16" if dtype != "float32" and machine.cpu().multiplies_bf16 else "float32"
     return f"{kernel}BF16 layers are computed in {others}"
