@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from w8a8.cluster import NodeWork
+from w8a8.terminal.wording import plural
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ class VerifyResult:
         if self.problems:
             return f"FAILED: {len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}; do not use it"
         total = sqnr(sum(t.signal for t in self.tensors), sum(t.noise for t in self.tensors))
-        checked = f"{self.checksums} checksums hold" if self.checksums else "no w8a8.json, so no checksums to check"
+        holding = f"{plural(self.checksums, 'checksum')} hold{'s' if self.checksums == 1 else ''}"
+        checked = holding if self.checksums else "no w8a8.json, so no checksums to check"
         quantized = f"{len(self.tensors)} tensors quantized at {total:.2f} dB SQNR"
         copied = f"{self.copied} copied bit for bit" + (f", {self.folded} folded" if self.folded else "")
         return f"OK: {quantized}, {copied}; {checked}"
