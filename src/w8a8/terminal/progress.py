@@ -108,7 +108,7 @@ class Live:
             done = f"{main.done:,} of {total:,} {self.unit}"
         beside = [f"{_of(lane)} {lane.name}" for lane in self.beside if lane.done]
         left = self.left(now)
-        rest = [] if left is None else [f"{duration(left)} left"]
+        rest = [f"{duration(left)} left"] if left else []
         return ", ".join(filter(None, [done, *rest, *beside, self.said]))
 
     def numbers(self, now: float) -> dict[str, Any]:
