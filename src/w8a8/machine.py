@@ -46,11 +46,6 @@ class Cpu:
         """Whether it multiplies bytes in one exact instruction (VNNI); of an x86 alone is that known."""
         return not self.is_x86 or bool(self.features & {"avx_vnni", "avx512_vnni"})
 
-    @property
-    def multiplies_bf16(self) -> bool:
-        """Whether it has BF16 arithmetic."""
-        return bool(self.features & {"avx512_bf16", "amx_bf16", "bf16"})
-
 
 @dataclass(frozen=True, slots=True)
 class Gpu:

@@ -11,7 +11,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tests.serve.embedded.servers import word_tokenizer
 from w8a8.evals.kld.models import Predictor
-from w8a8.kernels.cpu import bf16
+from w8a8.kernels.cpu import bf16, instructions
 from w8a8.runtime.linear import W8A8Linear
 from w8a8.runtime.unquantized import FEW, BF16Linear, widen
 from w8a8.serve.embedded.model import OneModel
@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         kernel(*args, **kwargs)
 
     monkeypatch.setattr(bf16, "linear", linear)
-    monkeypatch.setattr(bf16, "multiplies_bf16", lambda: False)
+    monkeypatch.setattr(instructions, "multiplies_bf16", lambda: False)
     return found
 
 
@@ -110,7 +110,7 @@ def test_a_cpu_with_bf16_arithmetic_multiplies_many_tokens_by_itself(
 ) -> None:
     made = widen(layer())
     for has_bf16 in (True, False):
-        monkeypatch.setattr(bf16, "multiplies_bf16", lambda has_bf16=has_bf16: has_bf16)
+        monkeypatch.setattr(instructions, "multiplies_bf16", lambda has_bf16=has_bf16: has_bf16)
         with torch.inference_mode():
             for tokens in (1, FEW, FEW + 1):
                 made(torch.randn(tokens, 96).bfloat16())

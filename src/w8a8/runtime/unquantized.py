@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.kernels.cpu import bf16
+from w8a8.kernels.cpu import bf16, instructions
 from w8a8.runtime.linear import openmp_fork
 
 FEW = 8
@@ -29,7 +29,7 @@ class BF16Linear(nn.Linear):  # type: ignore[misc]
         """Map `x` [..., in] to [..., out] of the same dtype."""
         ours = x.dtype == self.weight.dtype == torch.bfloat16 and x.device.type == self.weight.device.type == "cpu"
         fits = self.weight.is_contiguous() and x.shape[-1:] == (self.in_features,)
-        few = not bf16.multiplies_bf16() or x.numel() <= FEW * self.in_features
+        few = not instructions.multiplies_bf16() or x.numel() <= FEW * self.in_features
         if not (ours and fits and few) or torch.is_grad_enabled():
             return super().forward(x)
         x = x.contiguous()

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 
 from w8a8 import machine
-from w8a8.kernels.cpu.instructions import instruction_set
+from w8a8.kernels.cpu.instructions import instruction_set, multiplies_bf16
 from w8a8.machine import Gpu
 from w8a8.serve.installed import Installed
 from w8a8.vllm_plugin.rule import CPU, CUTLASS, NAMES, OURS, SWITCH, aiter_asked_for, chosen, cutlass_fails, known
@@ -54,7 +54,7 @@ def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool, dtype: str = "aut
     chosen_set = instruction_set()
     by = f"{chosen_set.product} ({chosen_set.name})"
     kernel = f"INT8 kernel: w8a8's for the CPU, {by}, exact; " if int8 else ""
-    others = "BF16" if dtype != "float32" and machine.cpu().multiplies_bf16 else "float32"
+    others = "BF16" if dtype != "float32" and multiplies_bf16() else "float32"
     return f"{kernel}BF16 layers are computed in {others}"
 
 

@@ -28,9 +28,22 @@ from llvmlite import ir
 from llvmlite.ir import IRBuilder as Builder
 from numba import carray, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 
-from w8a8.kernels.cpu.ir import as_float32, as_pointer, fetch_add, rounded_bits, run_threads
+from w8a8.kernels.cpu.instructions import features
+from w8a8.kernels.cpu.ir import (
+    BYTE,
+    WORD,
+    Tile,
+    Value,
+    as_float32,
+    as_pointer,
+    fetch_add,
+    function,
+    long,
+    pointer,
+    rounded_bits,
+    run_threads,
+)
 from w8a8.kernels.cpu.jit import c_function, intrinsic, jit
 
 ROWS = 48
@@ -41,6 +54,8 @@ GROUP = 32
 """Inputs of a step: a cache line of weights."""
 TILE_ROWS, TILE_TOKENS = 4, 3
 """Rows and, at most, tokens of a tile."""
+LANES = 16 if "avx512f" in features() else 8
+"""Numbers in a vector."""
 FEW = 32
 """Most tokens that pass 4 rows at a time: their inputs of a block fit into L2."""
 SLAB = 256
@@ -53,14 +68,7 @@ PARALLEL_WEIGHTS = 1 << 19
 # Positions of a call's parameters in the array that every thread reads: addresses, sizes, the counter of work taken.
 X, WEIGHT, BIAS, OUT, STATES, M, N, K, WIDTH, TAKEN, PHASE, COUNTER = range(12)
 
-_WORD, _LONG, _FLOAT = ir.IntType(32), ir.IntType(64), ir.FloatType()
-
-
-@cache
-def multiplies_bf16() -> bool:
-    """Whether the CPU that Numba compiles for has BF16 arithmetic: AVX512-BF16, AMX, or ARM's."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return not {"+avx512bf16", "+amx-bf16", "+bf16"}.isdisjoint(features)
+_FLOAT = ir.FloatType()
 
 
 def _tile(tokens: int) -> Any:
@@ -71,44 +79,35 @@ def _tile(tokens: int) -> Any:
     inputs; address of the first sum [tokens][ROWS]; bytes from the first input to what is fetched meanwhile.
     """
 
-    def body(context: Any, builder: Builder, args: Sequence[Any]) -> None:
+    def body(builder: Builder, args: Sequence[Value]) -> None:
         weight, row_bytes, last, states, token_bytes, steps, sums, ahead = args
-        lanes = 16 if "+avx512f" in context.codegen().magic_tuple()[2] else 8
-        words, floats = ir.VectorType(_WORD, lanes), ir.VectorType(_FLOAT, lanes)
-        high, upper = ir.Constant(words, [16] * lanes), ir.Constant(words, [0xFFFF0000] * lanes)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(floats, [floats] * 3), f"llvm.fmuladd.v{lanes}f32"
-        )
-        prefetch = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _WORD, _WORD, _WORD]),
-            "llvm.prefetch.p0",
-        )
+        words, floats = ir.VectorType(WORD, LANES), ir.VectorType(_FLOAT, LANES)
+        high, upper = ir.Constant(words, [16] * LANES), ir.Constant(words, [0xFFFF0000] * LANES)
+        fma = function(builder, f"llvm.fmuladd.v{LANES}f32", floats, floats, floats, floats)
+        prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), BYTE.as_pointer(), WORD, WORD, WORD)
         # 1) Sums of zero; the addresses of rows and tokens.
         zero = ir.Constant(floats, None)
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in range(TILE_ROWS)] for _ in range(tokens)]
         row = []
         for r in range(TILE_ROWS):
-            index = builder.select(builder.icmp_signed("<", _long(r), last), _long(r), last)
+            index = builder.select(builder.icmp_signed("<", long(r), last), long(r), last)
             row.append(builder.add(weight, builder.mul(index, row_bytes)))
-        token = [builder.add(states, builder.mul(_long(t), token_bytes)) for t in range(tokens)]
+        token = [builder.add(states, builder.mul(long(t), token_bytes)) for t in range(tokens)]
         # 2) Steps of 32 inputs, first the even ones of each vector of words, then the odd ones.
         with cgutils.for_range(builder, steps) as loop:
-            at = builder.shl(loop.index, _long(6))
+            at = builder.shl(loop.index, long(6))
             for line in range(TILE_ROWS):
-                place = _pointer(builder, ir.IntType(8), weight, ahead, builder.shl(at, _long(2)), _long(64 * line))
-                builder.call(prefetch, [place, _WORD(0), _WORD(3), _WORD(1)])
-            for word in range(0, GROUP // 2, lanes):
+                place = pointer(builder, BYTE, weight, ahead, builder.shl(at, long(2)), long(64 * line))
+                builder.call(prefetch, [place, WORD(0), WORD(3), WORD(1)])
+            for word in range(0, GROUP // 2, LANES):
                 for odd in (0, 1):
                     # Words are read again for the odd ones: kept, they would need registers that sums need.
                     forget = ir.FunctionType(ir.VoidType(), [])
                     builder.asm(forget, "", "~{memory}", [], side_effect=True)
-                    places = [
-                        _pointer(builder, floats, address, at, at, _long(64 * odd + 4 * word)) for address in token
-                    ]
+                    places = [pointer(builder, floats, address, at, at, long(64 * odd + 4 * word)) for address in token]
                     x = [builder.load(place, align=4) for place in places]
                     for r, address in enumerate(row):
-                        both = builder.load(_pointer(builder, words, address, at, _long(4 * word)), align=1)
+                        both = builder.load(pointer(builder, words, address, at, long(4 * word)), align=1)
                         w = builder.bitcast(builder.and_(both, upper) if odd else builder.shl(both, high), floats)
                         for t in range(tokens):
                             builder.store(builder.call(fma, [w, x[t], builder.load(totals[t][r])]), totals[t][r])
@@ -118,49 +117,27 @@ def _tile(tokens: int) -> Any:
             left = [builder.load(total) for total in totals[t]]
             while len(left) > 1:
                 left = [_neighbours(builder, *left[i : i + 2]) for i in range(0, len(left), 2)]
-            for _ in range((lanes // TILE_ROWS).bit_length() - 1):
+            for _ in range((LANES // TILE_ROWS).bit_length() - 1):
                 left = [_neighbours(builder, left[0], left[0])]
-            found = builder.shuffle_vector(left[0], left[0], ir.Constant(ir.VectorType(_WORD, 4), [0, 1, 2, 3]))
-            place = _pointer(builder, four, sums, _long(4 * ROWS * t))
+            found = builder.shuffle_vector(left[0], left[0], ir.Constant(ir.VectorType(WORD, 4), [0, 1, 2, 3]))
+            place = pointer(builder, four, sums, long(4 * ROWS * t))
             builder.store(builder.fadd(builder.load(place, align=4), found), place, align=4)
 
-    def generate(context: Any, builder: Builder, _signature: Any, args: Sequence[Any]) -> Any:
-        """Call the tile, which is a function of its own, so that it has every register."""
-        name = f"w8a8_bf16_{tokens}"
-        if name not in builder.module.globals:
-            function = ir.Function(builder.module, ir.FunctionType(ir.VoidType(), [_LONG] * 8), name)
-            function.linkage = "internal"
-            function.attributes.add("noinline")
-            inner = Builder(function.append_basic_block())
-            body(context, inner, function.args)
-            inner.ret_void()
-        builder.call(builder.module.globals[name], args)
-        return context.get_dummy_value()
+    made = Tile(f"w8a8_bf16_{tokens}", 8, body)
 
     @intrinsic
     def tile(
         _context: Any, _weight: Any, _row: Any, _last: Any, _x: Any, _token: Any, _n: Any, _sums: Any, _ahead: Any
     ) -> Any:
-        return types.void(*[types.int64] * 8), generate
+        return made.intrinsic()
 
     return tile
-
-
-def _long(value: int) -> Any:
-    return ir.Constant(_LONG, value)
-
-
-def _pointer(builder: Builder, type_: ir.Type, first: Any, *more: Any) -> Any:
-    """Return the sum of addresses as a pointer to `type_`."""
-    for part in more:
-        first = builder.add(first, part)
-    return builder.inttoptr(first, type_.as_pointer())
 
 
 def _neighbours(builder: Builder, a: Any, b: Any) -> Any:
     """Add each two neighbouring lanes of `a`, and then of `b`: a vector of the same length."""
     lanes = a.type.count
-    even, odd = (ir.Constant(ir.VectorType(_WORD, lanes), [*range(first, 2 * lanes, 2)]) for first in (0, 1))
+    even, odd = (ir.Constant(ir.VectorType(WORD, lanes), [*range(first, 2 * lanes, 2)]) for first in (0, 1))
     return builder.fadd(builder.shuffle_vector(a, b, even), builder.shuffle_vector(a, b, odd))
 
 

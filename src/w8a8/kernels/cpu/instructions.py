@@ -101,8 +101,8 @@ SETS = (
 @cache
 def available() -> tuple[InstructionSet, ...]:
     """Return the sets that the CPU has for which Numba compiles, the best first."""
-    features = _features(os.environ)
-    return tuple(found for found in SETS if features.issuperset(found.needs))
+    has = _features(os.environ)
+    return tuple(found for found in SETS if has.issuperset(found.needs))
 
 
 @cache
@@ -116,6 +116,17 @@ def instruction_set() -> InstructionSet:
             return found
     names = ", ".join(found.name for found in available())
     raise UsageError(f"{VARIABLE}={name}: this CPU has {names}; name one of them, or unset {VARIABLE} for the best")
+
+
+@cache
+def features() -> frozenset[str]:
+    """Return the features of the CPU that Numba compiles for, by LLVM's names: none for a lesser set than its best."""
+    return _features(os.environ) if instruction_set() is available()[0] else frozenset()
+
+
+def multiplies_bf16() -> bool:
+    """Whether the CPU that Numba compiles for has BF16 arithmetic: AVX512-BF16, AMX, or ARM's."""
+    return not features().isdisjoint({"avx512bf16", "amx-bf16", "bf16"})
 
 
 def _features(environment: Mapping[str, str]) -> frozenset[str]:
