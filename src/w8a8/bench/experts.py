@@ -5,7 +5,6 @@ all experts, and that tensor transposed. Runs take turns, as in `w8a8 bench quan
 """
 
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8.bench.quantize import Contender, Row, make_checkpoint, race, write_checkpoint
+from w8a8.machine import usable_cores
 from w8a8.terminal.output import plain_table
 
 EXPERTS, HIDDEN, INNER = 128, 2048, 768
@@ -63,7 +63,7 @@ def bench(gib: float, *, runs: int, folder: Path, notice: Callable[[str], None] 
         finally:
             shutil.rmtree(out, ignore_errors=True)
     sizes = {name: sum(f.stat().st_size for f in path.glob("*.safetensors")) for name, path in sources.items()}
-    return ExpertsResult(len(os.sched_getaffinity(0)), sizes, rows)
+    return ExpertsResult(usable_cores(), sizes, rows)
 
 
 def show(result: ExpertsResult, say: Callable[[Any], None]) -> None:

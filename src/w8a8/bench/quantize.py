@@ -27,6 +27,7 @@ from w8a8.bench.peers import PEERS
 from w8a8.bench.process import timed
 from w8a8.checkpoint.header import write_header
 from w8a8.errors import W8A8Error
+from w8a8.machine import usable_cores
 from w8a8.terminal.output import plain_table
 from w8a8.terminal.wording import clean
 
@@ -116,7 +117,7 @@ def bench(
             rows = race(contenders, runs, out, failed, notice)
         finally:
             shutil.rmtree(out, ignore_errors=True)
-    return BenchResult(size, len(os.sched_getaffinity(0)), rows, failed)
+    return BenchResult(size, usable_cores(), rows, failed)
 
 
 def show(result: BenchResult, say: Callable[[Any], None]) -> None:

@@ -120,7 +120,8 @@ class SequentialWriter:
     def __init__(self, path: Path, largest: int = BLOCK_BYTES) -> None:
         """`largest` is the most that `reserve` will be asked for."""
         self._path = path
-        self._filling, self._other = (mmap.mmap(-1, -(-(2 * BLOCK_BYTES + largest) // PAGE) * PAGE) for _ in range(2))
+        size = -(-(2 * BLOCK_BYTES + largest) // PAGE) * PAGE
+        self._filling, self._other = (memoryview(mmap.mmap(-1, size)) for _ in range(2))
         self._filled = 0
         self._written = 0
         self._digest = hashlib.sha256()
@@ -153,7 +154,7 @@ class SequentialWriter:
         """
         if self._filled + nbytes > len(self._filling) or self._filled >= 2 * BLOCK_BYTES:
             self._flush()
-        view = memoryview(self._filling)[self._filled : self._filled + nbytes]
+        view = self._filling[self._filled : self._filled + nbytes]
         self._filled += nbytes
         return view
 
@@ -168,7 +169,7 @@ class SequentialWriter:
         self._flush()
         size, rest = self.size, self._filled
         if rest:
-            self._digest.update(memoryview(self._filling)[:rest])
+            self._digest.update(self._filling[:rest])
             self._start(-(-rest // PAGE) * PAGE)
         self._wait()
         with disk_errors(self._path):
@@ -181,7 +182,7 @@ class SequentialWriter:
         whole = self._filled // PAGE * PAGE
         if not whole:
             return
-        self._digest.update(memoryview(self._filling)[:whole])
+        self._digest.update(self._filling[:whole])
         self._start(whole)
         self._other[: self._filled - whole] = self._filling[whole : self._filled]
         self._filling, self._other = self._other, self._filling
@@ -191,7 +192,7 @@ class SequentialWriter:
     def _start(self, nbytes: int) -> None:
         """Have the first bytes of the buffer written, once the other buffer is."""
         self._wait()
-        self._writing = self._thread.submit(self._write, memoryview(self._filling)[:nbytes], self._written)
+        self._writing = self._thread.submit(self._write, self._filling[:nbytes], self._written)
 
     def _wait(self) -> None:
         if self._writing is not None:
