@@ -110,7 +110,7 @@ def test_a_prefix_that_is_a_room_is_a_folder() -> None:
 
 
 def test_links_are_followed_by_os_alone() -> None:
-    """`Path.resolve` raises RuntimeError for a link that leads to itself, below Python 3.13; `realpath` nothing."""
+    """By `reading.real`: `Path.resolve` raises RuntimeError for a link to itself, below Python 3.13."""
     calls = [str(path) for path in PACKAGE.rglob("*.py") if ".resolve()" in path.read_text(encoding="utf-8")]
 
     assert not calls

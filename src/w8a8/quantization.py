@@ -3,7 +3,6 @@
 The job as it reads: find the source, open it by its headers, plan, calibrate if a recipe asks for it, execute.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,6 +19,7 @@ from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
 from w8a8.plan.viewing import format_for, view_of
+from w8a8.reading import real
 from w8a8.sources.arriving import Opened, arrivals
 from w8a8.sources.view import View
 from w8a8.storage.arrivals import Repository
@@ -244,7 +244,7 @@ def calibrated(
         raise MissingExtraError(
             f"the package {missing.name} is not installed; --recipe needs it: pip install 'w8a8[eval]'"
         ) from missing
-    place = os.path.realpath(out)
+    place = str(real(out))
     with (
         connected(ray, f"calibrating {place}", workers, here=worker_count()) if ray else nullcontext() as cluster,
         found_(
@@ -294,7 +294,7 @@ def run(
         job.repository.remote.keep("README.md")  # the card will say its license
     start = time.perf_counter()
     arriving = partial(arrivals, job.repository, budget=disk_budget, arrived=arrived) if job.repository else None
-    place = os.path.realpath(out)  # one run of it in a cluster, also where machines do not see each other's locks
+    place = str(real(out))  # one run of it in a cluster, also where machines do not see each other's locks
     with connected(ray, place, workers, here=worker_count()) if ray else nullcontext() as cluster:
         workers = cluster.slots if cluster else workers or worker_count()
         delivery = delivery or HERE

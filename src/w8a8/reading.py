@@ -73,6 +73,11 @@ def reading(path: Path) -> Iterator[None]:
         raise _unreadable(path, error) from error
 
 
+def real(path: str | Path) -> Path:
+    """Return where `path` leads behind all links. One to itself stays; `Path.resolve` raises there in Python 3.11."""
+    return Path(os.path.realpath(path))
+
+
 def open_file(path: Path) -> io.FileIO:
     """Open a regular file for reading, unbuffered, without waiting for anyone.
 

@@ -32,6 +32,8 @@ from w8a8.errors import W8A8Error
 from w8a8.execute.workers import worker_count
 from w8a8.formats.arithmetic import EXACT
 from w8a8.kernels.cpu.rows import row_amax, row_codes
+from w8a8.machine import usable_cores
+from w8a8.reading import real
 from w8a8.storage.writer import SequentialWriter
 from w8a8.terminal.output import plain_table
 
@@ -107,10 +109,10 @@ def bench(
     A node's network gives `megabytes` MB a second. With `ray`, the same numbers of Ray workers are measured, too.
     """
     # 1) The checkpoint, which a later bench finds again
-    folder = Path(os.path.realpath(folder))
+    folder = real(folder)
     source = folder / f"gemma-4-31b-layers-{gib:g}GiB-in-{shards}"
     make_checkpoint(source, gib, notice, shards)
-    here, most = len(os.sched_getaffinity(0)), worker_count()
+    here, most = usable_cores(), worker_count()
     counts = sorted({min(2**power, most) for power in range(most.bit_length() + 1)})
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         # 2) The parts, then whole runs, by turns

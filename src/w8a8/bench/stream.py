@@ -6,7 +6,6 @@ server, whose time should be the larger of the two others, not their sum. Its di
 source files that it holds, whole or on their way.
 """
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from typing import Any
 from w8a8.bench.quantize import Contender, Row, make_checkpoint, race
 from w8a8.bench.shop import REPOSITORY
 from w8a8.execute.staging import Staging
+from w8a8.machine import usable_cores
+from w8a8.reading import real
 from w8a8.terminal.output import plain_table
 from w8a8.terminal.wording import plural
 
@@ -64,7 +65,7 @@ def bench(
     notice: Callable[[str], None] = lambda _: None,
 ) -> StreamResult:
     """Make the checkpoint (once), and time the contenders `runs` times by turns, at `megabytes` a second."""
-    folder = Path(os.path.realpath(folder))
+    folder = real(folder)
     source = folder / (f"gemma-4-31b-layers-{gib:g}GiB" + (f"-in-{shards}" if shards else ""))
     make_checkpoint(source, gib, notice, shards)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, served(source, megabytes * 1e6) as url:
@@ -80,7 +81,7 @@ def bench(
         with _watched(Staging.of(out)) as held:
             rows = race(contenders, runs, out, {}, notice)
     sizes = [file.stat().st_size for file in source.glob("*.safetensors")]
-    return StreamResult(sum(sizes), len(sizes), len(os.sched_getaffinity(0)), megabytes * 1e6, rows, max(held))
+    return StreamResult(sum(sizes), len(sizes), usable_cores(), megabytes * 1e6, rows, max(held))
 
 
 def show(result: StreamResult, say: Callable[[Any], None]) -> None:

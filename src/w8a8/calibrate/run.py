@@ -5,7 +5,6 @@ was at. Where some layers may stay in BF16, a first pass over the layers tells w
 and a second one calibrates the rest around those that stay.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from w8a8.execute.run import SLACK_BYTES, check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging
 from w8a8.plan import Plan
+from w8a8.reading import real
 from w8a8.runtime.nodes import on_nodes
 from w8a8.sources.view import View
 from w8a8.storage.folders import lock_folder
@@ -59,7 +59,7 @@ def calibrated(
     Raises the errors of `Staging.claim` and of `Setup.of`, DiskFullError, UnwritableError, NonFiniteWeightError.
     """
     # 1) Fail now for whatever would fail after hours: the target, the text, the model, the disk
-    out = Path(os.path.realpath(out))
+    out = real(out)
     if appears:
         check_apart(view, out)
     with Staging.claim(out, overwrite=overwrite, appears=appears):

@@ -7,7 +7,6 @@ the folder; the one exception is a Hugging Face cache snapshot, whose files are 
 same repository.
 """
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,7 +32,7 @@ from w8a8.errors import (
     UnreadableError,
     UsageError,
 )
-from w8a8.reading import UnfitError, open_file, read_json, reading, show
+from w8a8.reading import UnfitError, open_file, read_json, reading, real, show
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -114,7 +113,7 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What the folder is called, or the GGUF file."""
-        return next(iter(self.gguf.headers)) if self.gguf else Path(os.path.realpath(self.path)).name
+        return next(iter(self.gguf.headers)) if self.gguf else real(self.path).name
 
     @property
     def home(self) -> Path:
@@ -161,7 +160,7 @@ def inside(folder: Path, name: str) -> Path:
     _check_name(folder, name)
     path = folder / name
     try:
-        target = Path(os.path.realpath(path))  # where links go round in circles, Path.resolve raises in Python 3.11
+        target = real(path)
     except UnicodeEncodeError as error:
         raise UnreadableError(f"{folder}: {show(name)} cannot be spelled here; set LC_ALL=C.UTF-8") from error
     if not any(target.is_relative_to(root) for root in _roots(folder)):
@@ -177,7 +176,7 @@ def _check_name(folder: Path, name: str) -> None:
 
 def _roots(folder: Path) -> tuple[Path, ...]:
     """Return the folder and, for a Hub cache snapshot (`<repo>/snapshots/<commit>`), its repository's blobs."""
-    folder = Path(os.path.realpath(folder))
+    folder = real(folder)
     blobs = folder.parent.parent / "blobs"
     return (folder, blobs) if folder.parent.name == "snapshots" and blobs.is_dir() else (folder,)
 

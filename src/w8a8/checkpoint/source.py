@@ -16,7 +16,7 @@ from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.checkpoint.kinds import instead
 from w8a8.checkpoint.session import bound
 from w8a8.errors import HubError, NoWeightsError, PickleOnlyError, SourceNotFoundError, UsageError, W8A8Error
-from w8a8.reading import reading
+from w8a8.reading import reading, real
 
 _HUB_ID = re.compile(r"(hf://(?!(datasets|spaces|buckets)/))?(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[^\s@/]+))?")
 _URL = re.compile(r"(?!https?:)[a-z][a-z0-9+.:-]*://.*", re.DOTALL)
@@ -124,7 +124,7 @@ def unreachable(label: str, error: Exception) -> HubError:
 
 def _local(path: Path) -> Source:
     """Describe a local folder; in a Hub cache its path tells repository and commit."""
-    folder = Path(os.path.realpath(path))
+    folder = real(path)
     repo = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repo.startswith("models--"):
         return Source(folder, repo.removeprefix("models--").replace("--", "/", 1), folder.name)

@@ -23,7 +23,7 @@ import numpy as np
 from w8a8.checkpoint import TensorSpec
 from w8a8.checkpoint.reader import inside
 from w8a8.errors import SourceChangedError, UnreadableError
-from w8a8.reading import open_file, reading
+from w8a8.reading import open_file, reading, real
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -243,7 +243,7 @@ def file_sha256(path: Path, stopped: Callable[[], bool] = lambda: False) -> str:
 
 def known_sha256(path: Path) -> str:
     """The SHA-256 of a large file in the Hub's cache, which is the name of what it links to; "" for any other file."""
-    target = Path(os.path.realpath(path))
+    target = real(path)
     blob = path.is_symlink() and target.parent.name == "blobs" and path.parent.parent.name == "snapshots"
     return target.name if blob and _SHA256.fullmatch(target.name) else ""
 

@@ -1,6 +1,5 @@
 """`card`, `report`, `push`: from a W8A8 checkpoint to a published model."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +7,7 @@ import typer
 
 from w8a8.cli.common import Json, LogJson, Quiet, Workers, app, interruptible, showing
 from w8a8.errors import UsageError
+from w8a8.reading import real
 
 Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original model.")]
 Quantized = Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")]
@@ -115,7 +115,7 @@ def report(
     from w8a8.terminal.progress import live
 
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
-    page = page or Path(f"{os.path.realpath(out)}-report") / "report.html"
+    page = page or Path(f"{real(out)}-report") / "report.html"
     with interruptible("nothing was written"):
         job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
         with live(terminal, "reading", job.nbytes) as advance:

@@ -5,7 +5,6 @@ where the result goes besides; the small files follow; then the whole folder is 
 only then made visible there, and renamed to OUT.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -41,7 +40,7 @@ from w8a8.formats.provenance import (
     TensorBytes,
 )
 from w8a8.plan import Plan
-from w8a8.reading import open_file, reading
+from w8a8.reading import open_file, reading, real
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import View
 from w8a8.storage.writer import SequentialWriter, disk_errors, write_json
@@ -91,7 +90,7 @@ def execute(
     `NonFiniteWeightError` and `SourceError`.
     """
     # 1) a place for the unfinished result, and what an earlier run left there
-    out = Path(os.path.realpath(out))  # of a link, what it leads to is replaced
+    out = real(out)  # of a link, what it leads to is replaced
     if not delivery.departs:
         check_apart(view, out)
     view = with_stacks(view, {decision.tensor.name for decision in plan.decisions})
@@ -173,7 +172,7 @@ def _job(plan: Plan, view: View, supply: Supply) -> Job:
 
 def check_apart(view: View, out: Path) -> None:
     """Raise `UsageError` where one of source and target lies in the other."""
-    for source in (Path(os.path.realpath(root)) for root in view.checkpoint.roots):
+    for source in (real(root) for root in view.checkpoint.roots):
         if source.is_relative_to(out) or out.is_relative_to(source):
             raise UsageError(f"{out}: source and target may not contain each other (source: {source})")
 

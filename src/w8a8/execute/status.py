@@ -1,6 +1,5 @@
 """`w8a8 status`: what of a result is done and what remains, as the journal of its run has it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from w8a8.checkpoint.source import in_store
 from w8a8.errors import SourceNotFoundError
 from w8a8.execute.staging import Staging
-from w8a8.reading import reading
+from w8a8.reading import reading, real
 from w8a8.storage.folders import is_locked
 
 
@@ -44,7 +43,7 @@ def status(out: str | Path) -> Status:
     Whether a run works on it is told by its lock. A run that has only begun, or that still calibrates, has no shards.
     """
     name = str(out).rstrip("/").rpartition("/")[2] if in_store(out) else out  # what it is called here
-    path = Path(os.path.realpath(name))
+    path = real(name)
     staging = Staging.of(path)
     with reading(path):
         if not staging.home.is_dir():

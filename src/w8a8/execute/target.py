@@ -7,7 +7,6 @@ has sent, and any other run is refused.
 
 import errno
 import json
-import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence, Set
@@ -31,6 +30,7 @@ from w8a8.errors import (
 )
 from w8a8.execute.shard import ShardRecord
 from w8a8.execute.staging import Staging
+from w8a8.reading import real
 from w8a8.storage.arrivals import Repository
 from w8a8.storage.folders import remove
 from w8a8.storage.upload import insist, upload
@@ -138,7 +138,7 @@ class StoreTarget:
 
     def _is_own(self, found: Mapping[str, RemoteFile]) -> bool:
         """Whether what shows is the result of the run of the staging folder here: all of its shards, and no others."""
-        shards = Staging.of(Path(os.path.realpath(self.here))).noted().done
+        shards = Staging.of(real(self.here)).noted().done
         weights = {name for name in found if name.endswith(".safetensors")}
         sent = {shard.name for shard in shards if self._is_held(shard, found)}
         return "config.json" in found and bool(sent) and weights == sent

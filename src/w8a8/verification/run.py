@@ -28,7 +28,7 @@ from w8a8.cluster import Cluster, connected
 from w8a8.execute.supply import Local, Supply
 from w8a8.execute.workers import each, while_arriving, worker_count
 from w8a8.formats.provenance import PROVENANCE
-from w8a8.reading import reading, show
+from w8a8.reading import reading, real, show
 from w8a8.sources.arriving import arrivals
 from w8a8.sources.blocks import shard_blocks
 from w8a8.sources.rows import RowReader, read_values
@@ -143,7 +143,7 @@ def _brought(job: Job, workers: int, arrived: Advance) -> Iterator[tuple[Job, Su
     if job.repository is None:
         yield job, Local(job.source.checkpoint)
         return
-    home = Path(os.path.realpath(job.out.path))
+    home = real(job.out.path)
     with disk_errors(home):
         folder = TemporaryDirectory(prefix=f".{home.name}.w8a8-verify-", dir=home.parent)
     with folder:

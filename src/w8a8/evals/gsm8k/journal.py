@@ -5,7 +5,6 @@ failed requests again, and those whose line is damaged or was cut off by a kill.
 """
 
 import fcntl
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ from typing import IO, Any
 
 from w8a8.errors import InvalidResultError, TargetBusyError, UsageError
 from w8a8.evals.gsm8k.asking import Reply
-from w8a8.reading import brief
+from w8a8.reading import brief, real
 from w8a8.storage.journal import Journal
 from w8a8.storage.writer import disk_errors
 
@@ -89,7 +88,7 @@ def open_journal(
     Raises UsageError if it is about something else, InvalidResultError if the file is not a journal, TargetBusyError,
     DiskFullError, UnwritableError.
     """
-    path = Path(os.path.realpath(path))  # what a link leads to is written
+    path = real(path)  # what a link leads to is written
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.is_file():

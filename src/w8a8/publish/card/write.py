@@ -5,7 +5,6 @@ Parameters, sizes and ratio come from the headers, the way it was made from `w8a
 marked `yours` stays when the card is written again, and so do metadata that this command does not write.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,7 +36,7 @@ from w8a8.publish.card.usage import example, hardware, python_example
 from w8a8.publish.hub import valid_id
 from w8a8.publish.made import Made
 from w8a8.publish.results import Results
-from w8a8.reading import MAX_TEXT_BYTES, read_bytes, reading
+from w8a8.reading import MAX_TEXT_BYTES, read_bytes, reading, real
 from w8a8.storage.writer import write_whole
 from w8a8.terminal.wording import clean, printable
 
@@ -94,7 +93,7 @@ def make(
 
     # 2) find out what the card says
     origin = find_origin(made, base_model)
-    name = valid_id(repo, "--repo") if repo else printable(Path(os.path.realpath(made.path)).name)
+    name = valid_id(repo, "--repo") if repo else printable(real(made.path).name)
     measured = (results or Results()).read()
     gpus, launch = example(made, describe, name)
     inspection = inspect(made.path)

@@ -4,7 +4,6 @@ Everything is gathered first (`data` from the checkpoints, `results` from the re
 `page` and `figures` draw it. What was not given is not drawn, and the page says so.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from w8a8.formats.provenance import Provenance
 from w8a8.publish.report.data import ridges, sizes, stacks
 from w8a8.publish.report.facts import Report
 from w8a8.publish.results import Measured, Results
+from w8a8.reading import real
 from w8a8.storage.writer import disk_errors, write_whole
 from w8a8.verification import run as verification
 
@@ -83,7 +83,7 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
     found, low, high = ridges(job.out)
     architectures = job.out.config.get("architectures")
     return Report(
-        name=Path(os.path.realpath(job.out.path)).name,
+        name=real(job.out.path).name,
         model=", ".join(map(str, architectures)) if isinstance(architectures, list) else "",
         scheme=job.scheme.summary,
         before=source.stored_bytes if source else None,
@@ -140,7 +140,7 @@ def _beside(out: Checkpoint) -> verification.Job | None:
         if "/" in source.name:
             folder = cached(hub_id(source.name)[0], source.revision)
         else:
-            folder = inside(Path(os.path.realpath(out.path)).parent, source.name)
+            folder = inside(real(out.path).parent, source.name)
         return verification.prepare(out.path, folder) if folder is not None and folder.exists() else None
     except W8A8Error:
         return None
