@@ -76,4 +76,4 @@ def test_a_driver_answers_and_one_that_dies_is_quoted() -> None:
 
 @pytest.mark.parametrize("driver", [TORCHAO, LLAMA_CPP])
 def test_drivers_are_python(driver: Any) -> None:
-    compile(_MAIN + driver.script, driver.key, "exec")
+    compile(driver.script, driver.key, "exec")

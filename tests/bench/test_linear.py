@@ -59,3 +59,12 @@ def test_its_table_shows_every_row(result: LinearResult) -> None:
         ["128", "x", "64", "9", "W8A8"],
         ["192", "x", "64", "1", "BF16"],
     ]
+
+
+def test_its_table_fits_a_narrow_terminal() -> None:
+    slow = LinearRow(21504, 5376, 512, (588.91,), (7916.42,), (1013.16,), (17.6,))
+    text = StringIO()
+    show(LinearResult(2, (slow,)), Console(file=text, width=80).print)
+    row = text.getvalue().splitlines()[2].split()
+    assert row[:7] == ["21504", "x", "5376", "512", "W8A8", "588.91", "7916.42"]
+    assert row[7:10] == ["1013.16", "1.72", "F32"]

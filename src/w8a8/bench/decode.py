@@ -4,9 +4,6 @@ W8A8 is compared with the better of torch's BF16 and float32. The model has as m
 vocabulary cut to the same share, so that the head, which is never INT8, costs its share of the whole model. The models
 take turns in one process, token by token, and get the same tokens. W8A8 and BF16 are twins that share everything but
 their linear layers. The layers of the float32 one share a weight for each shape, larger than caches, to fit memory.
-
-6 layers on two cores of a Zen 5: decode 10.3 tokens/s against 3.1 in BF16 (3.35 times), prefill of 512 tokens 168
-against 102 (1.64 times).
 """
 
 import copy

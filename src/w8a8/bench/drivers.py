@@ -1,7 +1,8 @@
 """Engines that run in a process of their own and are told what to do by lines of JSON; each in its own environment.
 
-A driver is given the model's path and how many threads to use. It reads lines with `prompts`, a list of texts, and
-`tokens`, the number that follows each; it answers all prompts at once, greedily, and writes a line with `seconds`,
+A driver is given the model's path and how many threads to use, and writes a line when the model is loaded. That line is
+the address of a server, or empty. A driver that is no server reads lines with `prompts`, a list of texts, and `tokens`,
+the number that follows each; it answers all prompts at once, greedily, and writes a line with `seconds`,
 `prompt_tokens` and `completion_tokens`.
 """
 
@@ -31,7 +32,9 @@ def main(prompts_read):
         print(json.dumps({"seconds": seconds, "prompt_tokens": read, "completion_tokens": written}), flush=True)
 """
 
-_TORCHAO = """
+_TORCHAO = (
+    _MAIN
+    + """
 import torch
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -52,61 +55,36 @@ def generate(prompts, tokens):
 
 main(generate)
 """
+)
 
 _LLAMA_CPP = """
-import ctypes, os
-import llama_cpp as lib
-import numpy as np
+import sys
+import gguf, numpy as np, xllamacpp
 
-lib.llama_backend_init()
+source, target, (threads, sequences, context) = *sys.argv[1:3], map(int, sys.argv[3:])
+reader = gguf.GGUFReader(source)
+writer = gguf.GGUFWriter(target, reader.fields["general.architecture"].contents())
+for name, field in reader.fields.items():
+    if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if field.types[1:] else None)
+writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
+for tensor in reader.tensors:
+    values = gguf.dequantize(tensor.data, tensor.tensor_type)
+    kind = F32 if tensor.tensor_type == F32 else Q8_0
+    writer.add_tensor(tensor.name, gguf.quantize(values, kind), raw_dtype=kind)
+writer.write_header_to_file()
+writer.write_kv_data_to_file()
+writer.write_tensors_to_file()
+writer.close()
 
-source, threads = sys.argv[1], int(sys.argv[2])
-target = sys.argv[3]
-if not os.path.exists(target):
-    how = lib.llama_model_quantize_default_params()
-    how.ftype, how.allow_requantize, how.nthread = lib.LLAMA_FTYPE_MOSTLY_Q8_0, True, threads
-    if lib.llama_model_quantize(source.encode(), (target + ".part").encode(), ctypes.byref(how)):
-        sys.exit("llama.cpp cannot quantize the file")
-    os.rename(target + ".part", target)
-
-SEQUENCES, CONTEXT, BATCH = 16, 1024, 2048
-model = lib.llama_model_load_from_file(target.encode(), lib.llama_model_default_params())
-how = lib.llama_context_default_params()
-how.n_ctx, how.n_batch, how.n_ubatch, how.n_seq_max = SEQUENCES * CONTEXT, BATCH, 512, SEQUENCES
-how.n_threads = how.n_threads_batch = threads
-context, vocabulary = lib.llama_init_from_model(model, how), lib.llama_model_get_vocab(model)
-size, batch = lib.llama_vocab_n_tokens(vocabulary), lib.llama_batch_init(BATCH, 0, 1)
-
-def tokenize(text):
-    data, ids = text.encode(), (lib.llama_token * CONTEXT)()
-    return ids[: lib.llama_tokenize(vocabulary, data, len(data), ids, CONTEXT, True, False)]
-
-def decode(entries):
-    # Entries are (token, position, sequence, whether its logits are wanted): what follows each that wants them.
-    following = {}
-    for start in range(0, len(entries), BATCH):
-        part = entries[start : start + BATCH]
-        batch.n_tokens = len(part)
-        for i, (token, position, sequence, wanted) in enumerate(part):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, wanted
-        if lib.llama_decode(context, batch):
-            raise SystemExit("llama.cpp cannot decode the batch")
-        for i, (_, _, sequence, wanted) in enumerate(part):
-            if wanted:
-                logits = np.ctypeslib.as_array(lib.llama_get_logits_ith(context, i), shape=(size,))
-                following[sequence] = int(logits.argmax())
-    return following
-
-def generate(prompts, tokens):
-    lib.llama_memory_clear(lib.llama_get_memory(context), True)
-    given = [tokenize(text) for text in prompts]
-    found = decode([(t, p, s, p == len(ids) - 1) for s, ids in enumerate(given) for p, t in enumerate(ids)])
-    for step in range(tokens - 1):
-        found = decode([(token, len(given[s]) + step, s, True) for s, token in found.items()])
-    return sum(map(len, given)), tokens * len(prompts)
-
-main(generate)
+how = xllamacpp.CommonParams()
+how.model.path, how.n_ctx, how.n_parallel, how.n_threads_http = target, sequences * context, sequences, sequences
+how.cpuparams.n_threads = how.cpuparams_batch.n_threads = threads
+how.cache_prompt, how.endpoint_slots = False, False
+server = xllamacpp.Server(how)
+print(server.listening_address, flush=True)
+sys.stdin.read()
 """
 
 
@@ -124,23 +102,23 @@ class Driver:
         home = folder / self.key
         python = built(home, *self.steps)
         script = home / "drive.py"
-        script.write_text(_MAIN + self.script, encoding="utf-8")
+        script.write_text(self.script, encoding="utf-8")
         return [str(python), str(script), *map(str, arguments)]
 
 
 TORCHAO = Driver(
     "torchao", "torchao 0.18, INT8 dynamic", ((TORCH,), (TORCH, "torchao==0.18.0", "transformers==5.23.0")), _TORCHAO
 )
-LLAMA_CPP = Driver("llama.cpp", "llama.cpp, Q8_0", (("llama-cpp-python==0.3.36", "numpy>=2"),), _LLAMA_CPP)
+LLAMA_CPP = Driver("llama.cpp", "llama.cpp, Q8_0", (("xllamacpp==2026.10.11549", "gguf==0.19.0"),), _LLAMA_CPP)
 
 
 class Driven:
     """A driver that runs."""
 
     def __init__(self, process: "subprocess.Popen[str]", log: IO[str]) -> None:
-        """Wait until its model is loaded. Raises EngineError."""
+        """Wait until its model is loaded; `address` is its server's, or empty. Raises EngineError."""
         self._process, self._log = process, log
-        self._line()
+        self.address = self._line().strip()
 
     def ask(self, prompts: Sequence[str], tokens: int) -> Mapping[str, Any]:
         """Let it answer. Raises EngineError."""

@@ -4,7 +4,7 @@ Each engine is a process of its own that has loaded the model, and answers the s
 many threads as there are cores. Three things are timed, for one request and for many at once: long prompts with one
 token to answer, and short prompts with one token and with many. The first gives the speed at which prompts are read,
 the difference of the others that at which answers are decoded. Servers are asked over HTTP, as their users ask them;
-torchao runs in transformers' `generate`, and llama.cpp by its C functions, which have no server in between.
+torchao runs in transformers' `generate`.
 """
 
 import shutil
@@ -118,9 +118,7 @@ def bench(
         "w8a8 serve": partial(_embedded, quantized),
         "vLLM": partial(_vllm, quantized, vllm),
         TORCHAO.name: lambda: driven(TORCHAO.command(folder.absolute(), bf16, str(threads))),
-        LLAMA_CPP.name: lambda: driven(
-            LLAMA_CPP.command(folder.absolute(), _given(gguf), str(threads), home / "q8_0.gguf")
-        ),
+        LLAMA_CPP.name: lambda: _llama_cpp(folder.absolute(), _given(gguf), threads, home / "q8_0.gguf", max(requests)),
     }
     engines, failed = {}, {}
     with ExitStack() as stack:
@@ -237,6 +235,12 @@ def _vllm(folder: Path, where: Path | None) -> Iterator[Contender]:
     ):
         engine.wait_until_ready(HOST, options.port)
         yield _Served(Server(f"http://{HOST}:{options.port}/v1", "none"), str(folder))
+
+
+@contextmanager
+def _llama_cpp(folder: Path, gguf: Path, threads: int, target: Path, requests: int) -> Iterator[Contender]:
+    with driven(LLAMA_CPP.command(folder, gguf, target, *map(str, (threads, requests, CONTEXT)))) as engine:
+        yield _Served(Server(f"{engine.address}/v1", "none"), str(target))
 
 
 def _given(gguf: Path | None) -> Path:

@@ -119,11 +119,7 @@ def bench(
 
 def show(result: LinearResult, say: Callable[[Any], None]) -> None:
     """Print the table for a person; `say` prints text and Rich tables."""
-    table = plain_table(
-        *("out x in", "tokens", "layer", "ms", "BF16 ms", "F32 ms"),
-        *("speedup", "GB/s", "of read", "us/token", "TOPS"),
-        left=1,
-    )
+    table = plain_table("out x in", "tokens", "layer", "ms", "BF16 ms", "F32 ms", "speedup", "of read", "TOPS", left=1)
     rows = [row.to_dict() for row in result.rows]
     for row in rows:
         table.add_row(
@@ -134,9 +130,7 @@ def show(result: LinearResult, say: Callable[[Any], None]) -> None:
             f"{row['bf16_median_ms']:.2f}",
             f"{row['f32_median_ms']:.2f}",
             f"{row['speedup']:.2f} {row['better']:>4}",
-            f"{row['gb_s']:.1f}",
             f"{row['share_of_read']:.0%}",
-            f"{row['us_per_token']:.0f}",
             f"{row['tera_ops']:.2f}",
         )
     read = statistics.median(row["read_median_gb_s"] for row in rows)

@@ -362,7 +362,7 @@ def bench_engines(
 ) -> None:
     """Time a small model on the CPU, 1 and 16 requests: `serve`, vLLM, torchao's INT8, llama.cpp's Q8_0.
 
-    torchao and llama.cpp get environments of their own, built once, in minutes: llama.cpp is compiled for this CPU.
+    torchao and llama.cpp get environments of their own, built once. llama.cpp's uses AVX2 and nothing newer.
     """
     from w8a8.bench.engines import bench, show
     from w8a8.terminal.output import Terminal
