@@ -3,11 +3,11 @@
 transformers' own continuous batching, paged attention (5.23), refuses models whose layers differ in their heads, as
 Gemma 4's do, applies the sampling settings of the first request to all, and knows no stop strings.
 
-One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, each into a cache of its own
-(`caches`), and then decodes one token for every running sequence at once. A sequence is admitted, first come first
-served, when there is memory for all that it may become. It joins the running ones once its prompt has been read, and
-leaves as soon as it has ended. Models whose caches cannot be joined this way (linear attention, positions other than
-one per token) are run by `model.generate`, one request after another.
+One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, all at once, each into a cache of
+its own (`caches`), and then decodes one token for every running sequence at once. A sequence is admitted, first come
+first served, when there is memory for all that it may become. It joins the running ones once its prompt has been read,
+and leaves as soon as it has ended. Models whose caches cannot be joined this way (linear attention, positions other
+than one per token) are run by `model.generate`, one request after another.
 """
 
 import copy
@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from w8a8.machine import gigabytes
+from w8a8.serve.embedded.admitted import Admitted, Piece
 from w8a8.serve.embedded.caches import Caches
 from w8a8.serve.embedded.stream import LATER, Stream, one_line
 
@@ -36,9 +37,6 @@ CHUNK = 512
 """Prompt tokens read between two decoding steps, so that a long prompt does not stall those who are being answered."""
 
 SHUTTING_DOWN = "the server is shutting down"
-
-TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
-"""The inputs a processor returns for a prompt without images; for one sequence alone only the first tells anything."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,9 +57,9 @@ class Batcher:
         self._limit = MAX_RUNNING if self.caches.join else 1
         self._waiting: deque[Stream] = deque()
         self._changed = threading.Condition()
-        self._reading: _Sequence | None = None
-        self._running: list[_Sequence] = []
-        self._rows: DynamicCache | None = None
+        self._reading: list[Admitted] = []
+        self._running: list[Admitted] = []
+        self._step: DynamicCache | None = None
         self.stopping = False
         self._thread = threading.Thread(target=self._run, name="w8a8-batcher", daemon=True)
         self._thread.start()
@@ -135,66 +133,118 @@ class Batcher:
     def _run(self) -> None:
         with torch.inference_mode():
             while not self.stopping:
-                # 1) Read waiting prompts, up to CHUNK tokens of them.
-                read = 0
-                while read < CHUNK and self._admit():
-                    read += self._read()
-                # 2) Decode a token for every sequence whose prompt has been read.
+                # 1) Admit as many requests as this turn reads; wait where there is nothing else to do.
+                self._admit()
+                # 2) Read up to CHUNK tokens of their prompts.
+                self._read()
+                # 3) Decode a token for every sequence whose prompt has been read.
                 if self._running:
                     self._decode()
         self._fail_all()
 
-    def _admit(self) -> bool:
-        """Say whether there is a prompt to read; wait for one if there is nothing else to do."""
+    def _admit(self) -> None:
         with self._changed:
-            while self._reading is None and len(self._running) < self._limit and not self.stopping:
+            while not self.stopping and len(self._begun) < self._limit and self._unread < CHUNK:
                 while self._waiting and self._waiting[0].cancelled:
                     self._waiting.popleft()
-                if self._waiting and (not self._running or self._fits(self._waiting[0])):
-                    self._reading = _Sequence(self._waiting.popleft(), self.caches)
-                    self._reading.stream.begin()
-                elif self._waiting or self._running:
+                if self._waiting and (not self._begun or self._fits(self._waiting[0])):
+                    self._reading.append(Admitted(self._waiting.popleft(), self.caches))
+                    self._reading[-1].stream.begin()
+                elif self._waiting or self._begun:
                     break
                 else:
                     self._changed.wait()
-        return self._reading is not None
 
     def _fits(self, stream: Stream) -> bool:
         """Say whether there is memory for a request beside those that run; for one alone there is, by `context`."""
-        taken = sum(sequence.nbytes for sequence in self._running)
+        taken = sum(sequence.nbytes for sequence in self._begun)
         return self.room is None or taken + self.caches.nbytes(stream.longest) <= self.room
 
-    def _read(self) -> int:
-        """Read a chunk of the current prompt; after the last its sequence joins the others. Return the tokens read."""
-        prompt = self._reading
-        assert prompt is not None
-        read = 0
-        try:
-            if self._limit == 1:
-                self._generate(prompt.stream)
-            elif not prompt.stream.cancelled:
-                read = prompt.read(self._model)
-                if not prompt.complete:
-                    return read
-                prompt.stream.choose(prompt.logits)
-                if not prompt.stream.done:
-                    self._run_together([*self._running, prompt])
-        except Exception as error:  # noqa: BLE001 - one request's, not the server's end
-            _log.exception("a request failed")
-            prompt.stream.fail(one_line(error))
-        self._reading = None
-        return read
+    @property
+    def _begun(self) -> list[Admitted]:
+        return [*self._reading, *self._running]
 
-    def _run_together(self, sequences: Sequence["_Sequence"]) -> None:
+    @property
+    def _unread(self) -> int:
+        """Tokens of prompts that are still to be read."""
+        return sum(sequence.unread for sequence in self._reading)
+
+    def _read(self) -> None:
+        """Read up to CHUNK tokens of prompts; sequences whose last ones were among them join those that run."""
+        for pieces in self._pieces():
+            try:
+                found = self._logits(pieces)
+            except Exception as error:  # noqa: BLE001 - one request's, not the server's end
+                _log.exception("a request failed")
+                self._give_up(pieces, error)
+                continue
+            for piece, logits in zip(pieces, found, strict=True):
+                sequence = piece.sequence
+                sequence.read = piece.end
+                if not (sequence.unread or sequence.ended):
+                    sequence.stream.choose(logits)
+        joining = [sequence for sequence in self._reading if not (sequence.unread or sequence.ended)]
+        self._reading = [sequence for sequence in self._reading if sequence.unread and not sequence.ended]
+        if joining:
+            self._run_together([*self._running, *joining])
+
+    def _pieces(self) -> list[list[Piece]]:
+        """Choose what this turn reads, forward by forward: all that can be is in one."""
+        together: list[Piece] = []
+        alone: list[Piece] = []
+        left = CHUNK
+        for sequence in self._reading:
+            if left > 0 and not sequence.ended:
+                piece = Piece(sequence, sequence.read, sequence.read + sequence.next(left))
+                left -= piece.end - piece.begin
+                (alone if sequence.alone else together).append(piece)
+        return [*filter(None, [together]), *([piece] for piece in alone)]
+
+    def _give_up(self, pieces: Sequence[Piece], error: Exception) -> None:
+        """Fail the one sequence that was read; of several, let each be read alone, from its beginning."""
+        if len(pieces) == 1:
+            pieces[0].sequence.stream.fail(one_line(error))
+            return
+        parted = {piece.sequence for piece in pieces}
+        self._reading = [
+            Admitted(sequence.stream, self.caches, alone=True) if sequence in parted else sequence
+            for sequence in self._reading
+        ]
+
+    def _logits(self, pieces: Sequence[Piece]) -> Tensor | list[Tensor]:
+        """Read pieces of prompts; return the logits [vocabulary] of the last token of each."""
+        sequences = [piece.sequence for piece in pieces]
+        if self._limit == 1:
+            self._generate(sequences[0].stream)
+            return [torch.empty(0)]
+        if sequences[0].alone:
+            return [pieces[0].logits(self._model)]
+        counts = [piece.end - piece.begin for piece in pieces]
+        return self._of_row(pieces, self.caches.of_row([sequence.cache for sequence in sequences], counts))
+
+    def _of_row(self, pieces: Sequence[Piece], cache: DynamicCache) -> Tensor:
+        """Read pieces of several sequences as one row; return the logits [pieces, vocabulary] of their last tokens."""
+        device = self._model.device
+        tokens = [token for piece in pieces for token in piece.tokens]
+        positions = [position for piece in pieces for position in range(piece.begin, piece.end)]
+        last = torch.tensor([piece.end - piece.begin for piece in pieces], device=device).cumsum(0) - 1
+        logits: Tensor = self._model(
+            input_ids=torch.tensor([tokens], device=device),
+            position_ids=torch.tensor([positions], device=device),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=last,
+        ).logits[0]
+        return logits if len(logits) == len(pieces) else logits[last]
+
+    def _run_together(self, sequences: Sequence[Admitted]) -> None:
         self._running = list(sequences)
-        self._rows = self.caches.of_rows([sequence.cache for sequence in sequences]) if sequences else None
+        self._step = self.caches.of_step([sequence.cache for sequence in sequences]) if sequences else None
 
     def _decode(self) -> None:
         """Decode one more token for every running sequence."""
         try:
-            # The cache lacks one token of every sequence: its last.
-            logits = self._model(**self._inputs(), past_key_values=self._rows, use_cache=True).logits[:, -1]
-            for sequence, row in zip(self._running, logits, strict=True):
+            for sequence, row in zip(self._running, self._next(), strict=True):
                 if not sequence.stream.cancelled:
                     sequence.stream.choose(row)
             staying = [sequence for sequence in self._running if not sequence.ended]
@@ -207,18 +257,24 @@ class Batcher:
                     sequence.stream.fail(one_line(error))
             self._run_together([])
 
-    def _inputs(self) -> dict[str, Tensor | None]:
+    def _next(self) -> Tensor:
+        """Return the logits [running, vocabulary] for the next tokens."""
+        # The cache lacks one token of every sequence: its last.
+        lengths = [sequence.stream.length for sequence in self._running]
+        if self.caches.apart:
+            pieces = [Piece(s, length - 1, length) for s, length in zip(self._running, lengths, strict=True)]
+            return self._of_row(pieces, self._step)
         device = self._model.device
-        last = [[sequence.stream.tokens[-1]] for sequence in self._running]
-        lengths = torch.tensor([[sequence.stream.length] for sequence in self._running], device=device)
+        ends = torch.tensor(lengths, device=device)[:, None]
         # With the padding on the left: 0 where a shorter sequence has not begun.
-        longest = int(lengths.max())
-        mask = None if self.caches.apart else (torch.arange(longest, device=device) >= longest - lengths).long()
-        return {
-            "input_ids": torch.tensor(last, device=device),
-            "position_ids": lengths - 1,
-            "attention_mask": mask,
-        }
+        logits: Tensor = self._model(
+            input_ids=torch.tensor([[sequence.stream.tokens[-1]] for sequence in self._running], device=device),
+            position_ids=ends - 1,
+            attention_mask=(torch.arange(max(lengths), device=device) >= max(lengths) - ends).long(),
+            past_key_values=self._step,
+            use_cache=True,
+        ).logits[:, -1]
+        return logits
 
     def _generate(self, stream: Stream) -> None:
         """Run one request to its end with `model.generate`."""
@@ -231,44 +287,8 @@ class Batcher:
             stream.fail(SHUTTING_DOWN)
 
     def _fail_all(self) -> None:
-        sequences = [*self._running, *([self._reading] if self._reading else [])]
-        for stream in [*(sequence.stream for sequence in sequences), *self._waiting]:
+        for stream in [*(sequence.stream for sequence in self._begun), *self._waiting]:
             stream.fail(SHUTTING_DOWN)
-
-
-class _Sequence:
-    """A request that has been admitted, and its cache."""
-
-    def __init__(self, stream: Stream, caches: Caches) -> None:
-        self.stream = stream
-        self.cache, self.nbytes = caches.of_one(stream.longest), caches.nbytes(stream.longest)
-        self.complete = False
-        self.logits = torch.empty(0)
-
-    @property
-    def ended(self) -> bool:
-        """Whether no more is to be decoded."""
-        return self.stream.done or self.stream.cancelled
-
-    def read(self, model: Any) -> int:
-        """Read the next chunk, or all of a prompt with images; return the number of tokens read.
-
-        The last chunk leaves `logits` [vocabulary].
-        """
-        inputs = self.stream.inputs
-        ids, begin = inputs["input_ids"], self.cache.get_seq_length()
-        if inputs.keys() <= TEXT_INPUTS:
-            chunk = ids[:, begin : begin + CHUNK]
-            positions = torch.arange(begin, begin + chunk.shape[1], device=ids.device)[None]
-            more = {"input_ids": chunk, "position_ids": positions, "past_key_values": self.cache}
-        else:
-            chunk = ids
-            more = model.prepare_inputs_for_generation(
-                is_first_iteration=True, past_key_values=self.cache, use_cache=True, **inputs
-            )
-        self.logits = model(**{**more, "use_cache": True, "logits_to_keep": 1}).logits[0, -1]
-        self.complete = begin + chunk.shape[1] == ids.shape[1]
-        return int(chunk.shape[1])
 
 
 class _Steps(StoppingCriteria):  # type: ignore[misc]

@@ -2,14 +2,17 @@
 
 transformers' cache of a batch is one tensor a layer: padded to the longest sequence, and copied whole for every token.
 Here each sequence has its own, as long as it may become, taken once and written in place; the system gives the pages as
-they are written. A step adds a token to every sequence, and torch's `scaled_dot_product_attention` runs over each by
-itself: no padding, no mask, no copy. Where a model's attention does not let that be done (`Caches.apart`), keys and
-values are padded into one tensor at every step, as transformers would have them.
+they are written. A step runs over one row of tokens, in which those of several sequences follow each other: some of the
+prompts of those that are being read, the last token of those that are being answered. All layers but attention see
+tokens alone, and torch's `scaled_dot_product_attention` runs over each sequence by itself: no padding, no copy. Where a
+model's attention does not let that be done (`Caches.apart`), prompts are read one at a time, and for a token of each
+sequence keys and values are padded into one tensor at every step, as transformers would have them.
 """
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -46,10 +49,11 @@ class Memory(DynamicLayer):  # type: ignore[misc]
         """Add tokens; return what they see, themselves included."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        seen = self._add(self.keys, key_states), self._add(self.values, value_states)
-        new = key_states.shape[-2]
+        new, past = key_states.shape[-2], self._past
         fits = self._end + new <= self.room
-        self._end = self._end + new if fits else min(self._past + new, self._visible)
+        add = self._append if fits else self._move
+        seen = add(self.keys, key_states, past), add(self.values, value_states, past)
+        self._end = self._end + new if fits else min(past + new, self._visible)
         self.seen += new
         return seen
 
@@ -66,32 +70,68 @@ class Memory(DynamicLayer):  # type: ignore[misc]
         """Tokens that a new one sees."""
         return min(self._end, self._visible)
 
-    def _add(self, kept: Tensor, new: Tensor) -> Tensor:
-        begin, end = self._end - self._past, self._end + new.shape[-2]
-        if end <= self.room:
-            kept[..., self._end : end, :] = new
-            return kept[..., begin:end, :]
-        whole = torch.cat([kept[..., begin : self._end, :], new], dim=-2)
+    def mask(self, key_states: Tensor) -> Tensor | None:
+        """Say which of the keys that `update` will return each new token sees [new, keys].
+
+        None: all before it, and itself.
+        """
+        new = key_states.shape[-2]
+        if new == 1 or (self._past == 0 and new <= self._visible + 1):
+            return None
+        return _visible(self._past, new, self._visible, key_states.device)
+
+    def _append(self, kept: Tensor, new: Tensor, past: int) -> Tensor:
+        """Write `new` behind what is kept; return it with the `past` tokens before it."""
+        tokens = new.shape[-2]
+        kept.narrow(-2, self._end, tokens).copy_(new)
+        return kept.narrow(-2, self._end - past, past + tokens)
+
+    def _move(self, kept: Tensor, new: Tensor, past: int) -> Tensor:
+        """Do the same where there is no place: what the next token sees moves to the beginning."""
+        whole = torch.cat([kept.narrow(-2, self._end - past, past), new], dim=-2)
         last = whole[..., max(0, whole.shape[-2] - self._visible) :, :]
         kept[..., : last.shape[-2], :] = last
         return whole
 
 
-class Rows(DynamicLayer):  # type: ignore[misc]
-    """A layer of several sequences, for steps that add a token to each; `attended`: `attend` was given its keys."""
+class Row(DynamicLayer):  # type: ignore[misc]
+    """A layer of several sequences, the new tokens of which lie in one row; `attended`: `attend` was given its keys."""
 
-    def __init__(self, rows: Sequence[Memory], *, apart: bool) -> None:
+    def __init__(self, memories: Sequence[Memory], counts: Sequence[int]) -> None:
+        """Take the `memories` of the sequences, and how many tokens each of them adds."""
         super().__init__()
         self.attended = False
-        self.is_sliding = rows[0].is_sliding
-        self._rows, self._apart = rows, apart
+        self.is_sliding = memories[0].is_sliding
+        self.counts, self._memories = list(counts), memories
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Add a token to each; return all, padded on the left, or `apart` the new ones, which lead `attend` to all."""
-        seen = [row.update(key_states[i : i + 1], value_states[i : i + 1]) for i, row in enumerate(self._rows)]
-        if self._apart:
-            key_states.rows = self, seen
-            return key_states, value_states
+        """Add each sequence's tokens to its memory; return the new ones, which lead `attend` to all that they see."""
+        news = zip(self._memories, key_states.split(self.counts, 2), value_states.split(self.counts, 2), strict=True)
+        seen = [(memory.mask(keys), *memory.update(keys, values)) for memory, keys, values in news]
+        key_states.row = self, seen
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Return the tokens of the longest sequence."""
+        return max(memory.seen for memory in self._memories)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the sizes of which transformers makes the least of a mask: none is used."""
+        return query_length, 0
+
+
+class Padded(DynamicLayer):  # type: ignore[misc]
+    """A layer of several sequences, each of which has a row for its one new token, padded on the left."""
+
+    def __init__(self, memories: Sequence[Memory]) -> None:
+        super().__init__()
+        self.is_sliding = memories[0].is_sliding
+        self._memories = memories
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Add a token to each; return all."""
+        news = zip(self._memories, key_states.split(1), value_states.split(1), strict=True)
+        seen = [memory.update(keys, values) for memory, keys, values in news]
         longest = max(keys.shape[-2] for keys, _ in seen)
         keys, values = (
             torch.cat([pad(row, (0, 0, longest - row.shape[-2], 0)) for row in side])
@@ -104,30 +144,40 @@ class Rows(DynamicLayer):  # type: ignore[misc]
         return self._longest.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the sizes for the longest sequence; `apart`, those for which transformers makes no mask."""
-        return (query_length, 0) if self._apart else self._longest.get_mask_sizes(query_length)
+        """Return the sizes for the longest sequence."""
+        return self._longest.get_mask_sizes(query_length)
 
     @property
     def _longest(self) -> Memory:
-        return max(self._rows, key=lambda row: row.seen)
+        return max(self._memories, key=lambda memory: memory.seen)
+
+
+@lru_cache(maxsize=4)
+def _visible(past: int, new: int, visible: int, device: torch.device) -> Tensor:
+    """Say which of `past` and `new` keys each new token sees: itself, and the `visible` before it."""
+    key = torch.arange(past + new, device=device)
+    query = key[past:, None]
+    return (key <= query) & (key >= query - visible)
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> Any:
-    """Be transformers' `sdpa`; for a `key` from `Rows.update`, row by row over what that row has seen."""
-    found = getattr(key, "rows", None)
+    """Be transformers' `sdpa`; for a `key` from `Row.update`, sequence by sequence over what each has seen."""
+    found = getattr(key, "row", None)
     if found is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    layer, rows = found
-    layer.attended = True
-    # The heads that share keys are like tokens of one head. As heads of their own, which transformers makes of them
-    # where there is no mask, each is multiplied by itself: ten times slower in BF16 on a CPU.
-    grouped = query.reshape(len(rows), key.shape[1], -1, query.shape[-1])
-    scale = kwargs.get("scaling")
-    each = [
-        scaled_dot_product_attention(grouped[i : i + 1], keys, values, scale=scale).flatten(1, 2)
-        for i, (keys, values) in enumerate(rows)
-    ]
-    return torch.cat(each)[:, None], None
+    row, seen = found
+    row.attended = getattr(module, "is_causal", True)
+    # A token's heads that share keys are like tokens of one head. As heads of their own, which transformers makes of
+    # them where there is no mask, each is multiplied by itself: ten times slower in BF16 on a CPU.
+    grouped = query.transpose(1, 2).reshape(query.shape[2], key.shape[1], -1, query.shape[-1])
+    scale, made = kwargs.get("scaling"), []
+    pieces = zip(query.split(row.counts, 2), grouped.split(row.counts), seen, strict=True)
+    for own, as_tokens, (mask, keys, values) in pieces:
+        if own.shape[2] == 1:
+            made.append(scaled_dot_product_attention(as_tokens, keys, values, scale=scale).flatten(1, 2))
+        else:
+            made.append(sdpa_attention_forward(module, own, keys, values, mask, **kwargs)[0][0])
+    return torch.cat(made)[None], None
 
 
 AttentionInterface.register("sdpa", attend)
@@ -137,9 +187,10 @@ class Caches:
     """Makes the caches of a model's sequences.
 
     `join`: whether sequences can be decoded together: their caches hold only keys and values, and a token has one
-    position. `apart`: whether the model's attention gets keys and values just as its cache returned them. It does not
-    where it is not `sdpa` (sinks, capped logits), or makes keys of the latents in its cache; and within chunks it does
-    not see all that the cache keeps. `dtype`: that of keys and values; None where they do not join.
+    position. `apart`: whether the model's attention gets keys and values just as its cache returned them, so that
+    several sequences fit into one row. It does not where it is not `sdpa` (sinks, capped logits), or makes keys of the
+    latents in its cache; and within chunks it does not see all that the cache keeps. `dtype`: that of keys and values;
+    None where they do not join.
     """
 
     def __init__(self, model: Any) -> None:
@@ -149,19 +200,26 @@ class Caches:
         plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer) for layer in layers)
         positions_vary = any(hasattr(part, "get_rope_index") for part in (model, getattr(model, "model", None)))
         self.join = bool(layers) and plain and not positions_vary and not model.config.is_encoder_decoder
-        self.apart, self.dtype = self.join and getattr(config, "attention_chunk_size", None) is None, None
+        self.apart, self.dtype = False, None
         self._layers, self._per_token = layers, [0] * len(layers)
         if self.join:
-            self._try(model)
+            self._try(model, chunked=getattr(config, "attention_chunk_size", None) is not None)
 
     def of_one(self, tokens: int) -> DynamicCache:
         """Make the cache of a sequence of at most `tokens` tokens."""
         return _cache([self._memory(layer, tokens) or layer for layer in self._layers])
 
-    def of_rows(self, caches: Sequence[DynamicCache]) -> DynamicCache:
-        """Make the cache of a step of several sequences, which adds to each one's own."""
+    def of_row(self, caches: Sequence[DynamicCache], counts: Sequence[int]) -> DynamicCache:
+        """Make the cache of a row that adds tokens to each sequence's own: so many of the first, of the second, ..."""
         layers = zip(*(cache.layers for cache in caches), strict=True)
-        return _cache([Rows(row, apart=self.apart) if isinstance(row[0], Memory) else row[0] for row in layers])
+        return _cache([Row(each, counts) if isinstance(each[0], Memory) else each[0] for each in layers])
+
+    def of_step(self, caches: Sequence[DynamicCache]) -> DynamicCache:
+        """Make the cache of a step that adds a token to each sequence's own: in one row, or (not `apart`) in many."""
+        if self.apart:
+            return self.of_row(caches, [1] * len(caches))
+        layers = zip(*(cache.layers for cache in caches), strict=True)
+        return _cache([Padded(each) if isinstance(each[0], Memory) else each[0] for each in layers])
 
     def nbytes(self, tokens: int) -> int:
         """Count what the cache of a sequence of at most `tokens` takes; 0 where sequences do not join."""
@@ -173,7 +231,7 @@ class Caches:
         return bisect_right(range(1, most + 1), room, key=self.nbytes)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def _try(self, model: Any) -> None:
+    def _try(self, model: Any, *, chunked: bool) -> None:
         token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
         caches = [self.of_one(2) for _ in range(2)]
         for cache in caches:
@@ -181,10 +239,10 @@ class Caches:
         taken = [layer if isinstance(layer, Memory) else None for layer in caches[0].layers]
         self._per_token = [sum(t[..., :1, :].nbytes for t in (m.keys, m.values)) if m else 0 for m in taken]
         self.dtype = next(m.dtype for m in taken if m)
-        rows, tokens = self.of_rows(caches), token.expand(2, 1)
+        row, tokens = self.of_row(caches, (1, 1)), token.expand(1, 2)
         with suppress(Exception):  # from attention of another kind
-            model(input_ids=tokens, position_ids=tokens + 1, past_key_values=rows, use_cache=True)
-        self.apart = self.apart and all(layer.attended for layer in rows.layers if isinstance(layer, Rows))
+            model(input_ids=tokens, position_ids=tokens + 1, past_key_values=row, use_cache=True)
+            self.apart = not chunked and all(layer.attended for layer in row.layers if isinstance(layer, Row))
 
     @staticmethod
     def _memory(layer: Any, tokens: int) -> Memory | None:

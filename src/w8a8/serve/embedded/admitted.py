@@ -1,0 +1,70 @@
+"""A request that the engine has begun with, its cache, and pieces of it that a forward pass reads."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from w8a8.serve.embedded.caches import Caches
+from w8a8.serve.embedded.stream import Stream
+
+TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+"""The inputs a processor returns for a prompt without images; for one sequence alone only the first tells anything."""
+
+
+class Admitted:
+    """A request that has been admitted, and its cache, in which are the `read` first tokens of its prompt.
+
+    `alone`: whether its prompt is read by itself.
+    """
+
+    def __init__(self, stream: Stream, caches: Caches, *, alone: bool = False) -> None:
+        """Begin with a request; one with images, or of a model whose sequences do not fit into one row, is `alone`."""
+        self.stream = stream
+        self.cache, self.nbytes = caches.of_one(stream.longest), caches.nbytes(stream.longest)
+        self.is_text = stream.inputs.keys() <= TEXT_INPUTS
+        self.alone = alone or not (self.is_text and caches.apart)
+        self.read = 0
+
+    @property
+    def unread(self) -> int:
+        """Tokens of the prompt that are not read yet."""
+        return len(self.stream.prompt) - self.read
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more is to be done."""
+        return self.stream.done or self.stream.cancelled
+
+    def next(self, most: int) -> int:
+        """Return how many tokens to read next: `most`, if there are so many; all of a prompt with images."""
+        return min(self.unread, most) if self.is_text else self.unread
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Tokens of a sequence at the positions from `begin` to `end`, all of its prompt or all of its answer."""
+
+    sequence: Admitted
+    begin: int
+    end: int
+
+    @property
+    def tokens(self) -> list[int]:
+        """Return the tokens."""
+        stream, before = self.sequence.stream, len(self.sequence.stream.prompt)
+        if self.begin < before:
+            return stream.prompt[self.begin : self.end]
+        return stream.tokens[self.begin - before : self.end - before]
+
+    def logits(self, model: Any) -> Tensor:
+        """Read it by itself; return the logits [vocabulary] of its last token."""
+        inputs, cache = self.sequence.stream.inputs, {"past_key_values": self.sequence.cache, "use_cache": True}
+        if self.sequence.is_text:
+            positions = torch.arange(self.begin, self.end, device=model.device)[None]
+            inputs = {"input_ids": torch.tensor([self.tokens], device=model.device), "position_ids": positions}
+        else:
+            inputs = model.prepare_inputs_for_generation(is_first_iteration=True, **cache, **inputs)
+        logits: Tensor = model(**{**inputs, **cache, "logits_to_keep": 1}).logits[0, -1]
+        return logits
