@@ -12,6 +12,7 @@ from w8a8.runtime.streamed import states_of
 pytestmark = pytest.mark.slow
 
 HIDDEN, VOCABULARY, TOKENS = 12, 50, 7
+DRAWS = 40
 FORETOLD = 0.002
 """Nats of a whole text: little enough for what is of second order."""
 
@@ -58,28 +59,30 @@ def test_costs_foretell_the_divergence_that_small_errors_make(kind: str) -> None
     with torch.no_grad():
         logits = made(ids, use_cache=False).logits[0].double()
 
-    parts: dict[str, list[Tensor]] = {path: [] for path in paths}
-    for seed in range(40):
-        leaving = states_of(decoder.layers[2](states[2], **kwargs[2])).detach().requires_grad_()
-        read = decoder.norm(leaving)
-        by_read = direction(read.detach()[0], [made.lm_head.weight], cap, torch.Generator().manual_seed(seed))
-        (gradient,) = torch.autograd.grad(read, leaving, by_read[None])
-        for number in (2, 1):
-            gradient, _ = backwards(decoder.layers[number], [], states[number], kwargs[number], gradient)
-        for path, found in backwards(layer, paths, states[0], kwargs[0], gradient)[1].items():
-            parts[path].append(found)
+    many = [each.expand(DRAWS, -1, -1) for each in states]
+    leaving = states_of(decoder.layers[2](many[2], **kwargs[2])).detach().requires_grad_()
+    read = decoder.norm(leaving)
+    drawn = [
+        direction(each, [made.lm_head.weight], cap, torch.Generator().manual_seed(seed))
+        for seed, each in enumerate(read.detach())
+    ]
+    (gradient,) = torch.autograd.grad(read, leaving, torch.stack(drawn))
+    for number in (2, 1):
+        gradient, _ = backwards(decoder.layers[number], [], many[number], kwargs[number], gradient)
+    gradients = backwards(layer, paths, many[0], kwargs[0], gradient)[1]
 
     for path in paths:
-        cost = Cost.of(parts[path])
+        cost = Cost.of(gradients[path].split(ids.numel()))
         size = float((FORETOLD / ids.numel() / cost.row.sum()).sqrt())
-        divergences = []
-        for seed in range(40):
-            noise = torch.Generator().manual_seed(1000 + seed)
-            hook = layer.get_submodule(path).register_forward_hook(
-                lambda _m, _i, out, noise=noise, size=size: out + size * torch.randn(out.shape, generator=noise)
-            )
-            with hook, torch.no_grad():
-                moved = made(ids, use_cache=False).logits[0].double()
-            p, q = logits.log_softmax(-1), moved.log_softmax(-1)
-            divergences.append(float((p.exp() * (p - q)).sum()))
+        hook = layer.get_submodule(path).register_forward_hook(
+            lambda _m, _i, out, size=size: out + size * torch.stack([noise(seed, out[0]) for seed in range(DRAWS)])
+        )
+        with hook, torch.no_grad():
+            moved = made(ids.expand(DRAWS, -1), use_cache=False).logits.double()
+        p, q = logits.log_softmax(-1), moved.log_softmax(-1)
+        divergences = (p.exp() * (p - q)).sum((1, 2)).tolist()
         assert sum(divergences) / len(divergences) == pytest.approx(FORETOLD, rel=0.3), path
+
+
+def noise(seed: int, like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(1000 + seed))
