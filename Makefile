@@ -10,19 +10,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 LONG := engine or model or slow
-SHARED := --numprocesses 2 --dist loadfile
 
-.PHONY: demo test check fuzz kills support lint docs vllm bench clean
+# Two processes of one thread each; fixtures that last for a file are made once. The longest files begin first, in the
+# order of tests/conftest.py.
+SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+test check short: export OMP_NUM_THREADS := 1
+
+# Commands start by the hundred in the tests, and each would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test check short fuzz kills support lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
 
-test: check vllm
-	$(BIN)/pytest -m "slow and not (engine or model)" $(SHARED)
-	$(BIN)/pytest -m "engine or model"
+# Both environments are built at the same time, and the linters run beside the short tests.
+test:
+	@$(MAKE) --jobs 2 check vllm
+	$(BIN)/pytest -q -m "$(LONG)" $(SHARED)
 
-# Two processes, a file of tests at a time: fixtures that last for a file are made once.
-check: lint
+check: lint short
+
+short: .venv/.dev
 	$(BIN)/pytest -q -m "not ($(LONG))" $(SHARED)
 
 fuzz: .venv/.dev
@@ -43,8 +52,8 @@ lint: .venv/.dev
 	$(BIN)/mypy
 
 # Stock vLLM, in an environment of its own: the tests that serve with it are skipped where it cannot be had.
-vllm: .venv/.dev
-	@$(BIN)/python scripts/make_vllm.py .venv-vllm || echo "no vLLM here; tests that need it will be skipped"
+vllm:
+	@$(PYTHON) scripts/make_vllm.py .venv-vllm || echo "no vLLM here; tests that need it will be skipped"
 
 bench: .venv/.demo
 	$(BIN)/w8a8 bench quantize

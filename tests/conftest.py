@@ -38,6 +38,40 @@ def pytest_itemcollected(item: pytest.Item) -> None:
             item.add_marker(MARKS[fixture])
 
 
+LONGEST = (
+    "tests/engines/test_calibrated.py",
+    "tests/execute/test_staging.py",
+    "tests/engines/test_engines.py",
+    "tests/cluster/test_spread.py",
+    "tests/execute/test_resume.py",
+    "tests/engines/test_plugin.py",
+    "tests/engines/test_architectures.py",
+    "tests/bench/test_quantize.py",
+    "tests/evals/kld/test_run.py",
+    "tests/publish/card/test_contents.py",
+    "tests/calibrate/test_run.py",
+    "tests/engines/test_arithmetic.py",
+    "tests/engines/test_lm_eval.py",
+    "tests/real/test_gemma3.py",
+    "tests/kernels/cpu/test_instructions.py",
+    "tests/test_kills.py",
+    "tests/bench/test_quality.py",
+    "tests/bench/test_stream.py",
+    "tests/runtime/test_loading.py",
+    "tests/serve/embedded/test_server.py",
+    "tests/serve/embedded/test_batching.py",
+    "tests/recipes/test_other_architectures.py",
+)
+"""The files that take a minute or more. They begin first, so that at the end no process works on one alone."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Bring the longest files to the front, in this order."""
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Where skipping is not allowed (in CI), a skipped test fails the run."""

@@ -1,4 +1,4 @@
-"""Real models, made once per test session; tests must not write to them."""
+"""Real models, made once per test run; tests must not write to them."""
 
 import subprocess
 import sys
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import w8a8
+from tests.shared import made_once
 from w8a8.formats import FORMATS
 from w8a8.quantization import Options
 
@@ -18,18 +19,22 @@ MAKE_GEMMA = Path(__file__).parents[1] / "scripts" / "make_gemma.py"
 @pytest.fixture(scope="session")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real Gemma 3 270M, BF16, four shards; a base model without a chat template."""
-    folder = tmp_path_factory.mktemp("real") / "gemma-3-270m"
-    subprocess.run([sys.executable, str(MAKE_GEMMA), str(folder)], check=True)
-    return folder
+    return made_once(
+        tmp_path_factory,
+        "gemma-3-270m",
+        lambda folder: subprocess.run([sys.executable, str(MAKE_GEMMA), str(folder)], check=True),
+    )
 
 
 @pytest.fixture(scope="session")
-def gemma3_formats(gemma3: Path) -> Mapping[str, Path]:
+def gemma3_formats(gemma3: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """The real Gemma 3 270M quantized, by format."""
-    outs = {name: gemma3.with_name(f"gemma-3-270m-{name}") for name in FORMATS}
-    for name, out in outs.items():
-        w8a8.quantize(gemma3, out, Options(format=name))
-    return outs
+
+    def made(form: str) -> Path:
+        options = Options(format=form)
+        return made_once(tmp_path_factory, f"gemma-3-270m-{form}", lambda out: w8a8.quantize(gemma3, out, options))
+
+    return {form: made(form) for form in FORMATS}
 
 
 @pytest.fixture(scope="session", params=FORMATS)
@@ -41,15 +46,13 @@ def gemma3_w8a8(request: pytest.FixtureRequest, gemma3_formats: Mapping[str, Pat
 @pytest.fixture(scope="session")
 def gemma4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 4 with a vision tower that can be served: small, random weights, real processor, a chat template."""
-    return make_gemma4(tmp_path_factory.mktemp("gemma4") / "gemma-4-small")
+    return made_once(tmp_path_factory, "gemma4-small", make_gemma4)
 
 
 @pytest.fixture(scope="session")
-def gemma4_w8a8(gemma4: Path) -> Path:
+def gemma4_w8a8(gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """That Gemma 4 quantized, in Quark's format."""
-    out = gemma4.with_name("gemma-4-small-W8A8")
-    w8a8.quantize(gemma4, out)
-    return out
+    return made_once(tmp_path_factory, "gemma4-small-W8A8", lambda out: w8a8.quantize(gemma4, out))
 
 
 CHAT_TEMPLATE = """\

@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 READY_SECONDS = 240
 """How long a server may take to become ready: vLLM on two busy cores needs minutes."""
 
-OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 class _Threads(ThreadingHTTPServer):

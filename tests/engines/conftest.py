@@ -1,16 +1,15 @@
 """The real engines: stock vLLM in an environment of its own, built by scripts/make_vllm.py, and the embedded one."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from _pytest.terminal import TerminalReporter
 
 from tests.engines.int8 import Int8Kernel
 from tests.engines.layers import LARGEST, MODULES, Tried, relative_error, tried_in_vllm
 
 ENVIRONMENT = Path(__file__).parents[2] / ".venv-vllm"
-INT8_KERNEL = pytest.StashKey[Int8Kernel]()
 
 
 @pytest.fixture(scope="session")
@@ -26,20 +25,15 @@ def vllm_layers(
     gemma3_formats: Mapping[str, Path], vllm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Tried]:
     """Layers of the real model and two of our own, tried on vLLM's INT8 kernel."""
-    return tried_in_vllm(gemma3_formats["quark"], vllm_python, tmp_path_factory.mktemp("layers"))
+    return tried_in_vllm(gemma3_formats["quark"], vllm_python, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
-def vllm_int8(vllm_layers: Mapping[str, Tried], pytestconfig: pytest.Config) -> Int8Kernel:
-    """What vLLM's INT8 kernel computes on this CPU; a line at the end of the test run says it too."""
+def vllm_int8(vllm_layers: Mapping[str, Tried]) -> Int8Kernel:
+    """What vLLM's INT8 kernel computes on this CPU; a warning at the end of the test run says it too."""
     kernel = Int8Kernel(
         on_real_codes=max(relative_error(vllm_layers[name]) for name in MODULES),
         on_largest_codes=relative_error(vllm_layers[LARGEST]),
     )
-    pytestconfig.stash[INT8_KERNEL] = kernel
+    warnings.warn(str(kernel), stacklevel=1)
     return kernel
-
-
-def pytest_terminal_summary(terminalreporter: TerminalReporter, config: pytest.Config) -> None:
-    if INT8_KERNEL in config.stash:
-        terminalreporter.line(str(config.stash[INT8_KERNEL]))

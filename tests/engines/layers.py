@@ -5,12 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.engines.int8 import computed, exact_sums
+from tests.shared import made_once
 from w8a8.runtime.linear import W8A8Linear
 
 MODULES = ["model.layers.5.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
@@ -36,8 +38,8 @@ class Tried:
     in_vllm: Mapping[str, InVllm]
 
 
-def tried_in_vllm(checkpoint: Path, vllm_python: Path, folder: Path) -> dict[str, Tried]:
-    """All layers by name, in one run of vLLM's Python."""
+def tried_in_vllm(checkpoint: Path, vllm_python: Path, factory: pytest.TempPathFactory) -> dict[str, Tried]:
+    """All layers by name, in one run of vLLM's Python for all processes of a test run."""
     layers = {name: read_layer(checkpoint, name) for name in MODULES}
     inputs = {name: real_inputs(layer) for name, layer in layers.items()}
     codes = torch.randint(-127, 128, (8, 640), generator=torch.Generator().manual_seed(0)).float()
@@ -48,10 +50,14 @@ def tried_in_vllm(checkpoint: Path, vllm_python: Path, folder: Path) -> dict[str
     tensors = {f"{name}/x.{key}": x for name, given in inputs.items() for key, x in given.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}/weight": layer.weight.detach(), f"{name}/weight_scale": layer.weight_scale.detach()}
-    files = folder / "in.safetensors", folder / "out.safetensors"
-    save_file(tensors, files[0])
-    subprocess.run([vllm_python, Path(__file__).with_name("vllm_linear.py"), *files], check=True)
-    found = load_file(files[1])
+
+    def run(folder: Path) -> None:
+        folder.mkdir()
+        save_file(tensors, folder / "in.safetensors")
+        script, files = Path(__file__).with_name("vllm_linear.py"), ("in.safetensors", "out.safetensors")
+        subprocess.run([vllm_python, script, *files], cwd=folder, check=True)
+
+    found = load_file(made_once(factory, "vllm-layers", run) / "out.safetensors")
     return {
         name: Tried(
             layer,
