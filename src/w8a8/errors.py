@@ -274,3 +274,9 @@ class StoreError(W8A8Error):
     """An object store refused, failed, or could not be reached."""
 
     exit_code = 63
+
+
+class LimitError(W8A8Error):
+    """A result does not keep the limit that was set for it (`--at-most`, `--at-most-worse`)."""
+
+    exit_code = 64

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import app
+from w8a8.cli.common import about, app, complain
 from w8a8.errors import OutputError, UsageError, W8A8Error
 from w8a8.version import __version__
 
@@ -28,9 +28,8 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line; every `W8A8Error` becomes one line and its exit code."""
-    from w8a8.terminal.events import OPTION, event, logged
+    from w8a8.terminal.events import OPTION
     from w8a8.terminal.output import guard_streams
-    from w8a8.terminal.wording import printable
 
     gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking it through again and again takes a while
     guard_streams()
@@ -48,14 +47,10 @@ def main() -> None:
                     raise
             raise
     except W8A8Error as error:
-        about = {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
         if "--json" in sys.argv:
             with suppress(OutputError):
-                print(json.dumps(about), flush=True)
-        if logged():
-            event("error", **about)
-        elif str(error):
-            print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
+                print(json.dumps(about(error)), flush=True)
+        complain(error)
         sys.exit(error.exit_code)
 
 

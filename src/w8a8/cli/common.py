@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from w8a8.errors import OutputError, UsageError
+from w8a8.errors import LimitError, OutputError, UsageError, W8A8Error
 from w8a8.terminal.events import OPTION, event, logged
 
 app = typer.Typer(
@@ -118,3 +118,25 @@ def showing(done: str) -> Iterator[None]:
         sys.stdout.flush()
     except OutputError as error:
         raise type(error)(f"{str(error) or 'standard output was closed'}; {done}") from error
+
+
+def about(error: W8A8Error) -> dict[str, Any]:
+    """Give an error as plain JSON."""
+    return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
+
+
+def complain(error: W8A8Error) -> None:
+    """Say on standard error what went wrong, in one line; nothing where the error says nothing."""
+    from w8a8.terminal.wording import printable
+
+    if logged():
+        event("error", **about(error))
+    elif str(error):
+        print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
+
+
+def enforce(broken: str | None) -> None:
+    """End with the code of a limit that is not held, if `broken` says why; the result has been printed."""
+    if broken:
+        complain(LimitError(broken))
+        raise typer.Exit(LimitError.exit_code)

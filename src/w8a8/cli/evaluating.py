@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from w8a8.cli.common import Dtype, Json, LogJson, Quiet, app, engines, eval_app, interruptible, showing
+from w8a8.cli.common import Dtype, Json, LogJson, Quiet, app, enforce, engines, eval_app, interruptible, showing
 from w8a8.errors import UsageError
 
 
@@ -117,7 +117,7 @@ Examples:
 - `w8a8 eval kld ./gemma ./gemma-W8A8`
 - `w8a8 eval kld google/gemma-3-270m ./gemma-3-270m-W8A8 --text book.txt --tokens 32768 --context 2048`
 - `w8a8 eval kld ./gemma ./gemma-W8A8 --data ./gsm8k --out kld.json`
-- `w8a8 eval kld ./gemma ./gemma-W8A8 --float32`
+- `w8a8 eval kld ./gemma ./gemma-W8A8 --float32 --at-most 0.01`
 - `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream`
 - `w8a8 eval kld ./gemma-4-31b-it ./gemma-4-31b-it-W8A8 --stream --ray auto`
 """,
@@ -152,6 +152,14 @@ def eval_kld(
     float32: Annotated[
         bool, typer.Option("--float32", help="Compute in float32, so that BF16's own rounding does not count.")
     ] = False,
+    at_most: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="NATS",
+            help="End with code 64 unless the 95% interval of the mean KL divergence ends at or below this.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -165,6 +173,7 @@ def eval_kld(
     from w8a8.evals.kld.run import prepare, run
     from w8a8.evals.kld.showing import show
     from w8a8.evals.kld.windows import choose
+    from w8a8.evals.limits import Judged, judge_kld
     from w8a8.storage.writer import write_json
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
@@ -186,8 +195,10 @@ def eval_kld(
             result = run(job, ray=ray, advance=advance, notice=terminal.notice)
         if out is not None:
             write_json(out, result.to_dict(), indent=1)
+    limit = None if at_most is None else judge_kld(result, at_most)
     with showing(f"{out} is written" if out else "give --out for a file"):
-        terminal.table(result, show)
+        terminal.table(Judged(result, limit), lambda judged, say: show(judged.result, say))
+    enforce(limit and limit.broken)
 
 
 @app.command(
@@ -196,6 +207,7 @@ Examples:
 
 - `w8a8 compare results/gsm8k-gemma.json results/gsm8k-gemma-W8A8.json`
 - `w8a8 compare base.json quantized.json --flips 3`
+- `w8a8 compare base.json quantized.json --at-most-worse 1%`
 """
 )
 def compare(
@@ -209,6 +221,13 @@ def compare(
     flexible: Annotated[
         bool, typer.Option("--flexible", help="Score by the last number in an answer, not by the number after `####`.")
     ] = False,
+    at_most_worse: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE",
+            help="End with code 64 unless a larger loss is ruled out: `1%` are 1 of 100 questions, by the 95% interval.",
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare two models' answers to the same GSM8K questions, question by question.
@@ -218,7 +237,12 @@ def compare(
     from w8a8.evals.gsm8k.compare import compare as compare_
     from w8a8.evals.gsm8k.results import read
     from w8a8.evals.gsm8k.showing import show_comparison
+    from w8a8.evals.limits import Judged, judge_comparison, share
     from w8a8.terminal.output import Terminal
 
+    at_most = None if at_most_worse is None else share(at_most_worse, "--at-most-worse")
     found = compare_(read(base), read(quant), score="flexible" if flexible else "strict")
-    Terminal(json=json).table(found, lambda found, say: show_comparison(found, say, flips=flips))
+    limit = None if at_most is None else judge_comparison(found, at_most)
+    judged = Judged(found, limit)
+    Terminal(json=json).table(judged, lambda judged, say: show_comparison(judged.result, say, flips=flips))
+    enforce(limit and limit.broken)

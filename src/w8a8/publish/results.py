@@ -12,8 +12,9 @@ from typing import Any, Literal
 from msgspec import Struct
 
 from w8a8.errors import InvalidResultError
-from w8a8.evals.gsm8k.compare import Comparison, compare
+from w8a8.evals.gsm8k.compare import compare
 from w8a8.evals.gsm8k.results import Asked, Share, read_checked
+from w8a8.evals.paired import Comparison
 from w8a8.reading import Count, Number, UnfitError, read_json
 
 

@@ -9,8 +9,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from w8a8.evals.gsm8k.compare import Comparison, Flip
 from w8a8.evals.gsm8k.run import SCORES, Progress, Result
+from w8a8.evals.paired import Comparison, Flip
 from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.progress import live
 from w8a8.terminal.wording import clean, printable

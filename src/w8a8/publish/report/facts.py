@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from w8a8.evals.gsm8k.compare import SIGNIFICANCE, Comparison
+from w8a8.evals.paired import SIGNIFICANCE, Comparison
 from w8a8.publish.report.data import Ridge, Size, Stack
 from w8a8.publish.results import Gsm8k, Kld
 from w8a8.terminal.wording import size
