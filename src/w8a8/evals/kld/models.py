@@ -1,8 +1,6 @@
 """The two models of `w8a8 eval kld`, and how far their next-token distributions lie apart.
 
-The logits are the model's own. Its body reads a window once; then the model's `forward` runs on the body's output, a
-few positions at a time. So the head, and all that an architecture does to its logits (Gemma's soft cap, Cohere's
-scale), work as they do when the model is served, and at most `CHUNK_VALUES` logits exist at once.
+The logits are the model's own, as it is served (`runtime.sliced`), and at most `CHUNK_VALUES` of them exist at once.
 
 With logits p and q, KL is the mean of p - q weighted by exp(p - max p), minus the difference of their log-sum-exps.
 Elements are computed in float32, which is exact for the difference of BF16 logits; sums continue in float64, because a
@@ -28,6 +26,7 @@ try:
 
     from w8a8.runtime.loading import engine_errors, load_config, load_model
     from w8a8.runtime.samples import HERE, Hands
+    from w8a8.runtime.sliced import sliced_logits
     from w8a8.runtime.streamed import StreamedModel, body_of, forward
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
@@ -75,25 +74,11 @@ class Predictor:
         Exhaust one such iterator before the next: until then the body's `forward` is replaced. Raises EngineError, also
         when out of memory.
         """
-        body = body_of(self.model)
-        read = body.forward
-        whole: Any = None
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            nonlocal whole
-            whole = read(*args, **kwargs) if whole is None else whole
-            return type(whole)(**{**whole, "last_hidden_state": whole.last_hidden_state[:, now]})
-
-        body.forward = forward
+        inputs = torch.tensor([ids], device=self.device)
         try:
-            inputs = torch.tensor([ids], device=self.device)
-            for at in range(0, len(ids), rows):
-                now = slice(at, at + rows)
-                yield self.model(input_ids=inputs, use_cache=False).logits[0]
+            yield from sliced_logits(self.model, rows, input_ids=inputs, use_cache=False)
         except (RuntimeError, IndexError, MemoryError) as error:
             raise EngineError(f"{self.name}: {first_line(error)}") from error
-        finally:
-            body.forward = read
 
 
 class StreamedPredictor(Predictor):

@@ -1,12 +1,15 @@
 """A request that the engine has begun with, its cache, and pieces of it that a forward pass reads."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from w8a8.runtime.sliced import sliced_logits
 from w8a8.serve.embedded.caches import Caches
+from w8a8.serve.embedded.scoring import positions
 from w8a8.serve.embedded.stream import Stream
 
 TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
@@ -20,11 +23,14 @@ class Admitted:
     """
 
     def __init__(self, stream: Stream, caches: Caches, *, alone: bool = False) -> None:
-        """Begin with a request; one with images, or of a model whose sequences do not fit into one row, is `alone`."""
+        """Begin with a request.
+
+        One with images, one whose prompt is scored, or of a model whose sequences do not fit into one row, is `alone`.
+        """
         self.stream = stream
         self.cache, self.nbytes = caches.of_one(stream.longest), caches.nbytes(stream.longest)
         self.is_text = stream.inputs.keys() <= TEXT_INPUTS
-        self.alone = alone or not (self.is_text and caches.apart)
+        self.alone = alone or stream.scores_prompt or not (self.is_text and caches.apart)
         self.read = 0
 
     @property
@@ -66,5 +72,17 @@ class Piece:
             inputs = {"input_ids": torch.tensor([self.tokens], device=model.device), "position_ids": positions}
         else:
             inputs = model.prepare_inputs_for_generation(is_first_iteration=True, **cache, **inputs)
+        if self.sequence.stream.scores_prompt:
+            return read_scored(model, self.sequence.stream, self.begin, **{**inputs, **cache})
         logits: Tensor = model(**{**inputs, **cache, "logits_to_keep": 1}).logits[0, -1]
         return logits
+
+
+def read_scored(model: Any, stream: Stream, begin: int, **inputs: Any) -> Tensor:
+    """Read tokens of a prompt from position `begin` on, and score what follows them; return the last logits."""
+    logits = torch.empty(0)
+    with closing(sliced_logits(model, positions(model), **inputs)) as slices:
+        for logits in slices:
+            stream.read(logits, begin)
+            begin += len(logits)
+    return logits[-1]

@@ -3,7 +3,7 @@
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,6 +11,7 @@ from fastapi import HTTPException
 from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from w8a8.serve.embedded.protocol import failure
+from w8a8.serve.embedded.scoring import Scored
 from w8a8.serve.embedded.stream import Item, Stream
 
 
@@ -72,13 +73,43 @@ class Spelling(ABC):
         """Spell an item of a stream; a call is the `number`th. None: no item, for the end."""
 
 
+@dataclass(frozen=True)
 class Completion(Spelling):
-    """An answer of `/v1/completions`: a text."""
+    """An answer of `/v1/completions`: a text, behind the `text` of a prompt that is echoed.
+
+    `begins` are the characters at which that prompt's tokens begin; `spell` writes a token.
+    """
 
     kind = kind_of_chunk = "text_completion"
+    text: str = ""
+    begins: Sequence[int] = ()
+    spell: Callable[[int], str] = str
+
+    def whole(self, items: Sequence[Item], stream: Stream) -> dict[str, Any]:
+        """Spell the whole answer, with log-probabilities if they are asked for."""
+        made = super().whole(items, stream)
+        if stream.likeliest is not None:
+            made["choices"][0]["logprobs"] = self._logprobs(stream)
+        return made
 
     def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
-        return self._piece("".join(map(str, items)), 0)
+        return self._piece(self.text + "".join(map(str, items)), 0)
+
+    def _logprobs(self, stream: Stream) -> dict[str, Any]:
+        """Spell log-probabilities; the first token of an echoed prompt has none, as nothing predicts it."""
+        first = [self.spell(token) for token in stream.prompt[:1] if stream.echo]
+        none: list[Any] = [None] * len(first)
+        return {
+            "tokens": first + [self.spell(scored.token) for scored in stream.scores],
+            "token_logprobs": none + [scored.logprob for scored in stream.scores],
+            "top_logprobs": none + [self._likeliest(scored) for scored in stream.scores],
+            "text_offset": [*self.begins, *(len(self.text) + begin for begin in stream.begins)],
+        }
+
+    def _likeliest(self, scored: Scored) -> dict[str, float]:
+        """Spell the likeliest tokens and the token itself; of several that are spelled alike, the likeliest."""
+        found = {self.spell(token): logprob for token, logprob in reversed(scored.likeliest)}
+        return {self.spell(scored.token): scored.logprob, **found}
 
     def _piece(self, item: Item | None, number: int) -> dict[str, Any]:  # noqa: ARG002
         return {"index": 0, "text": item or "", "logprobs": None, "finish_reason": None}

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 
 from w8a8.machine import gigabytes
-from w8a8.serve.embedded.admitted import Admitted, Piece
+from w8a8.serve.embedded.admitted import Admitted, Piece, read_scored
 from w8a8.serve.embedded.caches import Caches
 from w8a8.serve.embedded.stream import LATER, Stream, one_line
 
@@ -123,10 +123,10 @@ class Batcher:
         wanted = config.max_new_tokens
         if prompt == 0:
             raise HTTPException(400, "the prompt is empty")
-        if room < (wanted or 1):
+        if room < (1 if wanted is None else wanted):
             asked = f"{prompt} tokens of prompt" + (f" and max_tokens {wanted}" if wanted else "")
             raise HTTPException(400, f"this model's context is {self.context} tokens, and {asked} do not fit into it")
-        config.max_new_tokens = wanted or room
+        config.max_new_tokens = room if wanted is None else wanted
 
     # --- the thread ------------------------------------------------------------------------------------------------
 
@@ -281,8 +281,18 @@ class Batcher:
         config = stream.config
         if (seed := getattr(config, "seed", None)) is not None:
             torch.manual_seed(seed)
+        if stream.scores_prompt:
+            read_scored(self._model, stream, 0, input_ids=stream.inputs["input_ids"], use_cache=False)
+        steps = _Steps(stream, self)
+        if not config.max_new_tokens:
+            stream.choose(steps.logits)
+            return
         alone = GenerationConfig.from_dict({**config.to_dict(), "stop_strings": None})
-        self._model.generate(**stream.inputs, generation_config=alone, stopping_criteria=[_Steps(stream, self)])
+        hook = self._model.register_forward_hook(steps.listen)
+        try:
+            self._model.generate(**stream.inputs, generation_config=alone, stopping_criteria=[steps])
+        finally:
+            hook.remove()
         if self.stopping and not stream.done:
             stream.fail(SHUTTING_DOWN)
 
@@ -296,9 +306,14 @@ class _Steps(StoppingCriteria):  # type: ignore[misc]
 
     def __init__(self, stream: Stream, batcher: Batcher) -> None:
         self._stream, self._batcher = stream, batcher
+        self.logits = torch.empty(0)
+
+    def listen(self, _model: Any, _inputs: Any, output: Any) -> None:
+        """Keep the logits that a token is chosen by, as the model's hook."""
+        self.logits = output.logits[0, -1]
 
     def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
         if not self._stream.done:
-            self._stream.take(int(input_ids[0, -1]))
+            self._stream.take(int(input_ids[0, -1]), self.logits)
         stop = self._stream.done or self._stream.cancelled or self._batcher.stopping
         return torch.tensor([stop], device=input_ids.device)

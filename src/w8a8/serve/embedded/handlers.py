@@ -58,7 +58,9 @@ class Api:
         asked = await self._asked(call, CompletionRequest)
         prompt = await self._prompts.of_completion(asked)
         limit = DEFAULT_COMPLETION_TOKENS if asked.limit is None else asked.limit
-        return await self._answer(asked, prompt, limit, Completion(f"cmpl-{uuid.uuid4().hex}", self._model.name))
+        name = f"cmpl-{uuid.uuid4().hex}"
+        spelling = Completion(name, self._model.name, text=prompt.text, begins=prompt.begins, spell=self._spell)
+        return await self._answer(asked, prompt, limit, spelling)
 
     async def chat(self, call: Call) -> Response:
         """Answer messages. Raises HTTPException 4xx for a request that cannot be answered."""
@@ -80,6 +82,10 @@ class Api:
         if name != self._model.name:
             raise HTTPException(404, f"the model {name} does not exist; this server has {self._model.name}")
 
+    def _spell(self, token: int) -> str:
+        spelled: str = self._model.tokenizer.decode([token], skip_special_tokens=False)
+        return spelled
+
     async def _answer(self, asked: Request, prompt: Prompt, limit: int | None, spelling: Spelling) -> Response:
         config = generation_config(asked, self._model.model.generation_config, limit)
         stream = self._batcher.submit(prompt.inputs, config, self._model.tokenizer, prompt.parser)
@@ -90,7 +96,7 @@ class Api:
 
 
 def generation_config(asked: Request, defaults: Any, limit: int | None) -> Any:
-    """The settings of a request on top of the model's own; `seed` is added to transformers' fields."""
+    """The settings of a request on top of the model's own; `seed`, `echo`, `logprobs` are not transformers' fields."""
     config = copy.deepcopy(defaults)
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
         if (value := getattr(asked, name)) is not None:
@@ -99,6 +105,8 @@ def generation_config(asked: Request, defaults: Any, limit: int | None) -> Any:
         config.top_k = None
     config.do_sample = config.temperature != 0
     config.seed = asked.seed
+    if isinstance(asked, CompletionRequest):
+        config.echo, config.logprobs = asked.echo, asked.logprobs
     config.stop_strings = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     config.max_new_tokens = limit
     if asked.ignore_eos:

@@ -6,13 +6,16 @@ other, so that their memory is that of one.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
+import torch
 from fastapi import HTTPException
 from PIL.Image import Image
+from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers.cli.serving.utils import get_response_template
 from transformers.utils.chat_parsing import ResponseParser
@@ -31,10 +34,15 @@ _R = TypeVar("_R")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """The model's inputs, `input_ids` [1, tokens] among them, and a parser for the answer (None: it is text alone)."""
+    """The model's inputs, `input_ids` [1, tokens] among them, and a parser for the answer (None: it is text alone).
+
+    Of a prompt to echo, `text` is its text, in which each token begins at the character in `begins`.
+    """
 
     inputs: dict[str, Tensor]
     parser: ResponseParser | None = None
+    text: str = ""
+    begins: tuple[int, ...] = ()
 
 
 class Prompts:
@@ -65,8 +73,21 @@ class Prompts:
             return await _on(self._reading, lambda: self._parsed(request, self._see(text, images)))
 
     async def of_completion(self, request: CompletionRequest) -> Prompt:
-        """Make the prompt of a text. Raises HTTPException 400 if it is too long."""
-        return await _on(self._reading, lambda: Prompt(self._tokens(request.prompt, special=True)))
+        """Make the prompt of a text, or of tokens. Raises HTTPException 400 if it is too long or has unknown tokens."""
+        return await _on(self._reading, lambda: self._completed(request.prompt, echo=bool(request.echo)))
+
+    def _completed(self, prompt: str | list[int], *, echo: bool) -> Prompt:
+        if isinstance(prompt, str):
+            inputs = self._tokens(prompt, special=True, return_offsets_mapping=echo)
+            spans = inputs.pop("offset_mapping")[0].tolist() if echo else []
+            return Prompt(inputs, text=prompt if echo else "", begins=_begins(spans))
+        vocabulary = self._model.config.get_text_config(decoder=True).vocab_size
+        if (highest := max(prompt, default=0)) >= vocabulary:
+            raise HTTPException(400, f"prompt: the model has {vocabulary:,} tokens, and none with the number {highest}")
+        inputs = {"input_ids": torch.tensor([prompt], dtype=torch.long, device=self._model.device)}
+        decoder, core = DecodeStream([], skip_special_tokens=False), self._tokenizer._tokenizer
+        pieces = [decoder.step(core, token) or "" for token in (prompt if echo else ())]
+        return Prompt(inputs, text="".join(pieces), begins=tuple(accumulate(map(len, pieces[:-1]), initial=0)))
 
     def _render(self, request: ChatRequest) -> str:
         template = self._template(request)
@@ -105,12 +126,12 @@ class Prompts:
             raise HTTPException(400, f"{self._name} has no chat template: use /v1/completions instead")
         return found
 
-    def _tokens(self, text: str, *, special: bool) -> dict[str, Tensor]:
+    def _tokens(self, text: str, *, special: bool, **more: Any) -> dict[str, Tensor]:
         if len(text) > self._limit:
             raise HTTPException(
                 400, f"the prompt has {len(text):,} characters, and at most {self._limit:,} can fit the context"
             )
-        return self._ready(lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt"))
+        return self._ready(lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt", **more))
 
     def _see(self, text: str, images: list[Image]) -> dict[str, Tensor]:
         """Let the processor read the text and the images, as its `apply_chat_template` does."""
@@ -133,6 +154,18 @@ class Prompts:
             return Prompt(inputs)
         prefix = self._tokenizer.decode(inputs["input_ids"][0])
         return Prompt(inputs, ResponseParser(template, prefix=prefix, tools=request.offered))
+
+
+def _begins(spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Find where each token begins: where the one before it ends, or with that, where both are parts of a character.
+
+    Some tokenizers leave the space before a word out of its span, and special tokens have none.
+    """
+    begins, end = [0], 0
+    for start, stop in spans:
+        begins.append(max(begins[-1], min(start, end) if start < stop else end))
+        end = max(end, stop)
+    return tuple(begins[1:])
 
 
 async def _on(thread: ThreadPoolExecutor, function: Callable[[], _R]) -> _R:

@@ -22,6 +22,7 @@ from pydantic import (
 )
 
 from w8a8.serve.embedded.images import open_image
+from w8a8.serve.embedded.scoring import MAX_LIKELIEST
 
 NAMES = {400: "BadRequestError", 401: "AuthenticationError", 404: "NotFoundError", 413: "RequestTooLargeError"}
 
@@ -30,7 +31,7 @@ MAX_PLAIN_CHARACTERS = 16_384
 """The longest text that a chat template may be given by name."""
 
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "echo": (False,), "suffix": ("",), "prompt_embeds": (), "prompt_logprobs": (),
+    "n": (1,), "best_of": (1,), "suffix": ("",), "prompt_embeds": (), "prompt_logprobs": (),
     "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logits_processors": ([],),
     "min_tokens": (0,), "stop_token_ids": ([],), "bad_words": ([],), "allowed_token_ids": (), "length_penalty": (1,),
     "use_beam_search": (False,), "num_beams": (1,), "no_repeat_ngram_size": (0,), "typical_p": (1,),
@@ -42,7 +43,7 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer and that this engine lacks -> the values, beside null, that ask for nothing."""
 
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
-    "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
+    "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
     "modalities": (["text"],), "web_search_options": (), "chat_template": (), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "add_special_tokens": (False,), "documents": ([],), "images": ([],),
     "processor_kwargs": ({},), "mm_processor_kwargs": ({},), "tokenizer_kwargs": ({},),
@@ -90,7 +91,8 @@ def _nothing_more_than_zero(temperature: float) -> float:
 
 
 def _unlist(prompt: Any) -> Any:
-    return prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else prompt
+    only = prompt[0] if isinstance(prompt, list) and len(prompt) == 1 else None
+    return only if isinstance(only, str | list) else prompt
 
 
 def _not_supported(value: Any) -> Any:
@@ -112,6 +114,9 @@ Plain = (
     | None
 )
 """A value that a chat template may be given by name."""
+
+Token = Annotated[int, Field(ge=0, le=MAX_INTEGER)]
+"""A token's number in the vocabulary."""
 
 Nothing = Annotated[Any, AfterValidator(_not_supported)]
 
@@ -170,11 +175,21 @@ class CompletionRequest(Request):
 
     unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         **UNSUPPORTED,
-        "logprobs": (),
         "add_special_tokens": (True,),
     }
 
-    prompt: Annotated[str, BeforeValidator(_unlist)]
+    prompt: Annotated[str | list[Token], BeforeValidator(_unlist)]
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INTEGER)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LIKELIEST)
+
+    @model_validator(mode="after")
+    def _scored_whole(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: at least 1, or with echo 0")
+        if self.stream and (self.echo or self.logprobs is not None):
+            raise ValueError("stream: with echo or logprobs this engine answers whole (vLLM may do it)")
+        return self
 
 
 class _Text(_Fields):

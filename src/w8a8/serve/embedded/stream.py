@@ -19,6 +19,7 @@ from transformers.cli.serving.utils import response_events_to_chunks
 
 from w8a8.errors import first_line
 from w8a8.serve.embedded.sampling import sample
+from w8a8.serve.embedded.scoring import Scored, score
 
 Item: TypeAlias = Any
 """A piece of an answer: a `str` of text, a `ReasoningText` (a str, too), or a `ToolCall` that the model asks for."""
@@ -47,13 +48,20 @@ class Stream:
 
         `tokenizer` is that of the `tokenizers` library. `processors` turn `input_ids` [1, n] and `scores`
         [1, vocabulary] into scores, as in `model.generate`, before a token is sampled. `parser`, transformers'
-        `ResponseParser`, finds reasoning and calls in the text. Made on the event loop that `items` is read on.
+        `ResponseParser`, finds reasoning and calls in the text. Of each token of the answer, and with `config.echo` of
+        the prompt, the log-probability is found beside those of the `config.logprobs` likeliest (None: of none). Made on
+        the event loop that `items` is read on.
         """
         self.inputs = inputs
         self.prompt: list[int] = inputs["input_ids"][0].tolist()
         self.tokens: list[int] = []
         self.done = False
         self.config = config
+        self.likeliest: int | None = getattr(config, "logprobs", None)
+        self.echo = bool(getattr(config, "echo", False))
+        self.scores: list[Scored] = []
+        self.begins: list[int] = []  # where each token of the answer begins in its text
+        self._characters = 0
         self.finish_reason: Literal["stop", "length"] = "stop"
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[Item | _Failure | None] = asyncio.Queue()
@@ -120,23 +128,45 @@ class Stream:
         """Say that this request's turn has come."""
         self._call(self._begun.set)
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the log-probabilities of the prompt are asked for."""
+        return self.echo and self.likeliest is not None
+
+    def read(self, logits: Tensor, begin: int) -> None:
+        """Score the prompt's tokens behind position `begin` by the logits [positions, vocabulary] from there on."""
+        following = self.prompt[begin + 1 : begin + 1 + len(logits)]
+        self.scores += score(logits[: len(following)], following, self.likeliest or 0)
+
     def choose(self, logits: Tensor) -> None:
-        """Choose the next token by logits [vocabulary] of any float dtype, and take it; an error ends this stream."""
+        """Choose the next token by logits [vocabulary] of any float dtype, and take it; an error ends this stream.
+
+        Where the answer is to have no token, the stream ends.
+        """
+        if not self.config.max_new_tokens:
+            self.finish_reason = "length"
+            self._end()
+            return
         try:
             scores = logits.float()
             if self._processors is not None:
                 read = torch.tensor([self.prompt + self.tokens], device=scores.device)
                 scores = self._processors(read, scores[None])[0]
             drawn = self.config.do_sample
-            self.take(sample(scores, self.config, self._generator) if drawn else int(scores.argmax()))
+            self.take(sample(scores, self.config, self._generator) if drawn else int(scores.argmax()), logits)
         except Exception as error:  # noqa: BLE001 - one request's, not the batch's
             _log.exception("a request failed")
             self.fail(one_line(error))
 
-    def take(self, token: int) -> None:
-        """Add a token, pass its text on, and end the sequence if it is the last."""
+    def take(self, token: int, logits: Tensor | None = None) -> None:
+        """Add a token, chosen by logits [vocabulary], pass its text on, and end the sequence if it is the last."""
         self.tokens.append(token)
-        self._say(self._stop.feed(self._decoder.step(self._tokenizer, token) or ""))
+        self.begins.append(self._characters)
+        if self.likeliest is not None and logits is not None:
+            self.scores += score(logits[None], [token], self.likeliest)
+        text = self._decoder.step(self._tokenizer, token) or ""
+        self._characters += len(text)
+        self._say(self._stop.feed(text))
         if token in self._eos or self._stop.found:
             self._end()
         elif len(self.tokens) >= self.config.max_new_tokens:
