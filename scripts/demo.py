@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from w8a8.bench.process import timed
-from w8a8.evals.gsm8k.asking import Server
+from w8a8.evals.asking import Server
 from w8a8.evals.gsm8k.questions import load, request
 from w8a8.evals.gsm8k.scoring import flexible, strict
 from w8a8.evals.server import serving

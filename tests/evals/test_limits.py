@@ -37,7 +37,7 @@ def test_a_loss_is_held_by_the_interval(counts: tuple[int, int, int, int], at_mo
 def test_failed_requests_of_the_base_hold_nothing() -> None:
     base, quant = pair(900, 20, 60, 339)
     base["outcomes"][-1]["error"] = "no luck"
-    assert "1 requests of the base failed" in judge_comparison(compare(base, quant), 0.5).broken
+    assert "the base has 1 failed request" in judge_comparison(compare(base, quant), 0.5).broken
 
 
 @pytest.mark.parametrize(("text", "found"), [("1%", 0.01), ("0.01", 0.01), ("0", 0.0), ("100%", 1.0), (" 0.5% ", 0.005)])

@@ -83,6 +83,48 @@ def kld() -> dict[str, Any]:
     }
 
 
+def lm(model: str, right: Sequence[bool]) -> dict[str, Any]:
+    """A result of lm-evaluation-harness: a task, a group of two, all with these outcomes, and one that is only read."""
+
+    def metric(name: str, value: float, **more: Any) -> dict[str, Any]:
+        return {"metric": name, "filter": "none", "value": value, "stderr": 0.0123, "higher_is_better": True, **more}
+
+    share = sum(right) / len(right)
+    accuracy, bits = metric("acc", share), metric("bits_per_byte", 0.75, stderr=None, higher_is_better=False)
+    documents = [f"{i:016x}" for i in range(len(right))]
+    scores = {"acc": [int(hit) for hit in right]}
+    common = {"version": "1.0", "shots": 5, "of": 1000, "documents": documents}
+    names = ("arc_easy", "mmlu_anatomy", "mmlu_virology")
+    return {
+        "kind": "w8a8.lm",
+        "schema": 1,
+        "w8a8": "0.1.0",
+        "model": model,
+        "base_url": "http://127.0.0.1:8000/v1",
+        "protocol": {
+            "tasks": ["arc_easy", "mmlu", "prose"],
+            "shots": None,
+            "limit": None,
+            "chat": False,
+            "tokenized": True,
+            "context": 2048,
+            "concurrency": 16,
+        },
+        "versions": {"lm-eval": "0.4.13"},
+        "started": "2026-01-01T00:00:00+00:00",
+        "seconds": 100.0,
+        "rows": [
+            {"name": "arc_easy", "tasks": ["arc_easy"], "metrics": [accuracy]},
+            {"name": "mmlu", "tasks": list(names[1:]), "metrics": [accuracy]},
+            {"name": "prose", "tasks": ["prose"], "metrics": [bits]},
+        ],
+        "tasks": [
+            *({"name": name, **common, "metrics": [accuracy], "scores": scores} for name in names),
+            {"name": "prose", **common, "metrics": [bits], "scores": {}},
+        ],
+    }
+
+
 def pair(questions: int, seed: int = 0) -> tuple[list[bool], list[bool]]:
     """Which questions a model and its quantized self get right: about 70%, a few of them not the same."""
     random_ = random.Random(seed)

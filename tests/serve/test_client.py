@@ -6,7 +6,7 @@ import pytest
 
 from tests.evals.api import KEY, MODEL, running_api
 from tests.servers import listening
-from w8a8.evals.gsm8k.asking import Reply, Server, ask_all, find_model
+from w8a8.evals.asking import Reply, Server, ask_all, find_model
 from w8a8.serve.client import address, connect
 
 VARIABLES = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")

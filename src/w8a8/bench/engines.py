@@ -25,7 +25,7 @@ from w8a8.checkpoint import resolve
 from w8a8.checkpoint.ggufs import is_gguf
 from w8a8.conversion import convert
 from w8a8.errors import NoDeviceError, UsageError, W8A8Error, first_line
-from w8a8.evals.gsm8k.asking import Server
+from w8a8.evals.asking import Server
 from w8a8.evals.server import HOST, free_port, serving
 from w8a8.machine import usable_cores
 from w8a8.quantization import quantize

@@ -12,6 +12,8 @@ from w8a8.reading import real
 Baseline = Annotated[Path | None, typer.Option(envvar="EVAL_BASELINE_JSON", help="GSM8K result of the original model.")]
 Quantized = Annotated[Path | None, typer.Option(envvar="EVAL_QUANT_JSON", help="GSM8K result of OUT.")]
 Divergence = Annotated[Path | None, typer.Option(help="Result of `w8a8 eval kld`.")]
+LmBaseline = Annotated[Path | None, typer.Option(help="Result of `w8a8 eval lm` for the original model.")]
+LmQuantized = Annotated[Path | None, typer.Option(help="Result of `w8a8 eval lm` for OUT.")]
 
 
 @app.command(
@@ -36,6 +38,8 @@ def card(
     baseline: Baseline = None,
     quant: Quantized = None,
     kld: Divergence = None,
+    lm_baseline: LmBaseline = None,
+    lm_quant: LmQuantized = None,
     describe: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +66,7 @@ def card(
     from w8a8.terminal.output import Terminal
 
     terminal = Terminal(json=json, quiet=quiet)
-    results = Results(baseline=baseline, quant=quant, kld=kld)
+    results = Results(baseline, quant, kld, lm_baseline, lm_quant)
     made = make(out, base_model=base_model, results=results, describe=describe, repo=repo)
     for notice in made.notices:
         terminal.notice(notice)
@@ -92,6 +96,8 @@ def report(
     baseline: Baseline = None,
     quant: Quantized = None,
     kld: Divergence = None,
+    lm_baseline: LmBaseline = None,
+    lm_quant: LmQuantized = None,
     page: Annotated[
         Path | None,
         typer.Option("--out", metavar="HTML", help="The page to write.", show_default="OUT-report/report.html"),
@@ -117,7 +123,9 @@ def report(
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     page = page or Path(f"{real(out)}-report") / "report.html"
     with interruptible("nothing was written"):
-        job = prepare(out, source, baseline=baseline, quant=quant, kld=kld)
+        job = prepare(
+            out, source, baseline=baseline, quant=quant, kld=kld, lm_baseline=lm_baseline, lm_quant=lm_quant
+        )
         with live(terminal, "reading", job.nbytes) as advance:
             found = run(job, workers=workers, advance=advance)
     written = write(found, page, png or page.parent)

@@ -6,7 +6,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from w8a8.errors import UsageError
 from w8a8.evals.kld.run import KldResult
+from w8a8.evals.lm.compare import LmComparison
 from w8a8.evals.paired import Comparison
+from w8a8.terminal.wording import plural
 
 TRY = "try `w8a8 quantize --recipe auto`, and --keep-bf16 1% with it"
 
@@ -74,7 +76,8 @@ def judge_comparison(found: Comparison, at_most: float) -> Limit:
     low, high = (f"{100 * bound:+.1f}" for bound in found.interval)
     unsure = "more questions narrow the interval; " if -found.difference <= at_most else ""
     if found.errors[0]:
-        reason = f"{found.errors[0]:,} requests of the base failed and count as wrong; run it again"
+        failed = plural(found.errors[0], "failed request")
+        reason = f"the base has {failed}, which count as wrong; run it again"
     elif not found.both_right + found.only_base + found.only_quant:
         reason = f"neither model answers any of the {found.questions:,} questions right"
     elif round(found.loss - at_most, 12) > 0:
@@ -85,3 +88,17 @@ def judge_comparison(found: Comparison, at_most: float) -> Limit:
     else:
         return Limit(at_most, found.loss)
     return Limit(at_most, found.loss, f"--at-most-worse {100 * at_most:g}% is not held: {reason}")
+
+
+def judge_tasks(found: LmComparison, at_most: float) -> Limit:
+    """Judge each task as `judge_comparison` does: all have to hold the limit."""
+    limits = [
+        (row.name, judge_comparison(row.paired, at_most) if row.paired else Limit(at_most, 1.0, _NOT_PAIRED.format(row)))
+        for row in found.rows
+    ]
+    broken = [f"{name}: {limit.broken}" for name, limit in limits if limit.broken]
+    more = f" (and {len(broken) - 1} more of {len(limits)} tasks)" if len(broken) > 1 else ""
+    return Limit(at_most, max(limit.bound for _, limit in limits), broken[0] + more if broken else "")
+
+
+_NOT_PAIRED = "by {0.metric} documents are not right or wrong, so that no share of them is lost; choose a --metric"

@@ -89,6 +89,12 @@ class Comparison:
             return f"No difference shown: {figures}; only {few} answered differently, too few to show one."
         return f"No difference shown: {figures} ({test}); a loss of up to {max(0, -low):.1f} points is not ruled out."
 
+    @property
+    def summary(self) -> str:
+        """The difference with its interval, in points, and the p-value, for a table."""
+        low, high = (100 * bound for bound in self.interval)
+        return f"{100 * self.difference:+.1f} ({low:+.1f} to {high:+.1f}), p = {_p(self.p_value)}"
+
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
         return {**asdict(self), "accuracies": self.accuracies, "verdict": self.verdict}

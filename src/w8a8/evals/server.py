@@ -10,7 +10,7 @@ from tempfile import NamedTemporaryFile
 from urllib.parse import urlsplit
 
 from w8a8.errors import UsageError
-from w8a8.evals.gsm8k.asking import Server
+from w8a8.evals.asking import Server
 from w8a8.serve import launch, process
 from w8a8.serve.calling import can_chat
 from w8a8.serve.vllm import Options

@@ -1,4 +1,4 @@
-"""Result files of `w8a8 eval`, read for a card or a report: GSM8K scores and KL divergence as checked values.
+"""Result files of `w8a8 eval`, read for a card or a report: GSM8K, other tasks and KL divergence as checked values.
 
 They are a user's files, perhaps from elsewhere: every number is checked before it is shown. Text in them (questions,
 answers, names) stays text, and is only ever shown escaped.
@@ -14,6 +14,8 @@ from msgspec import Struct
 from w8a8.errors import InvalidResultError
 from w8a8.evals.gsm8k.compare import compare
 from w8a8.evals.gsm8k.results import Asked, Share, read_checked
+from w8a8.evals.lm import results as lm
+from w8a8.evals.lm.compare import compare as compare_lm
 from w8a8.evals.paired import Comparison
 from w8a8.reading import Count, Number, UnfitError, read_json
 
@@ -79,22 +81,50 @@ class Kld:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """A task of lm-evaluation-harness by one metric: of the original and of the quantized model, value and error.
+
+    `difference` says what is shown between them, where documents are paired.
+    """
+
+    task: str
+    metric: str
+    shots: str
+    documents: int
+    values: tuple[lm.Metric | None, lm.Metric | None]
+    difference: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tasks:
+    """Tasks of lm-evaluation-harness: its version, how they were asked, and a row for each task and metric."""
+
+    harness: str
+    chat: bool
+    limit: int | None
+    rows: tuple[Scored, ...]
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
-    """Result files: GSM8K of the original and of the quantized model, and the KL divergence between them."""
+    """Result files, of the original and of the quantized model: GSM8K, the KL divergence between them, other tasks."""
 
     baseline: Path | None = None
     quant: Path | None = None
     kld: Path | None = None
+    lm_baseline: Path | None = None
+    lm_quant: Path | None = None
 
     def read(self) -> "Measured":
         """Read the files there are.
 
-        Raises `InvalidResultError` where one is something else, `UsageError` where the two GSM8K results do not
-        compare.
+        Raises `InvalidResultError` where one is something else, `UsageError` where two results do not compare.
         """
         baseline, quant = (read_gsm8k(path) if path else None for path in (self.baseline, self.quant))
         paired = compare(baseline.raw, quant.raw) if baseline and quant else None
-        return Measured(baseline, quant, paired, read_kld(self.kld) if self.kld else None)
+        sides = tuple(lm.read(path) if path else None for path in (self.lm_baseline, self.lm_quant))
+        return Measured(baseline, quant, paired, read_kld(self.kld) if self.kld else None, _tasks(*sides))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +135,39 @@ class Measured:
     quant: Gsm8k | None
     paired: Comparison | None
     kld: Kld | None
+    tasks: Tasks | None = None
+
+
+def _tasks(base: lm.Result | None, quant: lm.Result | None) -> Tasks | None:
+    """Put two results of the harness side by side, or show the one there is."""
+    found = quant or base
+    if found is None:
+        return None
+    compared = compare_lm(base, quant) if base and quant else None
+    differences = {(row.name, row.metric): row.paired.summary for row in compared.rows if row.paired} if compared else {}
+    rows = []
+    for row in found.rows:
+        members = list(found.of(row))
+        shots = sorted({task.shots for task in members})
+        for metric in row.metrics:
+            rows.append(
+                Scored(
+                    row.name,
+                    metric.name,
+                    str(shots[0]) if len(shots) == 1 else f"{shots[0]} to {shots[-1]}",
+                    sum(len(task.documents) for task in members),
+                    (_metric(base, row.name, metric.name), _metric(quant, row.name, metric.name)),
+                    differences.get((row.name, metric.name), ""),
+                )
+            )
+    protocol = found.protocol
+    harness = found.versions.get("lm-eval", "")
+    return Tasks(harness, protocol.chat, protocol.limit, tuple(rows), compared.verdict if compared else "")
+
+
+def _metric(result: lm.Result | None, row: str, name: str) -> lm.Metric | None:
+    metrics = (metric for each in (result.rows if result else ()) if each.name == row for metric in each.metrics)
+    return next((metric for metric in metrics if metric.name == name), None)
 
 
 def read_gsm8k(path: Path) -> Gsm8k:

@@ -16,6 +16,7 @@ from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import W8A8Error
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.made import UNVERIFIED, Made
+from w8a8.evals.lm.results import read as read_lm
 from w8a8.publish.results import read_gsm8k, read_kld
 
 _BY_RULE = re.compile(
@@ -84,7 +85,7 @@ def _is_result(path: Path) -> bool:
     """Whether the file is a result of `w8a8 eval`, by its content."""
     if path.suffix != ".json":
         return False
-    for read in (read_gsm8k, read_kld):
+    for read in (read_gsm8k, read_kld, read_lm):
         try:
             read(path)
         except W8A8Error:

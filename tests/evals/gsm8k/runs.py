@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.command import W8A8, cli
 from tests.evals.api import KEY
-from w8a8.evals.gsm8k.asking import Server
+from w8a8.evals.asking import Server
 from w8a8.evals.gsm8k.questions import load
 from w8a8.evals.gsm8k.run import Result, evaluate
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.command import cli
 from w8a8.errors import InvalidResultError, UsageError
-from w8a8.evals.gsm8k.asking import Reply
+from w8a8.evals.asking import Reply
 from w8a8.evals.gsm8k.compare import compare
 from w8a8.evals.gsm8k.questions import Question
 from w8a8.evals.gsm8k.results import read

@@ -8,7 +8,7 @@ import pytest
 
 from tests.command import cli
 from tests.publish.card.reading import metadata, rows
-from tests.publish.results import gsm8k, kld
+from tests.publish.results import gsm8k, kld, lm, write
 from w8a8.errors import InvalidResultError, UsageError
 from w8a8.evals.statistics import wilson
 from w8a8.publish.card.write import make
@@ -81,3 +81,18 @@ def test_results_of_different_questions_are_not_compared(out: Path, files: Resul
     files.baseline.write_text(json.dumps(gsm8k("base", [True] * 12)))
     with pytest.raises(UsageError, match="questions"):
         make(out, results=files)
+
+
+def test_other_tasks_stand_in_a_table_of_their_own(out: Path, tmp_path: Path) -> None:
+    right = [i % 3 > 0 for i in range(60)]
+    base, quant = (write(tmp_path / f"{name}.json", lm(name, right)) for name in ("base", "quant"))
+    text = make(out, results=Results(lm_baseline=base, lm_quant=quant)).text
+    assert "Tasks of lm-evaluation-harness 0.4.13, as completions; values with their standard errors" in text
+    table = [line for line in text.splitlines() if line.startswith(("| arc_easy", "| mmlu", "| prose"))]
+    assert table[1] == (
+        "| mmlu | acc | 5 | 120 | 0.6667 ± 0.0123 | 0.6667 ± 0.0123 | +0.0 (+0.0 to +0.0), p = 1.00 |"
+    )
+    assert table[2] == "| prose | bits_per_byte | 5 | 60 | 0.7500 | 0.7500 |  |"
+    assert "No difference shown in any of 2 tasks." in text
+    alone = make(out, results=Results(lm_quant=quant)).text
+    assert "| arc_easy | acc | 5 | 60 | not measured | 0.6667 ± 0.0123 |  |" in alone

@@ -17,7 +17,7 @@ from w8a8.publish.report.data import Place, place, short
 from w8a8.publish.report.facts import Report
 from w8a8.publish.report.page import render
 from w8a8.publish.report.style import number
-from w8a8.publish.results import read_gsm8k, read_kld
+from w8a8.publish.results import Results, read_gsm8k, read_kld
 
 
 @pytest.mark.parametrize(("lost", "won", "shown"), [(3, 0, "no difference"), (20, 2, "a loss"), (0, 10, "a gain")])
@@ -38,8 +38,9 @@ WRONG: st.SearchStrategy[Any] = st.sampled_from(
 @given(data=st.data(), wrong=WRONG)
 def test_a_broken_result_is_refused_or_drawn(plain: tuple[Report, Path], data: st.DataObject, wrong: Any) -> None:
     report, folder = plain
-    kind = data.draw(st.sampled_from(["kld", "gsm8k"]))
-    result = results.kld() if kind == "kld" else results.gsm8k("model", [True, False])
+    kind = data.draw(st.sampled_from(["kld", "gsm8k", "lm"]))
+    right = [True, False]
+    result = {"kld": results.kld(), "gsm8k": results.gsm8k("model", right), "lm": results.lm("model", right)}[kind]
     where: Any = result
     while True:
         key = data.draw(st.sampled_from(sorted(where) if isinstance(where, dict) else range(len(where))))
@@ -49,12 +50,30 @@ def test_a_broken_result_is_refused_or_drawn(plain: tuple[Report, Path], data: s
     where[key] = wrong
     path = results.write(folder / "result.json", result)
     try:
-        found = replace(report, kld=read_kld(path)) if kind == "kld" else replace(report, quant=read_gsm8k(path))
+        found = {
+            "kld": lambda: replace(report, kld=read_kld(path)),
+            "gsm8k": lambda: replace(report, quant=read_gsm8k(path)),
+            "lm": lambda: replace(report, tasks=Results(lm_quant=path).read().tasks),
+        }[kind]()
     except InvalidResultError:
         return
     html = render(found)
     assert len(html) > 10_000
     assert re.search(r">\s*-?(nan|inf)\b", html) is None
+
+
+def test_other_tasks_stand_in_a_table(plain: tuple[Report, Path]) -> None:
+    report, folder = plain
+    hostile = results.lm("<b>", [True, False, True])
+    hostile["rows"][0]["name"] = "<script>"
+    paths = [results.write(folder / f"{i}.json", hostile) for i in range(2)]
+    html = render(replace(report, tasks=Results(lm_baseline=paths[0], lm_quant=paths[1]).read().tasks))
+    section = html.split('<section id="tasks">')[1].split("</section>")[0]
+    assert "&lt;script&gt;" in section
+    assert "<script>" not in html
+    assert section.count("0.6667 <small>± 0.0123</small>") == 4
+    assert "No difference shown in any of 2 tasks." in section
+    assert 'id="tasks"' not in render(report)
 
 
 @pytest.mark.parametrize(

@@ -4,18 +4,16 @@ The first line says which model is asked what. A run that finds a journal with i
 failed requests again, and those whose line is damaged or was cut off by a kill. A lock keeps a second run away.
 """
 
-import fcntl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from w8a8.errors import InvalidResultError, TargetBusyError, UsageError
-from w8a8.evals.gsm8k.asking import Reply
-from w8a8.reading import brief, real
+from w8a8.errors import InvalidResultError, UsageError
+from w8a8.evals.asking import Reply
+from w8a8.evals.held import differing, held
 from w8a8.storage.journal import Journal
-from w8a8.storage.writer import disk_errors
 
 HEADER_KIND = "w8a8.gsm8k.journal"
 
@@ -88,30 +86,13 @@ def open_journal(
     Raises UsageError if it is about something else, InvalidResultError if the file is not a journal, TargetBusyError,
     DiskFullError, UnwritableError.
     """
-    path = real(path)  # what a link leads to is written
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not path.is_file():
-            raise InvalidResultError(f"{path}: not a file; give another --out")
-        opened = path.open("ab")
-    with opened as file:
-        _lock(file, path)
-        if restart:
-            with disk_errors(path):
-                file.truncate(0)
+    with held(path, restart=restart) as path:
         journal = Journal(path, Header, Line)
         found = _continued(journal, asking, questions)
         if found is None:
             journal.append(Header(HEADER_KIND, 1, started, dict(asking)))
             found = OutcomeJournal(journal, started)
         yield found
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise TargetBusyError(f"{path}: another run is writing it; wait for it, or give another --out") from error
 
 
 def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questions: int) -> OutcomeJournal | None:
@@ -124,7 +105,7 @@ def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questi
         raise InvalidResultError(f"{problem}; move it away, or give another --out")
     if noted.job.asking != asking:
         raise UsageError(
-            f"{journal.path}: the run that wrote it was another one: {_difference(noted.job.asking, asking)}; give the "
+            f"{journal.path}: the run that wrote it was another one: {differing(noted.job.asking, asking)}; give the "
             "same options, or another --out, or --restart to ask all questions again"
         )
     found = OutcomeJournal(journal, noted.job.started, noted.damage)
@@ -138,8 +119,3 @@ def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questi
         else:
             found.damage = found.damage or f"there is no question {line.index}"
     return found
-
-
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    differing = [name for name in now if before.get(name) != now[name]]
-    return ", ".join(f"{name} was {brief(before.get(name))}, not {now[name]}" for name in differing) or "other options"

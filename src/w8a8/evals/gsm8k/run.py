@@ -13,10 +13,9 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from w8a8.errors import UsageError
-from w8a8.evals.gsm8k.asking import Model, Reply, Server, ask_all, find_model
+from w8a8.evals.asking import Model, Reply, Server, ask_all, find_model
 from w8a8.evals.gsm8k.journal import OutcomeJournal, open_journal
 from w8a8.evals.gsm8k.questions import ANSWER_FORMAT, DATASET, Data, Question, prompt_sha256, request
 from w8a8.evals.gsm8k.scoring import flexible, strict
@@ -167,7 +166,7 @@ def evaluate(
     # 1) Find the model: a server that would refuse every request ends the run before anything is written.
     found = find_model(server, model)
     # 2) Fix where the result goes and how the questions are asked.
-    out = out or Path("results") / f"gsm8k-{_file_name(found.name)}.json"
+    out = out or Path("results") / f"gsm8k-{found.file_name}.json"
     if out.suffix != ".json" or out.is_dir():
         raise UsageError(f"--out {out}: not the name of a file that ends in .json")
     protocol = Protocol(
@@ -200,7 +199,7 @@ def evaluate(
         # 5) Build the result from all outcomes, sorted by question, and write it.
         result = Result(
             model=found.name,
-            base_url=", ".join(map(_without_credentials, server.urls)),
+            base_url=server.about,
             protocol=protocol,
             versions=_versions(found),
             started=journal.started,
@@ -248,13 +247,3 @@ def _versions(model: Model) -> dict[str, str]:
         "python": platform.python_version(),
         "server": model.owner,
     }
-
-
-def _file_name(model: str) -> str:
-    """The last part of a model's name, as a part of a file name."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(model).name) or "model"
-
-
-def _without_credentials(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()

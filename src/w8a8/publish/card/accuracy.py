@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from w8a8.publish.results import Gsm8k, Kld, Measured
+from w8a8.publish.results import Gsm8k, Kld, Measured, Tasks
 from w8a8.terminal.wording import plural
 
 
@@ -14,13 +14,14 @@ class Accuracy:
     protocol: str
     verdict: str
     kld: Kld | None
+    tasks: Tasks | None
 
 
 def accuracy(measured: Measured) -> Accuracy:
     """Put results into words; without one its row says "not measured"."""
     verdict = measured.paired.verdict if measured.paired else ""
     rows = (_row(measured.baseline), _row(measured.quant))
-    return Accuracy(rows, _protocol(measured.quant or measured.baseline), verdict, measured.kld)
+    return Accuracy(rows, _protocol(measured.quant or measured.baseline), verdict, measured.kld, measured.tasks)
 
 
 def _row(result: Gsm8k | None) -> tuple[str, str, str]:

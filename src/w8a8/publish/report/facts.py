@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from w8a8.evals.paired import SIGNIFICANCE, Comparison
 from w8a8.publish.report.data import Ridge, Size, Stack
-from w8a8.publish.results import Gsm8k, Kld
+from w8a8.publish.results import Gsm8k, Kld, Tasks
 from w8a8.terminal.wording import size
 from w8a8.verification.result import TensorError, VerifyResult, sqnr
 
@@ -31,6 +31,7 @@ class Report:
     quant: Gsm8k | None
     paired: Comparison | None
     kld: Kld | None
+    tasks: Tasks | None
 
     @property
     def sqnr_db(self) -> float | None:

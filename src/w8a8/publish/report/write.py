@@ -58,6 +58,8 @@ def prepare(
     baseline: Path | None = None,
     quant: Path | None = None,
     kld: Path | None = None,
+    lm_baseline: Path | None = None,
+    lm_quant: Path | None = None,
 ) -> Job:
     """Open the checkpoint `out`, its source, and the result files.
 
@@ -71,7 +73,7 @@ def prepare(
     scheme = detect(checkpoint.config)
     if not scheme.w8a8:
         raise UnsupportedSchemeError(f"{out}: {scheme.summary}; a report needs a checkpoint that `w8a8 quantize` made")
-    measured = Results(baseline, quant, kld).read()
+    measured = Results(baseline, quant, kld, lm_baseline, lm_quant).read()
     against = verification.prepare(out, source) if source is not None else _beside(checkpoint)
     return Job(checkpoint, scheme, against, measured)
 
@@ -97,6 +99,7 @@ def run(job: Job, *, workers: int | None = None, advance: Callable[[int], None] 
         quant=job.measured.quant,
         paired=job.measured.paired,
         kld=job.measured.kld,
+        tasks=job.measured.tasks,
     )
 
 

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from w8a8.errors import MissingExtraError, ServerError
 from w8a8.serve.client import connect, connect_async, explained, not_the_api
@@ -37,24 +39,41 @@ class Server:
         """The base URLs of all servers."""
         return self.base_url, *self.others
 
+    @property
+    def about(self) -> str:
+        """The base URLs as a result may say them, without credentials."""
+        parts = map(urlsplit, self.urls)
+        return ", ".join(each._replace(netloc=each.netloc.rpartition("@")[2]).geturl() for each in parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model that a server lists, and the owner it names."""
+    """A model that a server lists, the owner it names, and its context in tokens, where the server says it."""
 
     name: str
     owner: str
+    context: int | None = None
+
+    @property
+    def file_name(self) -> str:
+        """The last part of its name, as a part of a file name."""
+        return "".join(c if c.isalnum() or c in "-_." else "-" for c in Path(self.name).name) or "model"
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A reply: the text and why it ended, or the error; tokens as the server counts them."""
+    """A reply: the text and why it ended, or the error; tokens as the server counts them.
+
+    `scores`, where log-probabilities were asked for, has each token's, None for a first one, and whether it is the
+    likeliest there.
+    """
 
     text: str = ""
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    scores: tuple[tuple[float | None, bool], ...] = ()
 
 
 def find_model(server: Server, name: str | None) -> Model:
@@ -70,14 +89,15 @@ def find_model(server: Server, name: str | None) -> Model:
 
 def _find_model(url: str, api_key: str, name: str | None) -> Model:
     with _explained(url), connect(url, api_key, max_retries=0, timeout=30) as client:
-        listed = {str(model.id): str(getattr(model, "owned_by", "")) for model in client.models.list().data}
+        listed = {str(model.id): model for model in client.models.list().data}
     known = ", ".join(list(listed)[:5]) or "none"
     if name is None and len(listed) != 1:
         raise ServerError(f"{url}: which model? --model names one of those it lists: {known}")
     chosen = name if name is not None else next(iter(listed))
     if chosen not in listed:
         raise ServerError(f"{url}: it has no model {chosen}; it lists: {known}")
-    return Model(chosen, listed[chosen])
+    owner, context = (getattr(listed[chosen], name, None) for name in ("owned_by", "max_model_len"))
+    return Model(chosen, str(owner or ""), context if isinstance(context, int) and context > 1 else None)
 
 
 def ask_all(
@@ -161,7 +181,16 @@ def _read(answer: Any, *, chat: bool) -> Reply:
     if not (isinstance(text, str | None) and isinstance(reason, str | None)):
         raise TypeError("text and reason must be strings")
     text = (text or "").encode(errors="replace").decode()  # a lone surrogate cannot be written as UTF-8
-    return Reply(text, reason, _count(answer, "prompt_tokens"), _count(answer, "completion_tokens"))
+    scores = () if chat else _scores(getattr(choice, "logprobs", None))
+    return Reply(text, reason, _count(answer, "prompt_tokens"), _count(answer, "completion_tokens"), scores=scores)
+
+
+def _scores(found: Any) -> tuple[tuple[float | None, bool], ...]:
+    """Read the log-probabilities of a completion's tokens, in nats; missing fields raise Python's own errors."""
+    if found is None or found.token_logprobs is None:
+        return ()
+    pairs = zip(found.token_logprobs, found.top_logprobs, strict=True)
+    return tuple((None, False) if own is None else (float(own), own == max(tops.values())) for own, tops in pairs)
 
 
 def _count(answer: Any, name: str) -> int:

@@ -1,0 +1,90 @@
+"""The journal of a run of lm-evaluation-harness: a line of JSON per answer, so that a killed run loses none.
+
+Requests are known by their hash, so an answer is found again whatever the order, and equal requests are sent once.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from w8a8.errors import InvalidResultError, UsageError
+from w8a8.evals.held import differing, held
+from w8a8.storage.journal import Journal
+
+KIND = "w8a8.lm.journal"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The first line: which model is asked what, since when."""
+
+    kind: str
+    schema: int
+    started: str
+    asking: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a request was answered: a text, or the log-probability of one in nats, and whether it is the likeliest."""
+
+    request: str
+    seconds: float
+    text: str = ""
+    logprob: float = 0
+    greedy: bool = False
+
+
+@dataclass
+class Answers:
+    """An open, locked journal: the answers so far by request, and the seconds that all its runs took together."""
+
+    journal: Journal[Header, Answer]
+    started: str
+    found: dict[str, Answer]
+    damage: str = ""
+
+    @property
+    def seconds(self) -> float:
+        """The time until the last answer."""
+        return max((answer.seconds for answer in self.found.values()), default=0.0)
+
+    def record(self, answer: Answer) -> None:
+        """Append an answer, and sync it. Raises DiskFullError, UnwritableError."""
+        self.found[answer.request] = answer
+        self.journal.append(answer)
+
+
+@contextmanager
+def open_answers(path: Path, *, asking: Mapping[str, Any], started: str, restart: bool) -> Iterator[Answers]:
+    """Lock the journal in `path`, and continue it if it is about `asking`; begin it if it is empty or with `restart`.
+
+    Raises UsageError if it is about something else, InvalidResultError if the file is not a journal, TargetBusyError,
+    DiskFullError, UnwritableError.
+    """
+    with held(path, restart=restart) as path:
+        journal = Journal(path, Header, Answer)
+        noted = journal.read()
+        if noted.job is None and not noted.damage:
+            journal.append(Header(KIND, 1, started, dict(asking)))
+        elif noted.job is None or noted.job.kind != KIND:
+            raise InvalidResultError(
+                f"{path}: not a journal of `w8a8 eval lm`; move it away, or give another --out"
+            )
+        elif noted.job.asking != asking:
+            raise UsageError(
+                f"{path}: the run that wrote it was another one: {differing(noted.job.asking, asking)}; give the same "
+                "options, or another --out, or --restart to ask everything again"
+            )
+        else:
+            started = noted.job.started
+        yield Answers(journal, started, {answer.request: answer for answer in noted.done}, noted.damage)
+
+
+def hashed(value: Any) -> str:
+    """Return the hash of plain JSON values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
