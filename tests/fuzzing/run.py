@@ -22,7 +22,7 @@ from typing import Any
 from tests.fuzzing.mutations import mutated, no_file
 from tests.fuzzing.targets import Target, targets
 from w8a8.errors import W8A8Error
-from w8a8.evals.gsm8k import compare
+from w8a8.evals import paired
 
 SECONDS, MEGABYTES, LONGEST = 5, 500, 2000
 
@@ -34,7 +34,7 @@ class Hang(BaseException):
 def fuzz(inputs: int, seed: int) -> dict[str, Any]:
     """Read `inputs` damaged files; return what was found, as plain JSON values."""
     signal.signal(signal.SIGALRM, _too_long)
-    compare.RESAMPLES = 10  # no matter here, and most of the time
+    paired.RESAMPLES = 10  # no matter here, and most of the time
     with TemporaryDirectory(prefix="w8a8-fuzz-") as folder:
         all_ = list(targets(Path(folder)))
         for target in all_:

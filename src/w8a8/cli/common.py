@@ -135,7 +135,7 @@ def complain(error: W8A8Error) -> None:
         print(f"w8a8: error: {printable(str(error))}", file=sys.stderr)
 
 
-def enforce(broken: str | None) -> None:
+def enforce(broken: str) -> None:
     """End with the code of a limit that is not held, if `broken` says why; the result has been printed."""
     if broken:
         complain(LimitError(broken))

@@ -303,7 +303,7 @@ def eval_kld(
     limit = None if at_most is None else judge_kld(result, at_most)
     with showing(f"{out} is written" if out else "give --out for a file"):
         terminal.table(Judged(result, limit), lambda judged, say: show(judged.result, say))
-    enforce(limit and limit.broken)
+    enforce(limit.broken if limit else "")
 
 
 @app.command(
@@ -336,7 +336,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="SHARE",
-            help="End with code 64 unless a larger loss is ruled out: `1%` are 1 of 100 questions, by the 95% interval.",
+            help="End with code 64 unless a larger loss is ruled out: `1%` are 1 of 100 questions, by the interval.",
         ),
     ] = None,
     json: Json = False,
@@ -350,7 +350,8 @@ def compare(
     from w8a8.evals.gsm8k.showing import show_comparison
     from w8a8.evals.limits import Judged, judge_comparison, judge_tasks, share
     from w8a8.evals.lm.compare import compare as compare_lm
-    from w8a8.evals.lm.results import is_lm, read as read_lm
+    from w8a8.evals.lm.results import is_lm
+    from w8a8.evals.lm.results import read as read_lm
     from w8a8.evals.lm.showing import show_lm_comparison
     from w8a8.terminal.output import Terminal
 
@@ -364,7 +365,7 @@ def compare(
         found = compare_gsm8k(read_gsm8k(base), read_gsm8k(quant), score="flexible" if flexible else "strict")
         limit = None if at_most is None else judge_comparison(found, at_most)
         terminal.table(Judged(found, limit), lambda judged, say: show_comparison(judged.result, say, flips=flips))
-    enforce(limit and limit.broken)
+    enforce(limit.broken if limit else "")
 
 
 def _check_one_server(base_url: list[str] | None, ckpt: str | None) -> None:

@@ -123,9 +123,7 @@ def report(
     terminal = Terminal(json=json, quiet=quiet, log_json=log_json)
     page = page or Path(f"{real(out)}-report") / "report.html"
     with interruptible("nothing was written"):
-        job = prepare(
-            out, source, baseline=baseline, quant=quant, kld=kld, lm_baseline=lm_baseline, lm_quant=lm_quant
-        )
+        job = prepare(out, source, baseline=baseline, quant=quant, kld=kld, lm_baseline=lm_baseline, lm_quant=lm_quant)
         with live(terminal, "reading", job.nbytes) as advance:
             found = run(job, workers=workers, advance=advance)
     written = write(found, page, png or page.parent)

@@ -1,1 +1,1 @@
-"""How good a checkpoint is: GSM8K and other tasks over the API, KL divergence from its original, two results compared."""
+"""How good a checkpoint is: tasks over the API, KL divergence from its original, two results compared."""

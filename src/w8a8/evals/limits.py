@@ -2,13 +2,15 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from w8a8.errors import UsageError
-from w8a8.evals.kld.run import KldResult
 from w8a8.evals.lm.compare import LmComparison
 from w8a8.evals.paired import Comparison
 from w8a8.terminal.wording import plural
+
+if TYPE_CHECKING:
+    from w8a8.evals.kld.run import KldResult
 
 TRY = "try `w8a8 quantize --recipe auto`, and --keep-bf16 1% with it"
 
@@ -48,7 +50,6 @@ class Judged(Generic[R]):
         return {**self.result.to_dict(), **({"limit": self.limit.to_dict()} if self.limit else {})}
 
 
-
 def share(text: str, option: str) -> float:
     """Read `1%` or `0.01` as 0.01. Raises UsageError that names the `option`."""
     match = re.fullmatch(r"(\d{1,3}(?:\.\d{1,6})?)(%?)", text.strip())
@@ -58,7 +59,7 @@ def share(text: str, option: str) -> float:
     return found
 
 
-def judge_kld(result: KldResult, at_most: float) -> Limit:
+def judge_kld(result: "KldResult", at_most: float) -> Limit:
     """Judge the mean KL divergence, in nats per token."""
     low, high = result.mean_interval
     if high <= at_most:
@@ -93,7 +94,10 @@ def judge_comparison(found: Comparison, at_most: float) -> Limit:
 def judge_tasks(found: LmComparison, at_most: float) -> Limit:
     """Judge each task as `judge_comparison` does: all have to hold the limit."""
     limits = [
-        (row.name, judge_comparison(row.paired, at_most) if row.paired else Limit(at_most, 1.0, _NOT_PAIRED.format(row)))
+        (
+            row.name,
+            judge_comparison(row.paired, at_most) if row.paired else Limit(at_most, 1.0, _NOT_PAIRED.format(row)),
+        )
         for row in found.rows
     ]
     broken = [f"{name}: {limit.broken}" for name, limit in limits if limit.broken]

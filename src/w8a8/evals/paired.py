@@ -109,7 +109,7 @@ def paired(
     flips: Sequence[Flip] = (),
     errors: tuple[int, int] = (0, 0),
 ) -> Comparison:
-    """Compare the models named `base` and `quant`, given for each question whether they answer it `right`; one at least.
+    """Compare the models named `base` and `quant` by whether they answer each question `right`; one at least.
 
     The rest is what a `Comparison` says besides.
     """

@@ -144,25 +144,23 @@ def _tasks(base: lm.Result | None, quant: lm.Result | None) -> Tasks | None:
     if found is None:
         return None
     compared = compare_lm(base, quant) if base and quant else None
-    differences = {(row.name, row.metric): row.paired.summary for row in compared.rows if row.paired} if compared else {}
-    rows = []
-    for row in found.rows:
-        members = list(found.of(row))
-        shots = sorted({task.shots for task in members})
-        for metric in row.metrics:
-            rows.append(
-                Scored(
-                    row.name,
-                    metric.name,
-                    str(shots[0]) if len(shots) == 1 else f"{shots[0]} to {shots[-1]}",
-                    sum(len(task.documents) for task in members),
-                    (_metric(base, row.name, metric.name), _metric(quant, row.name, metric.name)),
-                    differences.get((row.name, metric.name), ""),
-                )
-            )
+    differences = (
+        {(row.name, row.metric): row.paired.summary for row in compared.rows if row.paired} if compared else {}
+    )
+    rows = tuple(
+        Scored(
+            row.name,
+            metric.name,
+            *found.asked(row),
+            (_metric(base, row.name, metric.name), _metric(quant, row.name, metric.name)),
+            differences.get((row.name, metric.name), ""),
+        )
+        for row in found.rows
+        for metric in row.metrics
+    )
     protocol = found.protocol
     harness = found.versions.get("lm-eval", "")
-    return Tasks(harness, protocol.chat, protocol.limit, tuple(rows), compared.verdict if compared else "")
+    return Tasks(harness, protocol.chat, protocol.limit, rows, compared.verdict if compared else "")
 
 
 def _metric(result: lm.Result | None, row: str, name: str) -> lm.Metric | None:

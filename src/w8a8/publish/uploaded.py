@@ -14,9 +14,9 @@ from w8a8.checkpoint.reader import INDEX, inside
 from w8a8.checkpoint.sidecars import LeftOut
 from w8a8.checkpoint.stream import file_sha256
 from w8a8.errors import W8A8Error
+from w8a8.evals.lm.results import read as read_lm
 from w8a8.formats.provenance import PROVENANCE
 from w8a8.publish.made import UNVERIFIED, Made
-from w8a8.evals.lm.results import read as read_lm
 from w8a8.publish.results import read_gsm8k, read_kld
 
 _BY_RULE = re.compile(

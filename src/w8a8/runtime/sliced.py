@@ -4,7 +4,7 @@ The model's body reads the text once; then the model's own `forward` runs on the
 head, and all that an architecture does to its logits (Gemma's soft cap, Cohere's scale), work as they always do.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from w8a8.runtime.streamed import body_of
 
 
-def sliced_logits(model: Any, rows: int, **inputs: Any) -> Iterator[Tensor]:
+def sliced_logits(model: Any, rows: int, **inputs: Any) -> Generator[Tensor, None, None]:
     """Yield the logits `[at most rows, vocabulary]` that follow each of `input_ids` [1, tokens], in order.
 
     `inputs` are those of the model's `forward`; a cache among them is filled once. Exhaust or close the iterator before

@@ -31,8 +31,8 @@ def write_tasks(folder: Path) -> Path:
         "metadata": {"version": 1.5},
         "doc_to_text": "{{question}} it is",
     }
-    mean = {"aggregation": "mean", "higher_is_better": True}
-    choose = {
+    mean: dict[str, Any] = {"aggregation": "mean", "higher_is_better": True}
+    choose: dict[str, Any] = {
         "output_type": "multiple_choice",
         "doc_to_target": "gold",
         "doc_to_choice": "choices",
@@ -51,11 +51,12 @@ def write_tasks(folder: Path) -> Path:
         "doc_to_target": "{{question}} {{answer}} " * 9,
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    tasks = {"pets": choose, "more_pets": choose, "echoes": answer, "last": complete, "prose": read}
+    tasks: dict[str, Any] = {"pets": choose, "more_pets": choose, "echoes": answer, "last": complete, "prose": read}
     for name, task in tasks.items():
         (folder / f"{name}.yaml").write_text(json.dumps({"task": name, **common, **task}))
     group = {"group": "zoo", "task": ["pets", "more_pets"], "aggregate_metric_list": [{"metric": "acc"}]}
     (folder / "zoo.yaml").write_text(json.dumps({**group, "metadata": {"version": 2}}))
+    (folder / "far.yaml").write_text(json.dumps({"task": "far", **common, **answer, "dataset_path": "no/body"}))
     unsafe = {"task": "programs", **common, **answer, "unsafe_code": True}
     (folder / "programs.yaml").write_text(json.dumps(unsafe))
     return folder

@@ -17,7 +17,14 @@ def silent(_what: str, _total: int) -> Iterator[Callable[[int], None]]:
 
 
 def run(
-    server: Server, names: Sequence[str], include: Path, out: Path, *, words: Path | None, shots: int | None = None, **how: Any
+    server: Server,
+    names: Sequence[str],
+    include: Path,
+    out: Path,
+    *,
+    words: Path | None,
+    shots: int | None = None,
+    **how: Any,
 ) -> Result:
     """Ask the tasks `names` of the folder `include`, with the tokenizer of the folder `words`."""
     return evaluate(

@@ -32,14 +32,22 @@ def test_tasks_are_paired_document_by_document(tmp_path: Path) -> None:
     found = compared(tmp_path, SCORES, WORSE)
     arc, mmlu, prose = found.rows
     assert arc.paired is not None
-    assert (arc.name, arc.metric, arc.paired.questions, arc.paired.only_base, arc.paired.only_quant) == ("arc_easy", "acc", 60, 10, 0)
+    assert (arc.name, arc.metric, arc.paired.questions, arc.paired.only_base, arc.paired.only_quant) == (
+        "arc_easy",
+        "acc",
+        60,
+        10,
+        0,
+    )
     assert arc.paired.p_value < 0.01
     assert mmlu.paired is not None
     assert (mmlu.paired.questions, mmlu.paired.only_base) == (120, 20)  # both of its tasks
     assert (prose.metric, prose.paired) == ("bits_per_byte", None)
-    assert found.verdict.startswith("The quantized model answers fewer in arc_easy, mmlu right; by chance alone, 0.1 of 2")
+    assert found.verdict.startswith(
+        "The quantized model answers fewer right in arc_easy, mmlu; by chance alone, 0.1 of 2"
+    )
     assert found.to_dict()["rows"][0]["paired"]["both_wrong"] == 20
-    with pytest.raises(UsageError, match="prose has no metric acc_norm"):
+    with pytest.raises(UsageError, match="--metric acc_norm: no task has it; they have acc, bits_per_byte"):
         compared(tmp_path, SCORES, WORSE, metric="acc_norm")
 
 

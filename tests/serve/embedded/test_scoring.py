@@ -64,8 +64,8 @@ async def scored(model: Any, tokenizer: Any, asked: list[list[int]], max_new_tok
     batcher = Batcher(model, context=256)
 
     async def one(ids: list[int]) -> Stream:
-        config = settings(max_new_tokens, eos_token_id=None, do_sample=False)
-        config.echo, config.logprobs = True, 3
+        config = settings(1, eos_token_id=None, do_sample=False)
+        config.echo, config.logprobs, config.max_new_tokens = True, 3, max_new_tokens
         stream = batcher.submit({"input_ids": torch.tensor([ids])}, config, tokenizer._tokenizer)
         assert [item async for item in stream.items()] or not max_new_tokens
         return stream
@@ -109,7 +109,10 @@ def test_the_api_spells_them_with_offsets_into_the_text(client: openai.OpenAI) -
     for token, logprob, tops in list(zip(found.tokens, found.token_logprobs, found.top_logprobs, strict=True))[1:]:
         assert 4 <= len(tops) <= 5
         assert tops[token] == logprob <= max(tops.values()) <= 0
-    assert all(logprob == max(tops.values()) for logprob, tops in zip(found.token_logprobs[-3:], found.top_logprobs[-3:], strict=True))
+    assert all(
+        logprob == max(tops.values())
+        for logprob, tops in zip(found.token_logprobs[-3:], found.top_logprobs[-3:], strict=True)
+    )
     assert made.usage is not None
     assert (made.usage.prompt_tokens, made.usage.completion_tokens) == (7, 3)
     # Tokens are scored as the text that they spell; what is not echoed is not scored; nothing need be answered.

@@ -45,9 +45,9 @@ class LmComparison:
         if not shown:
             return f"No difference shown in any of {len(judged)} tasks."
         worse, better = ([name for name, found in shown.items() if (found.difference < 0) == less] for less in (1, 0))
-        parts = [f"{what} in {', '.join(names)}" for what, names in (("fewer", worse), ("more", better)) if names]
+        parts = [f"{what} right in {', '.join(names)}" for what, names in (("fewer", worse), ("more", better)) if names]
         chance = f"; by chance alone, {len(judged) * SIGNIFICANCE:.1g} of {len(judged)} tasks would show one"
-        return f"The quantized model answers {' and '.join(parts)} right{chance}."
+        return f"The quantized model answers {' and '.join(parts)}{chance}."
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as plain JSON values."""
@@ -55,12 +55,15 @@ class LmComparison:
 
 
 def compare(base: Result, quant: Result, *, metric: str | None = None) -> LmComparison:
-    """Pair two results by `metric`, or each task's first; a group's tasks are taken together.
+    """Pair two results by `metric`, or a task's first where it has none such; a group's tasks are taken together.
 
-    Raises UsageError naming the difference if they were not asked the same documents in the same way, or where a task
-    has no such metric.
+    Raises UsageError naming the difference if they were not asked the same documents in the same way, or where no task
+    has such a metric.
     """
     _check_same(base, quant)
+    known = {metric.name for row in base.rows for metric in row.metrics}
+    if metric is not None and metric not in known:
+        raise UsageError(f"--metric {metric}: no task has it; they have {brief(', '.join(sorted(known)))}")
     theirs = {row.name: row for row in quant.rows}
     return LmComparison(
         base.model, quant.model, tuple(_compared(base, quant, row, theirs[row.name], metric) for row in base.rows)
@@ -68,7 +71,8 @@ def compare(base: Result, quant: Result, *, metric: str | None = None) -> LmComp
 
 
 def _compared(base: Result, quant: Result, row: Row, other: Row, wanted: str | None) -> Compared:
-    first, second = _metric(row, wanted), _metric(other, wanted)
+    first = _metric(row, wanted)
+    second = _metric(other, first.name)
     right, order = list[tuple[bool, bool]](), {task.name: task for task in quant.of(other)}
     for task in base.of(row):
         sides = task.scores.get(first.name), order[task.name].scores.get(first.name)
@@ -76,22 +80,20 @@ def _compared(base: Result, quant: Result, row: Row, other: Row, wanted: str | N
             right.clear()
             break
         right += zip(map(bool, sides[0] or ()), map(bool, sides[1] or ()), strict=True)
-    names = {"base": base.model, "quant": quant.model, "score": first.name}
     return Compared(
         row.name,
         first.name,
         (first.value, second.value),
         (first.stderr, second.stderr),
-        paired(right, **names) if right else None,
+        paired(right, base=base.model, quant=quant.model, score=first.name) if right else None,
     )
 
 
 def _metric(row: Row, wanted: str | None) -> Metric:
-    for metric in row.metrics:
-        if wanted in (None, metric.name, metric.metric):
-            return metric
-    known = ", ".join(metric.name for metric in row.metrics) or "none"
-    raise UsageError(f"{brief(row.name)} has no metric {wanted or 'at all'}; it has {brief(known)}")
+    found = next((metric for metric in row.metrics if metric.name == wanted), next(iter(row.metrics), None))
+    if found is None:
+        raise UsageError(f"{brief(row.name)} has no metric to compare by; leave it out")
+    return found
 
 
 def _check_same(base: Result, quant: Result) -> None:

@@ -72,9 +72,7 @@ def open_answers(path: Path, *, asking: Mapping[str, Any], started: str, restart
         if noted.job is None and not noted.damage:
             journal.append(Header(KIND, 1, started, dict(asking)))
         elif noted.job is None or noted.job.kind != KIND:
-            raise InvalidResultError(
-                f"{path}: not a journal of `w8a8 eval lm`; move it away, or give another --out"
-            )
+            raise InvalidResultError(f"{path}: not a journal of `w8a8 eval lm`; move it away, or give another --out")
         elif noted.job.asking != asking:
             raise UsageError(
                 f"{path}: the run that wrote it was another one: {differing(noted.job.asking, asking)}; give the same "

@@ -71,6 +71,11 @@ class ApiModel(TemplateLM):  # type: ignore[misc]
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
+    @property
+    def tokenizer_name(self) -> str:
+        """What a cache of prompts would be known by; none is kept."""
+        return ""
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Cut a text into tokens, with the special ones that the tokenizer adds unless the text has them."""
         if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):

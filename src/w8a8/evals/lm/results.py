@@ -108,6 +108,13 @@ class Result:
         """Yield the tasks of a row."""
         return (task for task in self.tasks if task.name in row.tasks)
 
+    def asked(self, row: Row) -> tuple[str, int]:
+        """The number of examples that a row's tasks were asked with, in words, and how many documents they have."""
+        tasks = list(self.of(row))
+        shots = sorted({task.shots for task in tasks})
+        which = str(shots[0]) if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
+        return which, sum(len(task.documents) for task in tasks)
+
     def to_dict(self) -> dict[str, Any]:
         """The result as plain JSON values."""
         about = {name: value for name, value in asdict(self).items() if name != "path"}

@@ -85,7 +85,7 @@ def evaluate(
             progress=progress,
         )  # fmt: skip
         random.seed(RANDOM_SEED)
-        np.random.seed(NUMPY_SEED)  # noqa: NPY002 - tasks draw from it
+        np.random.seed(NUMPY_SEED)
         made = harness(
             asking,
             {"tasks": dict(tasks.tasks), "groups": dict(tasks.groups)},

@@ -15,15 +15,11 @@ def show_lm(result: Result, say: Callable[[Any], None]) -> None:
     how = "chat" if result.protocol.chat else "completions"
     say(f"[bold]{clean(result.model)}[/bold]: lm-evaluation-harness {clean(harness)}, {how}")
     table = plain_table("task", "metric", "shots", "documents", "value", "standard error", left=2)
-    tasks = {task.name: task for task in result.tasks}
     for row in result.rows:
-        members = [tasks[name] for name in row.tasks]
-        shots = sorted({task.shots for task in members})
-        asked = sum(len(task.documents) for task in members)
+        shots, asked = result.asked(row)
         for metric in row.metrics:
             error = "" if metric.stderr is None else f"{metric.stderr:.4f}"
-            which = f"{shots[0]}" if len(shots) == 1 else f"{shots[0]} to {shots[-1]}"
-            table.add_row(clean(row.name), clean(metric.name), which, f"{asked:,}", f"{metric.value:.4f}", error)
+            table.add_row(clean(row.name), clean(metric.name), shots, f"{asked:,}", f"{metric.value:.4f}", error)
     say(table)
     say(f"{sum(len(task.documents) for task in result.tasks):,} documents, {result.seconds:.0f} s")
     say(clean(str(result.path)))

@@ -18,9 +18,7 @@ try:
     from lm_eval.tasks import TaskManager
     from tqdm import tqdm
 except ImportError as missing:
-    raise MissingExtraError(
-        f"eval lm needs lm-evaluation-harness ({missing}): pip install 'w8a8[lm]'"
-    ) from missing
+    raise MissingExtraError(f"eval lm needs lm-evaluation-harness ({missing}): pip install 'w8a8[lm]'") from missing
 
 FEWSHOT_SEED = 1234
 """The harness's seed for choosing examples."""
@@ -68,7 +66,7 @@ def load(
         notice(f"loading {name}")
         found = _load(manager, name)
         if twice := tasks.keys() & found["tasks"].keys():
-            raise UsageError(f"{min(twice)} is asked for twice, also as a part of {name}")
+            raise UsageError(f"{min(twice)} is asked for twice, the second time by {name}; name it once")
         tasks |= found["tasks"]
         if name in found["groups"] and found["groups"][name].has_aggregation:
             groups |= found["groups"]
@@ -100,9 +98,14 @@ def _manager(names: Sequence[str], include: Path | None) -> Any:
     return manager
 
 
-def _complete(manager: Any, names: Sequence[str]) -> bool:
-    """Whether an index has all `names`, none of them a group, whose tasks may be elsewhere."""
-    return all(name in manager.all_subtasks for name in names)
+def _complete(manager: Any, names: Sequence[Any]) -> bool:
+    """Whether an index has all `names`: tasks, and groups of tasks that it has."""
+    entries = [manager.task_index.get(name) if isinstance(name, str) else None for name in names]
+    return all(
+        entry is not None
+        and (entry.name in manager.all_subtasks or (entry.cfg and _complete(manager, entry.cfg.get("task", [None]))))
+        for entry in entries
+    )
 
 
 def _load(manager: Any, name: str) -> Any:
@@ -111,7 +114,9 @@ def _load(manager: Any, name: str) -> Any:
     except W8A8Error:
         raise
     except ImportError as error:
-        raise MissingExtraError(f"{name}: {first_line(error)}; install what the task needs (lm-eval's extras)") from error
+        raise MissingExtraError(
+            f"{name}: {first_line(error)}; install what the task needs (lm-eval's extras)"
+        ) from error
     except Exception as error:  # a task is a program, and its data come through several libraries
         raise HubError(
             f"{name}: its data cannot be had ({first_line(error)}); the harness's tasks have them on the Hub, and "
@@ -127,7 +132,7 @@ def _check(name: str, task: Any) -> None:
 
 
 def tokenizer_of(checkpoint: str | None) -> Any:
-    """Load the tokenizer of a checkpoint, a folder or a Hub id; None for none. Raises what opening and loading raise."""
+    """Load the tokenizer of a folder or a Hub id; None for none. Raises what opening and loading a checkpoint raise."""
     if checkpoint is None:
         return None
     from w8a8.runtime.loading import load_tokenizer

@@ -85,8 +85,10 @@ class Prompts:
         if (highest := max(prompt, default=0)) >= vocabulary:
             raise HTTPException(400, f"prompt: the model has {vocabulary:,} tokens, and none with the number {highest}")
         inputs = {"input_ids": torch.tensor([prompt], dtype=torch.long, device=self._model.device)}
+        if not echo:
+            return Prompt(inputs)
         decoder, core = DecodeStream([], skip_special_tokens=False), self._tokenizer._tokenizer
-        pieces = [decoder.step(core, token) or "" for token in (prompt if echo else ())]
+        pieces = [decoder.step(core, token) or "" for token in prompt]
         return Prompt(inputs, text="".join(pieces), begins=tuple(accumulate(map(len, pieces[:-1]), initial=0)))
 
     def _render(self, request: ChatRequest) -> str:

@@ -43,8 +43,9 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer and that this engine lacks -> the values, beside null, that ask for nothing."""
 
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
-    "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "functions": ([],), "function_call": ("none", "auto"), "audio": (),
-    "modalities": (["text"],), "web_search_options": (), "chat_template": (), "add_generation_prompt": (True,),
+    "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "functions": ([],),
+    "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],), "web_search_options": (),
+    "chat_template": (), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "add_special_tokens": (False,), "documents": ([],), "images": ([],),
     "processor_kwargs": ({},), "mm_processor_kwargs": ({},), "tokenizer_kwargs": ({},),
 }  # fmt: skip

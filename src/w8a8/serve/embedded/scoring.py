@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 VALUES = 2**22
@@ -36,7 +37,7 @@ def positions(model: Any) -> int:
 def score(logits: Tensor, tokens: Sequence[int], likeliest: int) -> list[Scored]:
     """Score `tokens` by the logits [tokens, vocabulary] that predict them. Raises ValueError for logits with NaN."""
     logprobs = logits.float().log_softmax(-1).clamp(min=LEAST)
-    own = logprobs[range(len(tokens)), list(tokens)]
+    own = logprobs.gather(-1, torch.tensor(tokens, dtype=torch.long, device=logits.device)[:, None])[:, 0]
     if own.isnan().any():
         raise ValueError("the model's logits hold NaN")
     best, ids = logprobs.topk(min(likeliest, logprobs.shape[-1]))

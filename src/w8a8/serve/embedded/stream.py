@@ -48,9 +48,10 @@ class Stream:
 
         `tokenizer` is that of the `tokenizers` library. `processors` turn `input_ids` [1, n] and `scores`
         [1, vocabulary] into scores, as in `model.generate`, before a token is sampled. `parser`, transformers'
-        `ResponseParser`, finds reasoning and calls in the text. Of each token of the answer, and with `config.echo` of
-        the prompt, the log-probability is found beside those of the `config.logprobs` likeliest (None: of none). Made on
-        the event loop that `items` is read on.
+        `ResponseParser`, finds reasoning and calls in the text. Made on the event loop that `items` is read on.
+
+        Each token of the answer, and with `config.echo` of the prompt, is scored, beside the `config.logprobs`
+        likeliest; None: nothing is.
         """
         self.inputs = inputs
         self.prompt: list[int] = inputs["input_ids"][0].tolist()
