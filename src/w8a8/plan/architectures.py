@@ -26,7 +26,9 @@ _KEYS = {"like", "model_types", "text", "fused", "whole", "stacks", "stacked", "
 class Group:
     """Linear layers that read the same activations, and what makes these, if it can be rescaled; paths inside a layer.
 
-    `kind` says how the producer makes them (`w8a8.recipes.groups`), `offset` what a norm adds to its weight.
+    `kind` says how the producer makes them (`w8a8.recipes.groups`), `offset` what a norm adds to its weight. `readers`
+    are other modules that read them and are not quantized (routers, small gates): their columns are multiplied, too.
+    `start` is the first row of a linear producer that makes them, where others of its rows make something else.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Group:
     producer: str | None = None
     kind: Kind | None = None
     offset: float = 0.0
+    readers: tuple[str, ...] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +200,7 @@ def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]
 
 def _group(table: Mapping[str, Any], where: str) -> Group:
     where = f"{where}, {table.get('name')!r}"
-    _check_keys(table, {field.name for field in fields(Group)}, where)
+    _check_keys(table, {field.name for field in fields(Group)} - {"start"}, where)
     consumers, producer, kind = table.get("consumers"), table.get("producer"), table.get("kind")
     if not isinstance(table.get("name"), str) or not consumers:
         raise ValueError(f"{where}: a group has a name and consumers")
@@ -204,7 +208,8 @@ def _group(table: Mapping[str, Any], where: str) -> Group:
         raise ValueError(f"{where}: kind is one of {', '.join(get_args(Kind))} where there is a producer, else absent")
     if "offset" in table and (kind != "norm" or not isinstance(table["offset"], float)):
         raise ValueError(f"{where}: offset is a number like 1.0 that a norm adds to its weight")
-    return Group(table["name"], _strings(consumers, where), producer, kind, table.get("offset", 0.0))
+    readers = _strings(table.get("readers", []), where)
+    return Group(table["name"], _strings(consumers, where), producer, kind, table.get("offset", 0.0), readers)
 
 
 def _stack(table: Mapping[str, Any], where: str) -> Stack:

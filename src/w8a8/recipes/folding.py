@@ -1,13 +1,26 @@
 """Fold scales into a group: divide its producer's channels by them, for its consumers' columns to be multiplied."""
 
+import copy
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from w8a8.recipes.groups import Group
-from w8a8.runtime.linear import W8A8Linear
+from w8a8.runtime.linear import W8A8Linear, frozen
 
 Heads = tuple[int, int, int]
 """Number of key-value heads, query heads per key-value head, channels per head."""
+
+
+def channels_of(layer: nn.Module, group: Group) -> int:
+    """The number of channels of the group's producer that its consumers read."""
+    assert group.producer is not None
+    if group.kind == "value":
+        rows: int = layer.get_submodule(group.producer).out_features
+        return rows - group.start
+    columns: int = layer.get_submodule(group.consumers[0]).in_features
+    return columns
 
 
 def heads_of(layer: nn.Module, group: Group) -> Heads | None:
@@ -15,7 +28,7 @@ def heads_of(layer: nn.Module, group: Group) -> Heads | None:
     if group.kind != "value" or group.producer is None:
         return None
     size: int = layer.get_submodule(group.producer.rpartition(".")[0]).head_dim  # the attention's
-    channels = layer.get_submodule(group.producer).out_features
+    channels = channels_of(layer, group)
     return channels // size, layer.get_submodule(group.consumers[0]).in_features // channels, size
 
 
@@ -66,12 +79,37 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
     if group.kind == "norm":
         folded = _gain(layer, group.producer, group) / scales - group.offset
         changed["weight"] = torch.where(scales == 1, producer.weight, folded.to(dtype).float())
-    elif isinstance(producer, W8A8Linear):
-        changed["weight_scale"] = producer.weight_scale / scales
     else:
-        changed["weight"] = producer.weight / scales[:, None]
+        rows = scales.new_ones(producer.out_features)
+        rows[group.start : group.start + len(scales)] = scales
+        scales = rows
+        if isinstance(producer, W8A8Linear):
+            changed["weight_scale"] = producer.weight_scale / scales
+        else:
+            changed["weight"] = producer.weight / scales[:, None]
     if getattr(producer, "bias", None) is not None:
         changed["bias"] = (producer.bias / scales).to(dtype).float()
-    for name, value in changed.items():
-        setattr(producer, name, nn.Parameter(value.detach(), requires_grad=False))
-    return {f"{group.producer}.{name}": value.detach() for name, value in changed.items()}
+    return _set(layer, {f"{group.producer}.{name}": value for name, value in changed.items()})
+
+
+def multiply(layer: nn.Module, paths: Iterable[str], by_channel: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Multiply the columns of the weights [out, in] of the modules `paths` by `by_channel` [in].
+
+    They are rounded to `dtype`, and returned by name. Parameters of `layer` are replaced, not written to.
+    """
+    weights: dict[str, Tensor] = {f"{path}.weight": layer.get_submodule(path).weight for path in paths}
+    return _set(layer, {name: (weight * by_channel).to(dtype).float() for name, weight in weights.items()})
+
+
+def shared_copy(layer: nn.Module) -> nn.Module:
+    """A copy with the same parameters and buffers, whose modules can be replaced."""
+    tensors = [*layer.parameters(), *layer.buffers()]
+    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
+
+
+def _set(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put `values` in the place of the parameters of these names; return them."""
+    for name, value in values.items():
+        path, _, parameter = name.rpartition(".")
+        setattr(layer.get_submodule(path), parameter, frozen(value.detach()))
+    return {name: value.detach() for name, value in values.items()}

@@ -11,6 +11,9 @@ architecture's table says which groups there are (`architectures.toml`):
 A key-value head's channels reach `o_proj` once for every query head that shares it. A group without a producer (values
 that are normalised, activations that no norm makes) keeps its inputs as they are; its weights can still be rounded
 better.
+
+Other modules may read the activations, too: routers, small gates. They stay in the checkpoint's dtype, and their columns
+are multiplied like those of the consumers.
 """
 
 from collections.abc import Mapping
@@ -27,12 +30,16 @@ __all__ = ["Group", "groups_of"]
 def groups_of(config: Mapping[str, Any], layer: nn.Module) -> tuple[Group, ...]:
     """The groups of a decoder layer in the order they run, by the `model_type` in its model's config.json.
 
-    Consumers that the layer does not have are left out. An architecture whose table has no groups cannot be
-    calibrated.
+    Consumers and readers that the layer does not have are left out. Where the architecture's table has no groups there
+    are none: `trace.py` finds them.
     """
     there = {path for path, _ in layer.named_modules()}
     fitted = (
-        replace(group, consumers=tuple(path for path in group.consumers if path in there))
+        replace(
+            group,
+            consumers=tuple(path for path in group.consumers if path in there),
+            readers=tuple(path for path in group.readers if path in there),
+        )
         for group in architecture_of(config).groups
     )
     return tuple(group for group in fitted if group.consumers)

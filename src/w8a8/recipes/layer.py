@@ -12,7 +12,6 @@ The error is the KL divergence that quantizing the group costs, in nats per toke
 between groups and between layers, and their sum is about the error of the whole model.
 """
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from w8a8.recipes import RecipeName, folding, smooth
 from w8a8.recipes.costs import Cost
-from w8a8.recipes.folding import Heads, expand, heads_of
+from w8a8.recipes.folding import Heads, expand, heads_of, shared_copy
 from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
 from w8a8.runtime.linear import W8A8Linear, frozen
@@ -97,7 +96,7 @@ def calibrate_layer(
     if not groups:
         return LayerResult({}, ())
     costs = ErrorCosts.of(groups, batches, row_costs)
-    with hands.placed(_shared_copy(layer), batches) as placed:
+    with hands.placed(shared_copy(layer), batches) as placed:
         state = LayerState(placed, dtype)
         gains = [_calibrate_group(state, group, recipe, costs) for group in groups]
     return LayerResult(state.tensors, tuple(gains))
@@ -105,7 +104,7 @@ def calibrate_layer(
 
 def quantized(layer: nn.Module, result: LayerResult) -> nn.Module:
     """The layer as it will run: all linear layers in INT8, norms folded. What is unchanged is shared with `layer`."""
-    made = _shared_copy(layer)
+    made = shared_copy(layer)
     for path in [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]:
         _run_as(made, path, result.tensors.get(f"{path}.weight"))
     for name, value in result.tensors.items():
@@ -226,11 +225,14 @@ class LayerState:
                     self.tensors[f"{path}.weight"] = Codes(self.layer.get_submodule(path).weight.data, value)
                 else:
                     self.tensors[name] = value.to(self.dtype)
+            by_channel = expand(candidate.scales, heads_of(self.layer, group))
+            for name, value in folding.multiply(self.layer, group.readers, by_channel, self.dtype).items():
+                self.tensors[name] = value.to(self.dtype)
         for path, codes in zip(group.consumers, candidate.weights, strict=True):
             _run_as(self.layer, path, codes)
             if candidate.name != "rtn":
                 self.tensors[f"{path}.weight"] = codes
-        self.placed.changed([*group.consumers, *filter(None, [group.producer])])
+        self.placed.changed([*group.consumers, *group.readers, *filter(None, [group.producer])])
 
 
 class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
@@ -252,12 +254,6 @@ def _int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
     made.weight_scale = frozen(weight.scale)
     made.bias = None if bias is None else frozen(bias)
     return made
-
-
-def _shared_copy(layer: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, whose modules can be replaced."""
-    tensors = [*layer.parameters(), *layer.buffers()]
-    return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
 
 
 # --- which batches serve which purpose ----------------------------------------------------------------------------
