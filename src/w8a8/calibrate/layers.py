@@ -89,9 +89,7 @@ def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
         result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype, setup.hands)
         this.journal.store(save(_tensors(number, result, model)))
         # 3) Run the layer as it will run
-        made = quantized(layer, result)
-        for path in linear - ours:
-            made.set_submodule(path, layer.get_submodule(path))
+        made = quantized(layer, result, ours)
         with setup.hands.placed(made, batches) as placed:
             this.states(number + 1).write(chain.from_iterable(placed.each(forward_block)))
     return result.gains

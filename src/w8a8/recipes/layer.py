@@ -102,10 +102,14 @@ def calibrate_layer(
     return LayerResult(state.tensors, tuple(gains))
 
 
-def quantized(layer: nn.Module, result: LayerResult) -> nn.Module:
-    """The layer as it will run: all linear layers in INT8, norms folded. What is unchanged is shared with `layer`."""
+def quantized(layer: nn.Module, result: LayerResult, paths: Iterable[str] | None = None) -> nn.Module:
+    """The layer as it will run: linear layers in INT8, those of `paths` or all, and what was folded into the rest.
+
+    What is unchanged is shared with `layer`.
+    """
     made = shared_copy(layer)
-    for path in [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]:
+    every = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    for path in every if paths is None else paths:
         _run_as(made, path, result.tensors.get(f"{path}.weight"))
     for name, value in result.tensors.items():
         if isinstance(value, Tensor):
