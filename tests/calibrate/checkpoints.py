@@ -35,11 +35,28 @@ def make(folder: Path, kind: str = "Llama", dtype: torch.dtype = torch.bfloat16,
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**values)).to(dtype)
     model.model.embed_tokens.weight.data[:, LOUD] *= 20
     model.save_pretrained(folder, max_shard_size="100kB")
+    write_tokenizer(folder)
+    return folder
+
+
+def make_elastic_gemma(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Write a small Gemma 4 as E2B is: its last layers share keys and values, and all read per-layer inputs."""
+    set_seed(3)
+    head = {"head_dim": 16, "global_head_dim": 32, "num_kv_shared_layers": 3}
+    inputs = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": len(WORDS)}
+    kinds = {"num_hidden_layers": 6, "layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 16}
+    config = transformers.Gemma4TextConfig(**{**_SHAPE, **head, **inputs, **kinds})
+    transformers.Gemma4ForCausalLM(config).to(dtype).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of characters into a checkpoint's folder."""
     characters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(WORDS)}, merges=[], unk_token=" "))
     characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     characters.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=characters, bos_token="<s>").save_pretrained(folder)
-    return folder
 
 
 def write_text(folder: Path) -> Path:

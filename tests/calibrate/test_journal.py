@@ -19,7 +19,7 @@ STATES = b"states"
 
 
 def pass_of_one_layer(folder: Path) -> LayerJournal:
-    journal = LayerJournal(folder, JOB, len(STATES))
+    journal = LayerJournal(folder, JOB)
     journal.states(0).write_bytes(STATES)
     journal.begin()
     journal.store(b"layer")
@@ -32,7 +32,7 @@ def test_what_is_finished_is_found_again_and_what_is_not_is_removed(tmp_path: Pa
     pass_of_one_layer(tmp_path / "first")
     for unfinished in (".layer-00001.safetensors.1.tmp", "layer-00001.safetensors", "states-00002.bin"):
         (tmp_path / "first" / unfinished).write_bytes(b"half")
-    found = LayerJournal(tmp_path / "first", JOB, len(STATES))
+    found = LayerJournal(tmp_path / "first", JOB)
     assert found.begun
     assert found.gains == [GAINS]
     assert [path.read_bytes() for path in found.layers()] == [b"layer"]
@@ -42,7 +42,7 @@ def test_what_is_finished_is_found_again_and_what_is_not_is_removed(tmp_path: Pa
 
 def test_another_job_starts_over(tmp_path: Path) -> None:
     pass_of_one_layer(tmp_path)
-    found = LayerJournal(tmp_path, replace(JOB, recipe="auto"), len(STATES))
+    found = LayerJournal(tmp_path, replace(JOB, recipe="auto"))
     assert not found.begun
     assert found.gains == []
     assert [*tmp_path.iterdir()] == []
@@ -51,7 +51,7 @@ def test_another_job_starts_over(tmp_path: Path) -> None:
 def test_states_that_are_not_whole_start_over(tmp_path: Path) -> None:
     journal = pass_of_one_layer(tmp_path)
     journal.states(1).write_bytes(STATES[:3])
-    assert not LayerJournal(tmp_path, JOB, len(STATES)).begun
+    assert not LayerJournal(tmp_path, JOB).begun
     assert [*tmp_path.iterdir()] == []
 
 
@@ -60,7 +60,7 @@ def test_a_journal_with_other_lines_starts_over(tmp_path: Path) -> None:
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('\n{"name": "model.safetensors"}')
     journal.states(2).write_bytes(STATES)
-    assert not LayerJournal(tmp_path, JOB, len(STATES)).begun
+    assert not LayerJournal(tmp_path, JOB).begun
 
 
 @pytest.mark.parametrize("name", ["layer-00000.safetensors", "states-00001.bin"])
@@ -69,7 +69,7 @@ def test_a_finished_file_that_was_damaged_starts_over_and_says_so(tmp_path: Path
     data = bytearray((tmp_path / name).read_bytes())
     data[0] ^= 1
     (tmp_path / name).write_bytes(data)
-    found = LayerJournal(tmp_path, JOB, len(STATES))
+    found = LayerJournal(tmp_path, JOB)
     assert not found.begun
     assert found.lost == f"{name} is not what was written"
     assert [*tmp_path.iterdir()] == []
@@ -80,7 +80,7 @@ def test_a_damaged_journal_starts_over_and_says_so(tmp_path: Path, line: str) ->
     pass_of_one_layer(tmp_path)
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write(f"{line}\n")
-    found = LayerJournal(tmp_path, JOB, len(STATES))
+    found = LayerJournal(tmp_path, JOB)
     assert not found.begun
     assert found.lost == "line 4 is not what was written"
 
@@ -89,14 +89,14 @@ def test_a_doubled_line_says_nothing_new(tmp_path: Path) -> None:
     pass_of_one_layer(tmp_path)
     journal = tmp_path / "journal.jsonl"
     journal.write_text(f"{journal.read_text()}{journal.read_text().splitlines()[-1]}\n")
-    assert LayerJournal(tmp_path, JOB, len(STATES)).gains == [GAINS]
+    assert LayerJournal(tmp_path, JOB).gains == [GAINS]
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     pass_of_one_layer(elsewhere)
     (tmp_path / "first").symlink_to(elsewhere)
-    assert not LayerJournal(tmp_path / "first", replace(JOB, recipe="auto"), len(STATES)).begun
+    assert not LayerJournal(tmp_path / "first", replace(JOB, recipe="auto")).begun
     assert len([*elsewhere.iterdir()]) == 3
 
 

@@ -105,7 +105,7 @@ def batches(made: Any, number: int, *, count: int = 8, tokens: int = 48, outlier
     for n, each in enumerate(states):
         size = states_of(layer(each, **seen)).norm(dim=-1, keepdim=True)
         direction = torch.randn(each.shape, generator=generator) / size
-        _, gradients = costs.backwards(layer, paths, each, seen, direction)
+        _, gradients, _ = costs.backwards(layer, paths, each, seen, direction)
         measured = {path: Cost.of([gradient]) for path, gradient in gradients.items()}
         tokens_, rows = ({path: getattr(cost, part) for path, cost in measured.items()} for part in ("token", "row"))
         found.append(CostedBatch(each, seen, n % 4 == 3, tokens_, rows))

@@ -68,7 +68,7 @@ def test_costs_foretell_the_divergence_that_small_errors_make(kind: str) -> None
     ]
     (gradient,) = torch.autograd.grad(read, leaving, torch.stack(drawn))
     for number in (2, 1):
-        gradient, _ = backwards(decoder.layers[number], [], many[number], kwargs[number], gradient)
+        gradient, _, _ = backwards(decoder.layers[number], [], many[number], kwargs[number], gradient)
     gradients = backwards(layer, paths, many[0], kwargs[0], gradient)[1]
 
     for path in paths:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 import w8a8.runtime  # so that the whole models load too
-from tests.calibrate.checkpoints import KINDS, make
+from tests.calibrate.checkpoints import KINDS, make, make_elastic_gemma
 from tests.runtime.conftest import Mixtures
 from tests.support.tiny import make_model
 from w8a8.checkpoint import Checkpoint
@@ -118,24 +118,29 @@ def test_the_embedding_is_read_by_rows(tmp_path: Path) -> None:
     assert weight.untyped_storage().nbytes() == weight.element_size()
 
 
-def test_layers_that_share_keys_and_values_are_refused(tmp_path: Path) -> None:
-    config = transformers.Gemma4TextConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        global_head_dim=16,
-        vocab_size=64,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=0,
-        num_hidden_layers=4,
-        num_kv_shared_layers=2,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )
-    transformers.Gemma4ForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match="share keys and values"):
-        StreamedModel("gemma4", as_run(Checkpoint.open(tmp_path)))
+def test_layers_do_that_share_keys_and_values_and_read_inputs_of_their_own(tmp_path: Path) -> None:
+    make_elastic_gemma(tmp_path)
+    check(tmp_path)
+    model = StreamedModel("gemma4", as_run(Checkpoint.open(tmp_path)), torch.float32)
+    assert model.own(model.embed(IDS)[1], model.embed(IDS)[1]) == [{}] * 6
+    others = [*reversed(IDS)]
+    assert [[*own] for own in model.own(model.embed(others)[1], model.embed(IDS)[1])] == [["per_layer_input"]] * 6
+    table = model.model.get_decoder().embed_tokens_per_layer.weight
+    assert table.untyped_storage().nbytes() == table.element_size()  # read by rows, as the embedding is
+
+
+def test_the_head_reads_what_the_model_gives_it_and_its_outputs_are_scaled(tmp_path: Path) -> None:
+    make_model("granite", torch.float32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "logits_scaling": 4.0}))
+    model = StreamedModel("model", as_run(Checkpoint.open(tmp_path)), torch.float32)
+    assert model.logit_scale(IDS) == pytest.approx(1 / 4)
+    states = torch.randn(1, len(IDS), config["hidden_size"], requires_grad=True)
+    read = model.read_by_head(IDS, states)
+    norm = model.model.get_decoder().norm
+    assert torch.equal(read, norm(states))
+    assert read.requires_grad
+    assert torch.equal(model.embed(IDS)[0], model.embed(IDS)[0])  # all layers are hollow again
 
 
 def test_a_layer_without_its_weights_is_refused(tmp_path: Path) -> None:

@@ -1,25 +1,29 @@
-"""The states between two decoder layers, for all samples, in a file.
+"""What passes between two decoder layers, for all samples, in a file.
 
-The quantized layers before produce them. A file holds one sample after the other, float32 [samples, tokens, hidden].
-Samples are read and written one at a time and so take the memory of one; the page cache keeps as much of the file in
-RAM as fits.
+The quantized layers before produce it. A file holds one sample after the other: its length, and safetensors. Samples
+are read and written one at a time and so take the memory of one; the page cache keeps as much of the file in RAM as
+fits.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import io
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
+from w8a8.errors import UnreadableError
 from w8a8.reading import open_file, reading
-from w8a8.recipes.layer import Batch
+from w8a8.runtime.calls import States
 from w8a8.storage.writer import SequentialWriter
 
 HELD_OUT_EVERY = 8
 """One of this many samples is held out, to judge candidates by."""
+LENGTH = 8
+"""Bytes of a sample's length, little-endian."""
+HIDDEN = "hidden"
 
 
 def held_out(samples: int) -> Sequence[bool]:
@@ -36,50 +40,50 @@ def spread(samples: int, count: int, *, apart: bool) -> Sequence[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Activations:
-    """The states that enter a layer: a file of `samples` times [tokens, hidden] float32."""
+class SampleFile:
+    """A file of tensors by name, for one sample after the other."""
 
     path: Path
-    samples: int
-    tokens: int
-    hidden: int
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole file."""
-        return self.samples * self.tokens * self.hidden * 4
-
-    def write(self, states: Iterable[Tensor]) -> None:
-        """Write the states [1, tokens, hidden] of every sample, and sync the file.
-
-        Raises `DiskFullError` or `UnwritableError`.
-        """
+    def write(self, samples: Iterable[Mapping[str, Tensor]]) -> None:
+        """Write the tensors of every sample, and sync the file. Raises `DiskFullError` or `UnwritableError`."""
         with SequentialWriter(self.path) as writer:
-            for each in states:
-                writer.append(memoryview(each.cpu().contiguous().numpy().reshape(-1).view(np.uint8)))
+            for each in samples:
+                data = save({name: tensor.cpu().contiguous() for name, tensor in each.items()})
+                writer.append(len(data).to_bytes(LENGTH, "little"))
+                writer.append(data)
             writer.finish()
 
-    def states(self, device: torch.device) -> Iterator[Tensor]:
-        """Read the states [1, tokens, hidden] of every sample onto `device`."""
-        with reading(self.path), open_file(self.path) as file:
-            for _ in range(self.samples):
-                values = torch.from_numpy(np.fromfile(file, np.float32, self.tokens * self.hidden))
-                yield values.reshape(1, self.tokens, -1).to(device)
+    def read(self, device: torch.device, numbers: Collection[int] | None = None) -> Iterator[dict[str, Tensor]]:
+        """Read the tensors of every sample, or of those with these `numbers`, onto `device`.
+
+        Raises `UnreadableError`, also where the file is not what was written.
+        """
+        with reading(self.path), io.BufferedReader(open_file(self.path)) as file:
+            number, left = 0, self.path.stat().st_size
+            while left:
+                length = int.from_bytes(file.read(LENGTH), "little")
+                left -= LENGTH + length
+                if left < 0:
+                    raise UnreadableError(f"{self.path}: it ends in the middle of a sample; run again")
+                if numbers is None or number in numbers:
+                    yield {name: tensor.to(device) for name, tensor in load(file.read(length)).items()}
+                else:
+                    file.seek(length, 1)
+                number += 1
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """The samples of a file, one per batch, for a layer whose other arguments are `kwargs`; can be read repeatedly.
+class Activations:
+    """The states that enter a layer, in a file."""
 
-    `token_costs` has the costs of errors by token for some samples, by their numbers.
-    """
+    path: Path
 
-    activations: Activations
-    kwargs: Mapping[str, Any]
-    token_costs: Mapping[int, Mapping[str, Tensor]]
-    device: torch.device
+    def write(self, states: Iterable[States]) -> None:
+        """Write the states of every sample, and sync the file. Raises `DiskFullError` or `UnwritableError`."""
+        SampleFile(self.path).write({HIDDEN: each.hidden, **each.left} for each in states)
 
-    def __iter__(self) -> Iterator[Batch]:
-        apart = held_out(self.activations.samples)
-        for number, states in enumerate(self.activations.states(self.device)):
-            yield Batch(states, self.kwargs, apart[number], self.token_costs.get(number))
+    def states(self, device: torch.device) -> Iterator[States]:
+        """Read the states of every sample onto `device`."""
+        for tensors in SampleFile(self.path).read(device):
+            yield States(tensors.pop(HIDDEN), tensors)

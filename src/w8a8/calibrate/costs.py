@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import torch
 from msgspec import to_builtins
@@ -26,7 +25,8 @@ from w8a8.calibrate.request import Progress
 from w8a8.calibrate.setup import Setup
 from w8a8.plan import Plan
 from w8a8.recipes.costs import Cost, backwards, direction, squares
-from w8a8.runtime.streamed import StreamedModel, forward
+from w8a8.runtime.calls import Call, States
+from w8a8.runtime.streamed import forward_block
 from w8a8.storage.folders import keep_only
 from w8a8.storage.writer import disk_errors, write_whole
 
@@ -64,7 +64,7 @@ def measured_costs(folder: Path, plan: Plan, setup: Setup, progress: Progress) -
     """
     path, job, count = folder / "costs.safetensors", setup.job(plan), setup.model.count
     numbers = probed(len(setup.samples), setup.tokens)
-    paths = [[path for group in setup.groups(layer) for path in group.consumers] for layer in range(count)]
+    paths = [[path for group in setup.groups[layer] for path in group.consumers] for layer in range(count)]
     layers = _load(path, paths, job)
     if layers is None:
         again = "again (the file of an interrupted run is damaged, or another job's), " if path.exists() else ""
@@ -91,7 +91,7 @@ def _measure(
     with disk_errors(folder):
         keep_only(folder, ())
     entering = _forwards(setup, numbers, folder, done)
-    costs = _backwards(setup, paths, entering, done)
+    costs = _backwards(setup, numbers, paths, entering, done)
     folder.rmdir()
     return costs
 
@@ -99,28 +99,31 @@ def _measure(
 def _forwards(setup: Setup, numbers: Sequence[int], folder: Path, done: Callable[[int], None]) -> list[Activations]:
     """Write the states that enter every layer, and those that leave the last."""
     model = setup.model
-    entering = [setup.activations(folder / f"states-{layer:05}.bin", len(numbers)) for layer in range(model.count + 1)]
-    entering[0].write(model.embed_all([setup.samples[n] for n in numbers], setup.kwargs))
+    entering = [Activations(folder / f"states-{layer:05}.bin") for layer in range(model.count + 1)]
+    entering[0].write(setup.embedded(numbers))
     for number in range(model.count):
-        states = entering[number].states(model.device)
-        with model.layer(number) as layer, setup.hands.placed(layer, states) as placed:
-            parts = placed.each(_forward_block, setup.kwargs[number])
-            entering[number + 1].write(chain.from_iterable(parts))
+        calls = setup.calls(number, entering[number], numbers)
+        with model.layer(number) as layer, setup.hands.placed(layer, calls) as placed:
+            entering[number + 1].write(chain.from_iterable(placed.each(forward_block)))
         done(1)
     return entering
 
 
 def _backwards(
-    setup: Setup, paths: Sequence[Sequence[str]], entering: list[Activations], done: Callable[[int], None]
+    setup: Setup,
+    numbers: Sequence[int],
+    paths: Sequence[Sequence[str]],
+    entering: list[Activations],
+    done: Callable[[int], None],
 ) -> list[LayerCosts]:
     """Carry the gradients back from the logits through every layer, and turn those of outputs into costs."""
     model = setup.model
-    gradients = _at_the_end(model, entering.pop())
+    gradients = _at_the_end(setup, numbers, entering.pop())
     costs: list[LayerCosts] = []
     for number in reversed(range(model.count)):
-        samples = zip(entering[number].states(model.device), gradients, strict=True)
+        samples = zip(setup.calls(number, entering[number], numbers), gradients, strict=True)
         with model.layer(number) as layer, setup.hands.placed(layer, samples) as placed:
-            made = [*chain.from_iterable(placed.each(_backward_block, paths[number], setup.kwargs[number]))]
+            made = [*chain.from_iterable(placed.each(_backward_block, paths[number]))]
         gradients = [gradient for gradient, _ in made]
         costs.insert(0, {path: Cost.summed([squared[path] for _, squared in made]) for path in paths[number]})
         entering[number].path.unlink()
@@ -128,31 +131,35 @@ def _backwards(
     return costs
 
 
-def _forward_block(layer: nn.Module, block: Iterable[Tensor], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Run a layer on a block of samples."""
-    return [forward(layer, states, kwargs) for states in block]
-
-
 def _backward_block(
-    layer: nn.Module, block: Iterable[tuple[Tensor, Tensor]], paths: Sequence[str], kwargs: Mapping[str, Any]
-) -> list[tuple[Tensor, Mapping[str, tuple[Tensor, Tensor]]]]:
-    """Carry gradients back through a layer: of each sample, that by its states, and the squares of those by outputs."""
-    found = (backwards(layer, paths, states, kwargs, gradient) for states, gradient in block)
-    return [(by_states, {path: squares(each) for path, each in outputs.items()}) for by_states, outputs in found]
+    layer: nn.Module, block: Iterable[tuple[Call, States]], paths: Sequence[str]
+) -> list[tuple[States, Mapping[str, tuple[Tensor, Tensor]]]]:
+    """Carry gradients back through a layer: of each sample, those by its states, and the squares of those by outputs.
+
+    Gradients have the form of the states that they are by.
+    """
+    made = []
+    for call, gradient in block:
+        by_states, outputs, by_left = backwards(layer, paths, call.hidden, call.kwargs, gradient.hidden, gradient.left)
+        made.append((States(by_states, by_left), {path: squares(each) for path, each in outputs.items()}))
+    return made
 
 
-def _at_the_end(model: StreamedModel, leaving: Activations) -> list[Tensor]:
-    """The gradients [1, tokens, hidden] of a random direction of the logits, by the states after the last layer."""
-    states = torch.cat([*leaving.states(model.device)]).requires_grad_()
+def _at_the_end(setup: Setup, numbers: Sequence[int], leaving: Activations) -> list[States]:
+    """The gradients of a random direction of the logits, by the states after the last layer."""
+    model = setup.model
+    states = [each.hidden.requires_grad_() for each in leaving.states(model.device)]
+    samples = [setup.samples[number] for number in numbers]
+    scale = model.logit_scale(samples[0])
     with torch.enable_grad():
-        read = model.model.get_decoder().norm(states)
+        read = scale * torch.cat([model.read_by_head(ids, own) for ids, own in zip(samples, states, strict=True)])
     cap = getattr(model.model.config.get_text_config(decoder=True), "final_logit_softcapping", None)
     generator = torch.Generator().manual_seed(0)
     head = model.head_rows(max(1, VALUES // read[..., 0].numel()))
-    by_read = direction(read.detach().flatten(0, 1), head, cap, generator)
-    (gradient,) = torch.autograd.grad(read, states, by_read.view_as(read))
+    by_read = direction(read.detach().flatten(0, -2), head, cap, generator)
+    gradients = torch.autograd.grad(read, states, by_read.view_as(read))
     leaving.path.unlink()
-    return [*gradient.split(1)]
+    return [*map(States, gradients)]
 
 
 def _store(costs: Sequence[LayerCosts], path: Path, job: Job) -> None:

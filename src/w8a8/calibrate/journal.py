@@ -38,6 +38,7 @@ class LayerRecord:
     gains: tuple[Gain, ...]
     size: int
     sha256: str
+    states_size: int
     states_sha256: str
 
 
@@ -47,8 +48,8 @@ class LayerJournal:
     `lost` says why an interrupted pass is started over, for people; "" where it is not.
     """
 
-    def __init__(self, folder: Path, job: Job, states_bytes: int) -> None:
-        """Go on with `job` in `folder`, or start over; a file of states has `states_bytes` bytes.
+    def __init__(self, folder: Path, job: Job) -> None:
+        """Go on with `job` in `folder`, or start over.
 
         Whatever is not finished is removed. Raises `DiskFullError` or `UnwritableError`.
         """
@@ -59,7 +60,7 @@ class LayerJournal:
         self.gains: list[tuple[Gain, ...]] = []
         self.lost = noted.damage
         if noted.job is not None and not self.lost:
-            self.lost = self._difference(noted.job, records, states_bytes)
+            self.lost = self._difference(noted.job, records)
         self.begun = bool(records) and not self.lost
         if self.begun:
             self.gains = [record.gains for record in records[1:]]
@@ -72,7 +73,8 @@ class LayerJournal:
         with disk_errors(self.folder):
             sync_folder(self.folder)
         self._journal.begin(self._job)
-        self._journal.append(LayerRecord(0, (), 0, "", file_sha256(self.states(0))))
+        states = self.states(0)
+        self._journal.append(LayerRecord(0, (), 0, "", states.stat().st_size, file_sha256(states)))
         self.begun = True
 
     def record(self, gains: tuple[Gain, ...]) -> None:
@@ -82,7 +84,14 @@ class LayerJournal:
         number = len(self.gains)
         layer, states = self._layer(number), self.states(number + 1)
         self._journal.append(
-            LayerRecord(number + 1, gains, layer.stat().st_size, file_sha256(layer), file_sha256(states))
+            LayerRecord(
+                number + 1,
+                gains,
+                layer.stat().st_size,
+                file_sha256(layer),
+                states.stat().st_size,
+                file_sha256(states),
+            )
         )
         with disk_errors(self.folder):
             self.states(number).unlink()
@@ -103,7 +112,7 @@ class LayerJournal:
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number:05}.safetensors"
 
-    def _difference(self, before: Job, records: list[LayerRecord], states_bytes: int) -> str:
+    def _difference(self, before: Job, records: list[LayerRecord]) -> str:
         """Say why the pass of the job `before` cannot be gone on with; "" if it can."""
         if options := differing(before, self._job):
             return f"it had another {', '.join(options)}"
@@ -112,6 +121,7 @@ class LayerJournal:
                 return f"layer {number} is missing in its journal"
             if number and not is_whole(self._layer(number - 1), record.size, record.sha256):
                 return f"{self._layer(number - 1).name} is not what was written"
-        if records and not is_whole(self.states(len(records) - 1), states_bytes, records[-1].states_sha256):
-            return f"{self.states(len(records) - 1).name} is not what was written"
+        states = self.states(len(records) - 1)
+        if records and not is_whole(states, records[-1].states_size, records[-1].states_sha256):
+            return f"{states.name} is not what was written"
         return ""

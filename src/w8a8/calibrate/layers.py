@@ -4,7 +4,7 @@ For each decoder layer, its weights are read, the recipe chooses codes and foldi
 states that leave the quantized layer are written for the next one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from w8a8.calibrate.activations import Activations, Batches
+from w8a8.calibrate.activations import Activations, held_out
 from w8a8.calibrate.costs import MeasuredCosts
 from w8a8.calibrate.journal import LayerJournal
 from w8a8.calibrate.setup import Setup
@@ -21,8 +21,8 @@ from w8a8.errors import NonFiniteWeightError
 from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import Group
-from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, forward_block, quantized
-from w8a8.runtime.streamed import DTYPES, StreamedModel
+from w8a8.recipes.layer import Batch, Gain, LayerResult, calibrate_layer, quantized
+from w8a8.runtime.streamed import DTYPES, StreamedModel, forward_block
 
 
 def calibrate_layers(
@@ -33,13 +33,13 @@ def calibrate_layers(
     `done` is called with the number of layers just finished. Raises DiskFullError, UnwritableError,
     NonFiniteWeightError.
     """
-    model, every = setup.model, len(setup.samples)
+    model, every = setup.model, range(len(setup.samples))
     # 1) Go on where an interrupted run was, or begin with the embedded samples
-    journal = LayerJournal(folder, setup.job(plan), setup.activations(folder, every).nbytes)
+    journal = LayerJournal(folder, setup.job(plan))
     if journal.lost:
         setup.notice(f"an interrupted calibration cannot be gone on with ({journal.lost}); starting over")
     if not journal.begun:
-        setup.activations(journal.states(0), every).write(model.embed_all(setup.samples, setup.kwargs))
+        Activations(journal.states(0)).write(setup.embedded(every))
         journal.begin()
     elif journal.gains:
         setup.notice(f"resuming: {len(journal.gains)} of {model.count} layers are calibrated already")
@@ -64,13 +64,31 @@ class _Pass:
 
     def states(self, number: int) -> Activations:
         """The states that enter a layer."""
-        return self.setup.activations(self.journal.states(number), len(self.setup.samples))
+        return Activations(self.journal.states(number))
 
-    def batches(self, number: int) -> Batches:
+    def batches(self, number: int) -> "Batches":
         """The samples as they enter a layer."""
-        device = self.setup.model.device
-        token_costs = self.costs.token_costs(number, device)
-        return Batches(self.states(number), self.setup.kwargs[number], token_costs, device)
+        token_costs = self.costs.token_costs(number, self.setup.model.device)
+        return Batches(self.setup, number, self.states(number), token_costs)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The samples as they enter a layer, one per batch; they can be read repeatedly.
+
+    `token_costs` has the costs of errors by token for some samples, by their numbers.
+    """
+
+    setup: Setup
+    layer: int
+    entering: Activations
+    token_costs: Mapping[int, Mapping[str, Tensor]]
+
+    def __iter__(self) -> Iterator[Batch]:
+        every = range(len(self.setup.samples))
+        apart = held_out(len(every))
+        for number, call in enumerate(self.setup.calls(self.layer, self.entering, every)):
+            yield Batch(call.hidden, call.kwargs, apart[number], self.token_costs.get(number))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -81,10 +99,10 @@ def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
         # 1) Which of its linear layers are quantized
         _check_finite(number, layer, model)
         linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        ours = {path for path in linear if module_name(setup.weight(number, path).name) in this.chosen}
+        ours = {path for path in linear if this.chosen.issuperset(_names(model, number, path))}
         # 2) Choose codes and foldings
-        groups = _usable(setup.groups(number), ours)
-        dtype = DTYPES[setup.weight(number, min(linear)).dtype]
+        groups = _usable(setup.groups[number], ours)
+        dtype = DTYPES[setup.weight(number, groups[0].consumers[0]).dtype] if groups else torch.float32
         row_costs = this.costs.row_costs(number, model.device)
         result = calibrate_layer(layer, groups, batches, row_costs, setup.request.recipe, dtype, setup.hands)
         this.journal.store(save(_tensors(number, result, model)))
@@ -95,16 +113,27 @@ def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
     return result.gains
 
 
+def _names(model: StreamedModel, number: int, path: str) -> set[str]:
+    """The modules of the checkpoint that hold the weight of the linear layer `path`."""
+    return {module_name(tensor.name) for tensor in model.sources(number, f"{path}.weight")}
+
+
 def _check_finite(number: int, layer: nn.Module, model: StreamedModel) -> None:
     for name, value in layer.named_parameters():
         if not value.isfinite().all():
-            raise NonFiniteWeightError(f"{model.tensor(number, name).name} holds NaN or infinity; repair the source")
+            stored = next((tensor.name for tensor in model.sources(number, name)), name)
+            raise NonFiniteWeightError(f"{stored} holds NaN or infinity; repair the source")
 
 
 def _usable(groups: Sequence[Group], ours: set[str]) -> tuple[Group, ...]:
-    """The groups whose consumers are all quantized; a linear producer that is not quantized must not be rescaled."""
+    """The groups whose consumers are all quantized.
+
+    A linear producer that is not quantized must not be rescaled, and a reader that is quantized could not be.
+    """
     return tuple(
-        group if group.kind == "norm" or group.producer in ours else replace(group, producer=None)
+        group
+        if (group.kind == "norm" or group.producer in ours) and ours.isdisjoint(group.readers)
+        else replace(group, producer=None)
         for group in groups
         if ours.issuperset(group.consumers)
     )

@@ -20,7 +20,7 @@ def choose_kept(plan: Plan, gains: Sequence[LayerGains], setup: Setup) -> dict[s
     """Choose the modules to leave in BF16 within the budget, fused groups whole; return the reason for each."""
     damages: dict[tuple[str, ...], Damage] = {}
     for number, layer in enumerate(gains):
-        groups = {group.name: group for group in setup.groups(number)}
+        groups = {group.name: group for group in setup.groups[number]}
         for gain in layer:
             weights = [setup.weight(number, path) for path in groups[gain.group].consumers]
             grown = sum(weight.nbytes - weight.numel - 4 * weight.shape[0] for weight in weights)
@@ -63,7 +63,7 @@ def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Col
     folded = sorted(d.tensor.name for d in plan.decisions if not d.quantize and d.tensor.name in finished)
     norms = []
     for number in range(setup.model.count):
-        for group in setup.groups(number):
+        for group in setup.groups[number]:
             norm = setup.weight(number, group.producer).name if group.producer and group.kind == "norm" else ""
             if norm in folded:
                 into = [setup.weight(number, path).name for path in group.consumers]

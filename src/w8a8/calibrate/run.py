@@ -68,10 +68,11 @@ def calibrated(
     home = out.parent / f".{out.name}.w8a8-calibration"
     gpu = setup.model.device.type == "cuda"
     with lock_folder(home, out), on_nodes(cluster, gpu=gpu, notice=notice) as hands:
-        setup = replace(setup, hands=hands)
         plan, kept = make(), dict[str, str]()
         passes = 2 if request.keep_bf16 else 1
         _check_room(plan, setup, home, passes)
+        inputs = setup.inputs.stored(setup.model, setup.samples, home / "inputs")
+        setup = replace(setup, hands=hands, inputs=inputs)
         # 2) Measure what errors cost
         measured = costs.measured_costs(home, plan, setup, progress)
         with progress(setup.model.count * passes) as done:
@@ -97,10 +98,9 @@ def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:
     """
     samples = len(setup.samples)
     codes = sum(decision.tensor.numel for decision in plan.decisions if decision.quantize)
-    states = setup.activations(home, samples).nbytes
-    probed = setup.activations(home, len(costs.probed(samples, setup.tokens))).nbytes
-    passing = passes * codes + (passes + 1) * states + plan.bytes_out
-    needed = max(passing, probed * (setup.model.count + 1)) + SLACK_BYTES
+    sample = next(setup.embedded([0])).hidden.nbytes
+    passing = passes * codes + (passes + 1) * samples * sample + plan.bytes_out
+    needed = max(passing, len(costs.probed(samples, setup.tokens)) * sample * (setup.model.count + 1)) + SLACK_BYTES
     there = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
     free = shutil.disk_usage(home).free
     if needed > free + there:

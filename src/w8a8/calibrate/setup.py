@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from w8a8.calibrate.activations import Activations
+from w8a8.calibrate.grouping import groups_of_layers
+from w8a8.calibrate.inputs import Inputs
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Request
 from w8a8.checkpoint.stream import Identity
 from w8a8.errors import UnsupportedModelError, UsageError
 from w8a8.plan import Plan
-from w8a8.recipes.groups import Group, groups_of
+from w8a8.recipes.groups import Group
+from w8a8.runtime.calls import Call, States
 from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.samples import HERE, Hands
@@ -31,8 +32,8 @@ from w8a8.version import __version__
 class Setup:
     """What all layers and passes share. `samples` are token ids, all of the same length.
 
-    `kwargs` are the arguments of each layer's `forward` other than the states. `notice` takes sentences for the user;
-    `hands` run the samples.
+    `groups` are those of each layer, `inputs` the arguments of its `forward` other than the states. `notice` takes
+    sentences for the user; `hands` run the samples.
     """
 
     model: StreamedModel
@@ -40,7 +41,8 @@ class Setup:
     request: Request
     text: CalibrationText
     samples: Sequence[Sequence[int]]
-    kwargs: Sequence[Mapping[str, Any]]
+    groups: Sequence[tuple[Group, ...]]
+    inputs: Inputs
     notice: Callable[[str], None]
     hands: Hands = HERE
 
@@ -48,7 +50,7 @@ class Setup:
     def of(cls, name: str, view: View, request: Request, notice: Callable[[str], None]) -> "Setup":
         """Build the model without its layers, load the text, and cut the samples.
 
-        Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for an architecture without groups,
+        Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for a model without groups,
         UsageError where the text is too short or the samples are too long for the model.
         """
         model = StreamedModel(name, unsplit(view), torch.float32)
@@ -56,30 +58,28 @@ class Setup:
             raise UnsupportedModelError(
                 f"{name}: mixtures of experts cannot be calibrated yet, nor their dense layers; --recipe rtn takes them"
             )
-        if not groups_of(view.config, model.hollow(0)):
-            kind = view.config.get("model_type")
-            raise UnsupportedModelError(f"{name}: no recipe knows the layers of {kind} models; --recipe rtn takes any")
         text = texts.load(request.text)
         if request.text is None:
             notice(
                 "no --calibration given: using the small built-in text; a text like the model's future input is better"
             )
         samples = _samples(name, model, text, request, notice)
-        return cls(model, view, request, text, samples, model.embed(samples[0])[1], notice)
+        groups = groups_of_layers(model, view.config, samples[0], notice)
+        return cls(model, view, request, text, samples, groups, Inputs(model.embed(samples[0])[1]), notice)
 
     @property
     def tokens(self) -> int:
         """Number of tokens in each sample."""
         return len(self.samples[0])
 
-    def activations(self, path: Path, samples: int) -> Activations:
-        """The states of a number of samples, in the file at `path`."""
-        hidden = self.model.model.config.get_text_config(decoder=True).hidden_size
-        return Activations(path, samples, self.tokens, hidden)
+    def embedded(self, numbers: Iterable[int]) -> Iterator[States]:
+        """The states that enter the first layer, of the samples with these numbers."""
+        return (States(self.model.embed(self.samples[number])[0]) for number in numbers)
 
-    def groups(self, layer: int) -> tuple[Group, ...]:
-        """The groups of the `layer`th layer."""
-        return groups_of(self.view.config, self.model.hollow(layer))
+    def calls(self, layer: int, entering: Activations, numbers: Iterable[int]) -> Iterator[Call]:
+        """The calls of a layer, of the samples with these numbers, whose states are in a file."""
+        device = self.model.device
+        return self.inputs.calls(layer, entering.states(device), numbers, device)
 
     def weight(self, layer: int, path: str) -> LogicalTensor:
         """The weight of the module `path` inside the `layer`th layer."""

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from w8a8.runtime.calls import filled, left_in
 from w8a8.runtime.streamed import states_of
 
 TINY = torch.finfo(torch.float32).tiny
@@ -88,12 +89,18 @@ def direction(states: Tensor, head: Iterable[Tensor], cap: float | None, generat
 
 
 def backwards(
-    layer: nn.Module, paths: Sequence[str], states: Tensor, kwargs: Mapping[str, Any], gradient: Tensor
-) -> tuple[Tensor, Mapping[str, Tensor]]:
+    layer: nn.Module,
+    paths: Sequence[str],
+    states: Tensor,
+    kwargs: Mapping[str, Any],
+    gradient: Tensor,
+    by_left: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Carry a `gradient` [1, tokens, hidden] by the states that leave a decoder layer back through the layer.
 
-    Returns the gradient by the `states` [1, tokens, hidden] that enter it, and the gradients [tokens, out] by the
-    outputs of its linear layers, by their `paths`.
+    `by_left` are the gradients by what lies in mailboxes (`w8a8.runtime.calls`) after the layer. Returns the gradient by
+    the `states` [1, tokens, hidden] that enter it, the gradients [tokens, out] by the outputs of its linear layers, by
+    their `paths`, and those by what lay in mailboxes before.
     """
     outputs: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
@@ -104,6 +111,15 @@ def backwards(
 
             stack.callback(layer.get_submodule(path).register_forward_hook(keep).remove)
         entering = states.detach().clone().requires_grad_()
-        leaving = states_of(layer(entering, **kwargs))
-        found = torch.autograd.grad(leaving, [entering, *(outputs[path] for path in paths)], gradient)
-    return found[0], {path: each.flatten(0, -2) for path, each in zip(paths, found[1:], strict=True)}
+        before = {name: each.detach().clone().requires_grad_() for name, each in left_in(kwargs).items()}
+        kwargs = filled(kwargs, before)
+        leaving = states_of(layer(entering.clone(), **kwargs))
+        after = left_in(kwargs)
+        ends = {name: each for name, each in (by_left or {}).items() if after[name].requires_grad}
+        inputs = [entering, *before.values(), *(outputs[path] for path in paths)]
+        found = torch.autograd.grad(
+            [leaving, *(after[name] for name in ends)], inputs, [gradient, *ends.values()], allow_unused=True
+        )
+    made = [torch.zeros_like(of) if each is None else each for of, each in zip(inputs, found, strict=True)]
+    by_outputs = dict(zip(paths, (each.flatten(0, -2) for each in made[1 + len(before) :]), strict=True))
+    return made[0], by_outputs, dict(zip(before, made[1 : 1 + len(before)], strict=True))

@@ -49,9 +49,14 @@ def largest(channels: Tensor, heads: Heads | None) -> Tensor:
 
 
 def _gain(layer: nn.Module, norm: str, group: Group) -> Tensor:
-    """The factors of a norm for its channels, float32."""
-    weight: Tensor = layer.get_submodule(norm).weight.detach().float() + group.offset
+    """The factors of a norm for its channels."""
+    weight: Tensor = layer.get_submodule(norm).weight.detach() + group.offset
     return weight
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as `dtype` can hold them."""
+    return values.to(dtype).to(values.dtype)
 
 
 def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +67,7 @@ def storable(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype)
     if group.kind != "norm" or group.producer is None:
         return scales
     before = _gain(layer, group.producer, group)
-    folded = (before / scales - group.offset).to(dtype).float() + group.offset
+    folded = _rounded(before / scales - group.offset, dtype) + group.offset
     return torch.where((before == 0) | (folded == 0), 1, before / folded)
 
 
@@ -78,7 +83,7 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
     changed: dict[str, Tensor] = {}
     if group.kind == "norm":
         folded = _gain(layer, group.producer, group) / scales - group.offset
-        changed["weight"] = torch.where(scales == 1, producer.weight, folded.to(dtype).float())
+        changed["weight"] = torch.where(scales == 1, producer.weight, _rounded(folded, dtype))
     else:
         rows = scales.new_ones(producer.out_features)
         rows[group.start : group.start + len(scales)] = scales
@@ -88,7 +93,7 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
         else:
             changed["weight"] = producer.weight / scales[:, None]
     if getattr(producer, "bias", None) is not None:
-        changed["bias"] = (producer.bias / scales).to(dtype).float()
+        changed["bias"] = _rounded(producer.bias / scales, dtype)
     return _set(layer, {f"{group.producer}.{name}": value for name, value in changed.items()})
 
 
@@ -98,7 +103,7 @@ def multiply(layer: nn.Module, paths: Iterable[str], by_channel: Tensor, dtype: 
     They are rounded to `dtype`, and returned by name. Parameters of `layer` are replaced, not written to.
     """
     weights: dict[str, Tensor] = {f"{path}.weight": layer.get_submodule(path).weight for path in paths}
-    return _set(layer, {name: (weight * by_channel).to(dtype).float() for name, weight in weights.items()})
+    return _set(layer, {name: _rounded(weight * by_channel, dtype) for name, weight in weights.items()})
 
 
 def shared_copy(layer: nn.Module) -> nn.Module:

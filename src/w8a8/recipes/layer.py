@@ -26,9 +26,10 @@ from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of, shared_copy
 from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
+from w8a8.runtime.calls import Call
 from w8a8.runtime.linear import W8A8Linear, frozen
 from w8a8.runtime.samples import HERE, Hands, Placed
-from w8a8.runtime.streamed import forward
+from w8a8.runtime.streamed import StopForward
 
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "rtn": ("rtn",),
@@ -43,7 +44,7 @@ CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Call):
     """Inputs of a decoder layer: the states as the quantized layers before produce them, and the other arguments.
 
     `hidden` is float32 [samples, tokens, hidden]; `kwargs` are the other arguments of the layer's `forward`. A
@@ -51,8 +52,6 @@ class Batch:
     of a linear layer, says what errors in its outputs cost for each token (`costs.py`); None where that is not known.
     """
 
-    hidden: Tensor
-    kwargs: Mapping[str, Any]
     held_out: bool
     token_costs: Mapping[str, Tensor] | None
 
@@ -239,10 +238,6 @@ class LayerState:
         self.placed.changed([*group.consumers, *group.readers, *filter(None, [group.producer])])
 
 
-class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
-    """Stops a forward pass at the module whose inputs are wanted."""
-
-
 def _run_as(layer: nn.Module, path: str, weight: Codes | Tensor | None) -> None:
     """Replace the linear layer `path` by an INT8 one; without `weight`, its own is rounded to nearest."""
     linear = layer.get_submodule(path)
@@ -332,8 +327,3 @@ def hessian_of_block(
 ) -> Tensor | None:
     """The Hessian by the inputs of the linear layer `path` for the batches of a block; None where none are for it."""
     return hessian_of(_inputs(layer, TRAINING.of(block), path, dtype), by_channel)
-
-
-def forward_block(layer: nn.Module, block: Iterable[Batch]) -> list[Tensor]:
-    """Run a layer on a block of batches."""
-    return [forward(layer, batch.hidden, batch.kwargs) for batch in block]

@@ -1,14 +1,15 @@
 """A checkpoint as a model in which one decoder layer at a time has weights.
 
 The model is transformers' own, built without weights. The modules around the layers are loaded for good, with two
-exceptions: the embedding, whose rows are read as tokens need them, and the head, which is loaded on request. A layer's
+exceptions: embeddings, whose rows are read as tokens need them, and the head, which is loaded on request. A layer's
 `forward` is replaced by one that notes its arguments (masks, rotary tables) and returns the states unchanged. So one
-reading of a sample by the hollow model gives all the arguments that the real layers need, to run one after another.
+reading of a sample by the hollow model gives all the arguments that the real layers need, to run one after another
+(`calls.py`).
 """
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.formats import detect
+from w8a8.runtime.calls import Call, States, left_in, noted, own
 from w8a8.runtime.fitting import fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
@@ -29,6 +31,9 @@ from w8a8.sources.view import LogicalTensor, View
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 """The dtypes that the tensors of a streamed model may have."""
+
+SMALL = 1e-3
+"""An output of a head that soft caps leave as it is."""
 
 LAYERS = ("layers", "h", "blocks")
 """What decoders call the list of their layers."""
@@ -73,8 +78,6 @@ class StreamedModel:
             )
         self._layers: Any = layers
         self._body = body_of(self.model)
-        if getattr(decoder.config, "num_kv_shared_layers", 0):
-            raise UnsupportedModelError(f"{name}: layers share keys and values, so they cannot be run one at a time")
 
         # 2) Layers that note their arguments, and the weights around them.
         places = {id(module): place for place, module in self.model.named_modules()}
@@ -98,6 +101,18 @@ class StreamedModel:
         """Find the checkpoint's tensor that is `name` inside the `layer`th decoder layer."""
         return self._named[f"{self._prefix}.{layer}.{name}"]
 
+    def sources(self, layer: int, name: str) -> Sequence[LogicalTensor]:
+        """Find the checkpoint's tensors that `name` inside a layer is made of: one, or several that are joined.
+
+        None are found where one tensor of the checkpoint is cut into several, but for the first of these.
+        """
+        place = f"{self._prefix}.{layer}.{name}"
+        return [tensor for tensor in self._parts[layer] if self._fitted.places[tensor.name] == place]
+
+    def is_stored(self, layer: int, name: str) -> bool:
+        """Whether the checkpoint has `name` of a layer as it is, so that it can be given another."""
+        return f"{self._prefix}.{layer}.{name}" in self._named
+
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the states [1, tokens, hidden] that enter the first layer, and each layer's other arguments."""
@@ -109,7 +124,7 @@ class StreamedModel:
         if problem:
             kind = type(self.model).__name__
             raise UnsupportedModelError(f"{self.name}: {kind} cannot be run without its layers: {problem}")
-        return self._calls[0][0], [kwargs for _, kwargs in self._calls]
+        return self._calls[0][0], noted(kwargs for _, kwargs in self._calls)
 
     def _note_calls(self, ids: Sequence[int]) -> str | None:
         """Run the hollow model on `ids`, and say what is wrong, if anything."""
@@ -123,16 +138,17 @@ class StreamedModel:
         shapes = {tuple(states.shape) for states, _ in self._calls}
         return None if len(shapes) == 1 else f"its layers read states of {len(shapes)} shapes"
 
-    def embed_all(self, samples: Iterable[Sequence[int]], kwargs: Sequence[Mapping[str, Any]]) -> Iterator[Tensor]:
-        """Yield the states that enter the first layer, for each sample.
+    def own(
+        self, kwargs: Sequence[Mapping[str, Any]], common: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Tensor]]:
+        """Return what of a sample's arguments of each layer is not in `common` to all samples of its length.
 
-        Raises UnsupportedModelError where the layers' other arguments are not `kwargs` for all samples.
+        Raises UnsupportedModelError where that is no tensor.
         """
-        for sample in samples:
-            states, own = self.embed(sample)
-            if not all(_same(own[n].get(key), value) for n, each in enumerate(kwargs) for key, value in each.items()):
-                raise UnsupportedModelError(f"{self.name}: its layers read other values of a token besides its state")
-            yield states
+        try:
+            return [own(each, of_all) for each, of_all in zip(kwargs, common, strict=True)]
+        except ValueError as error:
+            raise UnsupportedModelError(f"{self.name}: {error}, so they cannot be run one at a time") from error
 
     def hollow(self, number: int) -> nn.Module:
         """Return the `number`th layer without weights."""
@@ -187,6 +203,41 @@ class StreamedModel:
         self._calls.clear()
         self._layers[-1].forward = lambda *_, **__: (states,) if self._in_tuples else states
 
+    def read_by_head(self, ids: Sequence[int], states: Tensor) -> Tensor:
+        """Return what the head reads [1, tokens, hidden] when `states` leave the last layer; it has their gradient."""
+        found: list[Tensor] = []
+
+        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found.append(arguments[0])
+            raise StopForward
+
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
+        with hook, suppress(StopForward):
+            self._end(ids, states)
+        if not found:
+            raise UnsupportedModelError(f"{self.name}: {type(self.model).__name__} does not run its head as a layer")
+        return found[0]
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def logit_scale(self, ids: Sequence[int]) -> float:
+        """Return what the model multiplies its head's outputs by; soft caps change small ones by nothing else."""
+        head, rows = self.model.get_output_embeddings(), self._named[self._head_tensor("weight")].shape[0]
+        outputs = torch.full((1, len(ids), rows), SMALL, device=self.device)
+        head.forward = lambda *_: outputs
+        try:
+            found = self._end(ids, self.embed(ids)[0]).logits.float().median() / SMALL
+        finally:
+            del head.forward
+        return float(found)
+
+    def _end(self, ids: Sequence[int], states: Tensor) -> Any:
+        """Run the hollow model on `ids`, `states` leaving its last layer."""
+        self.last_states(states)
+        try:
+            return self.model(input_ids=torch.tensor([ids], device=self.device), use_cache=False)
+        finally:
+            self._hollow_out(self._layers[-1])
+
     def _hollow_out(self, layer: nn.Module) -> None:
         signature = inspect.signature(type(layer).forward)
 
@@ -199,7 +250,7 @@ class StreamedModel:
         layer.forward = note
 
     def _fill_surroundings(self, decoder: nn.Module, place: str) -> None:
-        """Give the decoder all weights outside the layers, but read the embedding's rows as they are needed."""
+        """Give the decoder all weights outside the layers, but read embeddings' rows as they are needed."""
         embedding = self.model.get_input_embeddings()
         self._embedding = next(name for name, p in self.model.named_parameters() if p is embedding.weight)
         spec = self._named.get(self._embedding)
@@ -211,9 +262,14 @@ class StreamedModel:
                 setattr(module, name, value.to(self.device))
         prefix = f"{place}." if place else ""
         for name, value in list(decoder.named_parameters()):
-            if value is not embedding.weight and not (prefix + name).startswith(f"{self._prefix}."):
-                module, _, leaf = name.rpartition(".")
-                setattr(decoder.get_submodule(module), leaf, frozen(self._read(prefix + name, value)))
+            if value is embedding.weight or (prefix + name).startswith(f"{self._prefix}."):
+                continue
+            path, _, leaf = name.rpartition(".")
+            owner, found = decoder.get_submodule(path), self._named.get(prefix + name)
+            if type(owner) is type(embedding) and found is not None and value.numel() >= embedding.weight.numel():
+                owner.forward = _by_rows(owner, self, found)
+            else:
+                setattr(owner, leaf, frozen(self._read(prefix + name, value)))
 
     def rows(self, tensor: LogicalTensor, rows: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Read the given rows of a matrix of the checkpoint, as `dtype`."""
@@ -246,17 +302,18 @@ class _Lazy:
         return torch.frombuffer(data, dtype=DTYPES[self.tensor.dtype]).reshape(self.tensor.shape)
 
 
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return one is other or torch.equal(one, other)
-    if isinstance(one, tuple) and isinstance(other, tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return not isinstance(one, Tensor | tuple) and not isinstance(other, Tensor | tuple)
+class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
+    """Stops a forward pass at the module whose inputs are wanted."""
 
 
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Run a decoder layer on `states` [samples, tokens, hidden]."""
     return states_of(layer(states, **kwargs))
+
+
+def forward_block(layer: nn.Module, block: Iterable[Call]) -> list[States]:
+    """Run a decoder layer on a block of samples."""
+    return [States(forward(layer, call.hidden, call.kwargs), left_in(call.kwargs)) for call in block]
 
 
 def _hollow(name: str, folder: Path, dtype: torch.dtype | None) -> Any:

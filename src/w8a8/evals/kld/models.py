@@ -24,10 +24,11 @@ from w8a8.sources.view import View
 try:
     import torch
 
+    from w8a8.runtime.calls import Call, States, filled
     from w8a8.runtime.loading import engine_errors, load_config, load_model
     from w8a8.runtime.samples import HERE, Hands
     from w8a8.runtime.sliced import sliced_logits
-    from w8a8.runtime.streamed import StreamedModel, body_of, forward
+    from w8a8.runtime.streamed import StreamedModel, body_of, forward_block
 except ImportError as missing:
     raise MissingExtraError(f"eval kld needs torch and transformers ({missing}): pip install 'w8a8[eval]'") from missing
 
@@ -117,22 +118,23 @@ class StreamedPredictor(Predictor):
         self, readings: Iterable[tuple[int, ...]], advance: Callable[[int], None], hands: Hands
     ) -> dict[tuple[int, ...], Any]:
         """The states `[1, tokens, hidden]` behind the last layer, by the ids that were read."""
-        states: dict[tuple[int, ...], Any] = {}
-        kwargs: dict[int, Any] = {}  # they depend on the length alone
+        states: dict[tuple[int, ...], States] = {}
+        common: dict[int, Any] = {}  # the arguments of layers that depend on the length alone
+        apart: dict[tuple[int, ...], Any] = {}
         for ids in readings:
-            states[ids], kwargs[len(ids)] = self._streamed.embed(ids)
+            hidden, kwargs = self._streamed.embed(ids)
+            states[ids], shared = States(hidden), common.setdefault(len(ids), kwargs)
+            apart[ids] = self._streamed.own(kwargs, shared)
         for number in range(self._streamed.count):
-            samples = ((states[ids], kwargs[len(ids)][number]) for ids in states)
-            with self._streamed.layer(number) as layer, hands.placed(layer, samples) as placed:
-                for ids, made in zip(states, chain.from_iterable(placed.each(_read_block)), strict=True):
+            calls = (
+                Call(states[ids].hidden, filled({**common[len(ids)][number], **apart[ids][number]}, states[ids].left))
+                for ids in states
+            )
+            with self._streamed.layer(number) as layer, hands.placed(layer, calls) as placed:
+                for ids, made in zip(states, chain.from_iterable(placed.each(forward_block)), strict=True):
                     states[ids] = made
                     advance(len(ids))
-        return states
-
-
-def _read_block(layer: Any, block: Iterable[tuple[Any, Any]]) -> list[Any]:
-    """Let a layer read a block of windows: their states, and its other arguments."""
-    return [forward(layer, states, kwargs) for states, kwargs in block]
+        return {ids: each.hidden for ids, each in states.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,201 @@
+"""Find the groups of a decoder layer by running it, and prove by running it what can be folded where.
+
+This is for architectures whose table has no groups. A layer with random weights reads random states. Linear layers that
+read the same values are a group; other modules with a matrix that do so are its readers. What may make the values is
+tried: a norm whose output they are, or a linear layer before them that is wide enough. It does where two things hold:
+dividing its channels changes what leaves the layer, and multiplying the columns of all that read them undoes that.
+
+Scales are powers of two, by which floating-point numbers are divided and multiplied without rounding, and the gains of
+norms have few bits. So a fold that is exact changes nothing at all, and one that is not cannot hide in rounding.
+"""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from w8a8.recipes.folding import channels_of, divide, expand, heads_of, multiply, shared_copy
+from w8a8.recipes.groups import Group
+from w8a8.runtime.calls import Kwargs, left_in
+from w8a8.runtime.experts import holds_experts
+from w8a8.runtime.linear import frozen
+from w8a8.runtime.streamed import states_of
+
+NOTHING, SOMETHING = 1e-6, 1e-4
+"""How much of the largest value that leaves a layer may change at most, or has to change at least."""
+NOISE = 1_000_003
+"""Number of random weights; as a prime, so that they come to lie otherwise in every row that repeats them."""
+OCTAVES = 3
+"""Scales are from a half to the power of this to two to its power."""
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def trace(layer: nn.Module, states: Tensor, kwargs: Kwargs, consumers: Collection[str]) -> tuple[Group, ...]:
+    """Find the groups of `layer`, whose forward is called with `states` [1, tokens, hidden] and `kwargs`, in order.
+
+    `consumers` are the paths of the linear layers that are quantized. All is float32 and random. What the layer leaves
+    in mailboxes lies in those of `kwargs` afterwards. A linear layer that does not read one vector per token, once, is
+    in no group.
+    """
+    seen = _Seen.of(layer, states, kwargs)
+    return tuple(_with_producer(seen, group) for group in _groups(seen, consumers))
+
+
+def random_copy(layer: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a layer with random float32 weights, those of all experts alike; its buffers stay as they are."""
+    made = deepcopy(layer)
+    made.__dict__.pop("forward", None)  # that of a hollow layer
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(NOISE, generator=generator)
+    for module in made.modules():
+        for name, value in module.named_parameters(recurse=False):
+            shape = value.shape[1:] if holds_experts(module) else value.shape
+            random = _random(shape, noise, generator).to(device)
+            setattr(module, name, frozen(random.expand(value.shape)))
+    return made.float().eval()
+
+
+def _random(shape: torch.Size, noise: Tensor, generator: torch.Generator) -> Tensor:
+    """Random weights: of a matrix normal ones, of a vector (gains, biases) such around 1 as have few bits."""
+    if len(shape) < 2:
+        return torch.randint(32, 97, shape, generator=generator) / 64
+    size = shape.numel()
+    return noise.repeat(-(-size // NOISE))[:size].view(shape) * shape[-1] ** -0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A run of a layer: what its modules with a matrix have `read` [tokens, in], in the order they ran, and what those
+    with a vector have `made` [tokens, out]; and the tensors that have left it."""
+
+    layer: nn.Module
+    states: Tensor
+    kwargs: Kwargs
+    read: Mapping[str, Sequence[Tensor]]
+    made: Mapping[str, Tensor]
+    left: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, layer: nn.Module, states: Tensor, kwargs: Kwargs) -> "_Seen":
+        """Run the layer."""
+        read: dict[str, list[Tensor]] = {}
+        made: dict[str, Tensor] = {}
+
+        def before(path: str, width: int, arguments: tuple[Any, ...]) -> None:
+            if arguments and _is_wide(arguments[0], width):
+                read.setdefault(path, []).append(arguments[0].reshape(-1, width).clone())
+
+        def after(path: str, width: int, output: Any) -> None:
+            if _is_wide(output, width):
+                made[path] = output.reshape(-1, width).clone()
+
+        with ExitStack() as stack:
+            for path, module in layer.named_modules():
+                shape = getattr(getattr(module, "weight", None), "shape", ())
+                if len(shape) == 2:
+                    hook = module.register_forward_pre_hook(lambda _m, a, p=path, w=shape[1]: before(p, w, a))
+                    stack.callback(hook.remove)
+                elif len(shape) == 1:
+                    hook = module.register_forward_hook(lambda _m, _a, out, p=path, w=shape[0]: after(p, w, out))
+                    stack.callback(hook.remove)
+            left = _run(layer, states, kwargs)
+        return cls(layer, states, kwargs, read, made, left)
+
+    def changed(self, layer: nn.Module) -> float:
+        """How far off is what leaves a changed copy of the layer, as a share of the largest value; NaN if that is."""
+        pairs = zip(_run(layer, self.states, self.kwargs), self.left, strict=True)
+        return float(torch.stack([(now - then).abs().max() / then.abs().max() for now, then in pairs]).max())
+
+
+def _is_wide(value: Any, width: int) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.shape[-1] == width
+
+
+def _run(layer: nn.Module, states: Tensor, kwargs: Kwargs) -> list[Tensor]:
+    """Run a layer; return the states and all else that leaves it."""
+    output = layer(states.clone(), **kwargs)
+    return [states_of(output), *left_in(kwargs).values()]
+
+
+# --- groups ---------------------------------------------------------------------------------------------------------
+
+
+def _groups(seen: _Seen, consumers: Collection[str]) -> Iterator[Group]:
+    """The groups, without producers: those of `consumers` that read the same values."""
+    tokens = seen.states.shape[-2]
+    once = {path: values[0] for path, values in seen.read.items() if len(values) == 1 and len(values[0]) == tokens}
+    while once:
+        values = next(iter(once.values()))
+        alike = [path for path, other in once.items() if _equal(other, values)]
+        for path in alike:
+            del once[path]
+        ours = tuple(path for path in alike if path in consumers)
+        if ours:
+            yield Group(_name(ours), ours, readers=tuple(path for path in alike if path not in consumers))
+
+
+def _name(paths: Sequence[str]) -> str:
+    """A name for a group: `q/k/v` for paths that end in q_proj, k_proj and v_proj."""
+    return "/".join(path.rpartition(".")[2].removesuffix("_proj") for path in paths)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one, other)
+
+
+# --- what makes their values ----------------------------------------------------------------------------------------
+
+
+def _with_producer(seen: _Seen, group: Group) -> Group:
+    """The group with the first producer that holds, or without one."""
+    return next((found for found in _candidates(seen, group) if _holds(seen, found)), group)
+
+
+def _candidates(seen: _Seen, group: Group) -> Iterator[Group]:
+    """The group with all that may make its values: the norms whose output they are, then linear layers before it."""
+    first = group.consumers[0]
+    [values] = seen.read[first]
+    for path in [path for path, output in seen.made.items() if _equal(output, values)]:
+        for offset in (0.0, 1.0):
+            yield replace(group, producer=path, kind="norm", offset=offset)
+    order = [*seen.read]
+    for path in reversed(order[: order.index(first)]):
+        linear = seen.layer.get_submodule(path)
+        if isinstance(linear, nn.Linear) and path not in group.consumers:
+            yield from _by_rows(group, path, linear.out_features, values.shape[1])
+            yield from _by_heads(seen.layer, group, path, values.shape[1])
+
+
+def _by_rows(group: Group, path: str, rows: int, width: int) -> Iterator[Group]:
+    """The group with the last or first rows of a linear layer, one for each channel."""
+    if rows >= width:
+        for start in dict.fromkeys((rows - width, 0)):
+            yield replace(group, producer=path, kind="linear", start=start)
+
+
+def _by_heads(layer: nn.Module, group: Group, path: str, width: int) -> Iterator[Group]:
+    """The group with the rows of a linear layer that make values: all, or the last, as many as those of keys."""
+    parent = path.rpartition(".")[0]
+    size = getattr(layer.get_submodule(parent), "head_dim", None)
+    if parent != group.consumers[0].rpartition(".")[0] or not isinstance(size, int) or width % size:
+        return
+    rows = layer.get_submodule(path).out_features
+    channels = rows if rows < width else (rows - width) // 2
+    if channels > 0 and channels % size == 0 and width % channels == 0:
+        yield replace(group, producer=path, kind="value", start=rows - channels)
+
+
+def _holds(seen: _Seen, group: Group) -> bool:
+    """Whether dividing the producer's channels changes what leaves the layer, and multiplying columns undoes it."""
+    generator = torch.Generator().manual_seed(1)
+    exponents = torch.randint(-OCTAVES, OCTAVES + 1, (channels_of(seen.layer, group),), generator=generator)
+    scales = (2.0**exponents).to(seen.states.device)
+    divided, folded = shared_copy(seen.layer), shared_copy(seen.layer)
+    for layer in (divided, folded):
+        divide(layer, group, scales, torch.float32)
+    multiply(folded, [*group.consumers, *group.readers], expand(scales, heads_of(folded, group)), torch.float32)
+    return seen.changed(folded) <= NOTHING and seen.changed(divided) >= SOMETHING
