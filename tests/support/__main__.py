@@ -1,6 +1,7 @@
 """`python -m tests.support [--vllm PYTHON] [MODEL_TYPE...]`: try architectures, and keep what is found as a table.
 
-Without names, all that have no result yet, or none of vLLM's. `make support` calls it. After each architecture the
+Without names, all that have no result yet, or none of vLLM's; with `--recipes`, whether recipes take them, and nothing
+else. `make support` calls it. After each architecture the
 results are in `docs/measured/support.json` and shown in `docs/support.md`, so that it can be interrupted.
 """
 
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import transformers
 
-from tests.support import table, tiny
+from tests.support import recipes, table, tiny
 from tests.support.check import Row, check
 from tests.support.engine import distance, started
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", metavar="MODEL_TYPE", nargs="*")
     parser.add_argument("--vllm", metavar="PYTHON", type=Path, help="load and run the results in vLLM, too")
+    parser.add_argument("--recipes", action="store_true", help="only try whether recipes take them")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
@@ -40,6 +42,13 @@ def main() -> None:
         versions["vllm"],
     ):
         rows |= kept.rows
+    if options.recipes:
+        for name in options.names or [name for name, row in rows.items() if not row.recipes]:
+            with tempfile.TemporaryDirectory() as scratch:
+                rows[name].recipes = recipes.calibrated(name, Path(scratch))
+            table.write(table.Results(versions, rows))
+            print(name, rows[name].recipes, flush=True)
+        return
     # 2) The others: here, then in vLLM; its source too, where the result is not right there.
     names = options.names or [name for name in tiny.model_types() if _missing(rows.get(name), options.vllm)]
     with started(options.vllm) if options.vllm else nullcontext() as vllm:
@@ -52,6 +61,7 @@ def main() -> None:
                     if row.vllm.known and not table.agrees(row.vllm):
                         row.source = vllm(Path(scratch) / "source", expected.source)
                         row.rounding = distance(expected.result, expected.source)
+                row.recipes = recipes.calibrated(name, Path(scratch))
             table.write(table.Results(versions, rows))
             print(row, flush=True)
 

@@ -80,6 +80,7 @@ class Row:
         vllm: what vLLM makes of the result.
         source: what it makes of the source, where the result is not right in it.
         rounding: what INT8 changes then: the largest difference of a log-probability between what is expected of both.
+        recipes: "yes" where recipes that calibrate take it, else why not; empty where that was not tried.
     """
 
     model_type: str
@@ -95,6 +96,7 @@ class Row:
     vllm: Tried | None = None
     source: Tried | None = None
     rounding: float | None = None
+    recipes: str = ""
 
     @property
     def possible(self) -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from tests.support.check import SMALL, Row, Tried
+from tests.support.recipes import YES
 from tests.support.tiny import OTHERS
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +70,11 @@ verified and run. `make support` makes this table; it goes on where it was inter
   CPUs its compiled rotary one is wrong for DeepSeek's attention, whatever the weights. Of models for text and images,
   the text decoder alone runs. Where the result is not right in vLLM, it runs the source too, and what that gives is
   compared with transformers' model of the source in FP32.
+- **recipes**: whether `--recipe smooth+gptq` takes the model, and `w8a8 verify` its result.
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
 `w8a8.runtime`. Another {but} are like that but for layers that stay as they are, for the reason that their rows give.
+Recipes take {calibrated} of those; where they do not take one, its row says why.
 What vLLM makes of these and of the others:
 
 """
@@ -120,6 +123,7 @@ def page(results: Results) -> str:
         bf16_bound=VLLM_BOUNDS["bfloat16"],
         whole=len(whole),
         but=len(but),
+        calibrated=sum(row.recipes == YES for row in [*whole, *but]),
         all=len(rows),
     )
     counted = [Counter(map(in_vllm, some)) for some in (whole, [*but, *rest])]
@@ -180,14 +184,15 @@ def in_vllm(row: Row) -> Verdict:
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| model_type | class | INT8 | verified | runtime | vLLM | |",
-        "| --- | --- | ---: | --- | ---: | ---: | --- |",
+        "| model_type | class | INT8 | verified | runtime | vLLM | recipes | |",
+        "| --- | --- | ---: | --- | ---: | ---: | --- | --- |",
     ]
     for row in rows:
         share = "" if row.share is None else f"{100 * row.share:.1f}%"
         runtime = "" if row.runtime is None else f"{row.runtime:.1g}"
         vllm = in_vllm(row) if row.vllm is None or row.vllm.difference is None else _nats(row.vllm)
-        cells = (f"`{row.model_type}`", row.name, share, "yes" if row.verified else "no", runtime, vllm, _remark(row))
+        verified, recipes = ("yes" if each else "no" for each in (row.verified, row.recipes == YES))
+        cells = (f"`{row.model_type}`", row.name, share, verified, runtime, vllm, recipes, _remark(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -207,6 +212,8 @@ def _remark(row: Row) -> str:
         remarks.append("left: " + ", ".join(row.left[:SHOWN]) + (f" and {more} more" if more > 0 else ""))
     if row.warnings:
         remarks.append("warns")
+    if row.recipes not in {"", YES}:
+        remarks.append(f"recipes: {row.recipes}")
     if row.vllm and row.vllm.known and row.vllm.failed:
         remarks.append(f"vLLM: {row.vllm.failed}")
     if row.source and row.source.difference is not None:

@@ -30,12 +30,13 @@ def groups_of_layers(
     if architecture_of(config).groups:
         return [groups_of(config, model.hollow(number)) for number in range(model.count)]
     found = _traced(model, Rules.for_config(config), ids[:TOKENS])
-    groups = [group for layer in found for group in layer]
-    if not groups:
+    if not any(found):
         raise UnsupportedModelError(
             f"{model.name}: none of its linear layers reads each token once, so no recipe can do better than --recipe rtn"
         )
-    notice(f"groups of layers, found by running them: {_told(groups)}")
+    notice(f"no table says what feeds what in {config.get('model_type')}; found by running its layers:")
+    for each in described(found):
+        notice(each)
     return found
 
 
@@ -96,7 +97,11 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _told(groups: Sequence[Group]) -> str:
-    """Name the groups, with what is folded where."""
-    told = Counter(f"{group.name} (scales go into {group.producer})" if group.producer else group.name for group in groups)
-    return "; ".join(f"{name} in {count}" for name, count in told.items())
+def described(layers: Sequence[Sequence[Group]]) -> list[str]:
+    """Say which groups there are, what their scales go into, and in how many layers."""
+    told = Counter(
+        f"{group.name}: scales go into {group.producer}" if group.producer else f"{group.name}: no scales"
+        for layer in layers
+        for group in layer
+    )
+    return [f"{what} ({count} of {len(layers)} layers)" for what, count in told.items()]

@@ -4,6 +4,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from w8a8.calibrate.grouping import described
 from w8a8.calibrate.setup import Setup
 from w8a8.checkpoint import read_header
 from w8a8.execute.shard import Finished
@@ -77,4 +78,5 @@ def record(finished: Mapping[str, Finished], setup: Setup, plan: Plan, kept: Col
         changed=tuple(changed),
         folded=tuple(folded),
         norms=tuple(norms),
+        groups=tuple(described(setup.groups)),
     )

@@ -57,7 +57,8 @@ class CalibrationRecord:
     """How scales and codes were chosen.
 
     `kept` are modules left in BF16 by the budget `keep_bf16`; `changed` are quantized tensors and `folded` copied ones
-    that are not what rounding the source to nearest gives.
+    that are not what rounding the source to nearest gives. `groups` says, for people, what was calibrated together and
+    what its scales went into.
     """
 
     text: CalibrationText
@@ -68,6 +69,7 @@ class CalibrationRecord:
     changed: tuple[str, ...]
     folded: tuple[str, ...]
     norms: tuple[NormFold, ...]
+    groups: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
