@@ -17,7 +17,7 @@ from tests.support.tiny import make_model
 from w8a8.calibrate.activations import Activations
 from w8a8.quantization import Options, calibrated, prepare, run
 from w8a8.recipes.costs import backwards
-from w8a8.runtime.calls import Call, States, filled, noted
+from w8a8.runtime.calls import Call, States, noted
 from w8a8.runtime.streamed import forward_block
 from w8a8.texts.samples import cut, load
 
@@ -82,16 +82,15 @@ def test_gradients_go_back_through_the_keys_and_values_that_later_layers_share(t
     states = [States(first)]
     with torch.no_grad():
         for layer, kwargs in zip(layers, called, strict=True):
-            states += forward_block(layer, [Call(states[-1].hidden, filled(kwargs, states[-1].left))])
+            states += forward_block(layer, [Call(states[-1], kwargs)])
     assert sorted({len(each.left) for each in states}) == [0, 2, 4]
     found = States(gradient)
     for layer, kwargs, each in zip(reversed(layers), reversed(called), reversed(states[:-1]), strict=True):
-        given = filled(kwargs, each.left)
-        by_states, _, by_left = backwards(layer, [], each.hidden, given, found.hidden, found.left)
+        by_states, _, by_left = backwards(layer, [], each.hidden, kwargs, found.hidden, each.left, found.left)
         found = States(by_states, by_left)
     assert torch.allclose(found.hidden, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
     assert not found.left
     without = gradient
     for layer, kwargs, each in zip(reversed(layers), reversed(called), reversed(states[:-1]), strict=True):
-        without = backwards(layer, [], each.hidden, filled(kwargs, each.left), without)[0]
+        without, _, _ = backwards(layer, [], each.hidden, kwargs, without, each.left)
     assert not torch.allclose(without, wanted, rtol=1e-2, atol=1e-2 * float(wanted.abs().max()))

@@ -7,6 +7,7 @@ from torch import nn
 from tests.recipes import small
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.trace import random_copy, trace
+from w8a8.runtime.calls import Call, States
 
 pytestmark = pytest.mark.slow
 
@@ -21,7 +22,7 @@ def traced(kind: str, number: int) -> tuple[Group, ...]:
     states = torch.randn(kwargs.pop("hidden_states").shape, generator=torch.Generator().manual_seed(0))
     layer = made.base_model.layers[number]
     linear = {path for path, module in layer.named_modules() if isinstance(module, nn.Linear)}
-    return trace(random_copy(layer, torch.device("cpu")), states, kwargs, linear)
+    return trace(random_copy(layer, torch.device("cpu")), Call(States(states), kwargs), linear)
 
 
 @pytest.mark.parametrize(("kind", "number"), [*((kind, 0) for kind in small.KNOWN), ("gemma4", 2)])

@@ -140,7 +140,10 @@ def _backward_block(
     """
     made = []
     for call, gradient in block:
-        by_states, outputs, by_left = backwards(layer, paths, call.hidden, call.kwargs, gradient.hidden, gradient.left)
+        hidden, left = call.states.hidden, call.states.left
+        by_states, outputs, by_left = backwards(
+            layer, paths, hidden, call.kwargs, gradient.hidden, left, gradient.left
+        )
         made.append((States(by_states, by_left), {path: squares(each) for path, each in outputs.items()}))
     return made
 

@@ -13,8 +13,8 @@ from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.plan import Rules, architecture_of
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.trace import random_copy, trace
-from w8a8.runtime.calls import filled, left_in
-from w8a8.runtime.streamed import StreamedModel
+from w8a8.runtime.calls import Call, States
+from w8a8.runtime.streamed import StreamedModel, passed
 
 TOKENS = 16
 """Number of tokens that a layer reads to be traced."""
@@ -43,22 +43,22 @@ def groups_of_layers(
 def _traced(model: StreamedModel, rules: Rules, ids: Sequence[int]) -> list[tuple[Group, ...]]:
     """Trace a layer of every kind."""
     states, kwargs = model.embed(ids)
-    states = torch.randn(states.shape, generator=torch.Generator().manual_seed(2)).to(model.device)
+    hidden = torch.randn(states.shape, generator=torch.Generator().manual_seed(2)).to(model.device)
     known: dict[Any, tuple[Group, ...]] = {}
-    left: dict[str, Tensor] = {}
+    left: Mapping[str, Tensor] = {}
     found = []
     for number in range(model.count):
         layer, consumers = model.hollow(number), _quantized(model, number, rules)
         kind = (_kind(layer), consumers)
         if kind not in known:
-            given = filled(kwargs[number], left)
+            copy, call = random_copy(layer, model.device), Call(States(hidden, left), kwargs[number])
             try:
-                known[kind] = trace(random_copy(layer, model.device), states, given, consumers)
+                known[kind] = trace(copy, call, consumers)
+                left = passed(copy, call).left
             except Exception as error:
                 raise UnsupportedModelError(
                     f"{model.name}: layer {number} cannot be run by itself: {first_line(error)}"
                 ) from error
-            left = left_in(given)
         found.append(tuple(_changeable(model, number, group) for group in known[kind]))
     return found
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from w8a8.runtime.calls import Call, States, filled
+from w8a8.runtime.calls import Call, States
 from w8a8.runtime.streamed import StreamedModel
 from w8a8.storage.folders import keep_only
 from w8a8.storage.writer import disk_errors, write_whole
@@ -50,8 +50,7 @@ class Inputs:
     ) -> Iterator[Call]:
         """Yield the calls of a layer for the `states` of the samples with these `numbers`, in order."""
         for number, each in zip(numbers, states, strict=True):
-            kwargs = {**self.common[layer], **self._own(layer, number, device)}
-            yield Call(each.hidden, filled(kwargs, each.left))
+            yield Call(each, {**self.common[layer], **self._own(layer, number, device)})
 
     def _own(self, layer: int, number: int, device: torch.device) -> dict[str, Tensor]:
         """A sample's own arguments for a layer."""

@@ -22,6 +22,7 @@ from w8a8.plan import Plan, module_name, scale_name
 from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import Group
 from w8a8.recipes.layer import Batch, Gain, LayerResult, calibrate_layer, quantized
+from w8a8.runtime.calls import filled
 from w8a8.runtime.streamed import DTYPES, StreamedModel, forward_block
 
 
@@ -88,7 +89,8 @@ class Batches:
         every = range(len(self.setup.samples))
         apart = held_out(len(every))
         for number, call in enumerate(self.setup.calls(self.layer, self.entering, every)):
-            yield Batch(call.hidden, call.kwargs, apart[number], self.token_costs.get(number))
+            kwargs = filled(call.kwargs, call.states.left)
+            yield Batch(call.states.hidden, kwargs, apart[number], self.token_costs.get(number))
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -108,7 +110,8 @@ def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
         this.journal.store(save(_tensors(number, result, model)))
         # 3) Run the layer as it will run
         made = quantized(layer, result, ours)
-        with setup.hands.placed(made, batches) as placed:
+        calls = setup.calls(number, this.states(number), range(len(setup.samples)))
+        with setup.hands.placed(made, calls) as placed:
             this.states(number + 1).write(chain.from_iterable(placed.each(forward_block)))
     return result.gains
 

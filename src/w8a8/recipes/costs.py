@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.runtime.calls import filled, left_in
+from w8a8.runtime.calls import filled, left_by
 from w8a8.runtime.streamed import states_of
 
 TINY = torch.finfo(torch.float32).tiny
@@ -94,13 +94,14 @@ def backwards(
     states: Tensor,
     kwargs: Mapping[str, Any],
     gradient: Tensor,
+    left: Mapping[str, Tensor] | None = None,
     by_left: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Mapping[str, Tensor], Mapping[str, Tensor]]:
     """Carry a `gradient` [1, tokens, hidden] by the states that leave a decoder layer back through the layer.
 
-    `by_left` are the gradients by what lies in mailboxes (`w8a8.runtime.calls`) after the layer. Returns the gradient by
-    the `states` [1, tokens, hidden] that enter it, the gradients [tokens, out] by the outputs of its linear layers, by
-    their `paths`, and those by what lay in mailboxes before.
+    `left` is what layers before have left for it, with which `kwargs` are to be `filled` (`w8a8.runtime.calls`), and
+    `by_left` are the gradients by what is left after it. Returns the gradient by the `states` [1, tokens, hidden] that
+    enter it, the gradients [tokens, out] by the outputs of its linear layers, by their `paths`, and those by `left`.
     """
     outputs: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
@@ -111,15 +112,15 @@ def backwards(
 
             stack.callback(layer.get_submodule(path).register_forward_hook(keep).remove)
         entering = states.detach().clone().requires_grad_()
-        before = {name: each.detach().clone().requires_grad_() for name, each in left_in(kwargs).items()}
+        before = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in (left or {}).items()}
         kwargs = filled(kwargs, before)
-        leaving = states_of(layer(entering.clone(), **kwargs))
-        after = left_in(kwargs)
+        output = layer(entering.clone(), **kwargs)
+        after = left_by(output, kwargs)
         ends = {name: each for name, each in (by_left or {}).items() if after[name].requires_grad}
-        inputs = [entering, *before.values(), *(outputs[path] for path in paths)]
-        found = torch.autograd.grad(
-            [leaving, *(after[name] for name in ends)], inputs, [gradient, *ends.values()], allow_unused=True
-        )
+        begins = {name: each for name, each in before.items() if each.requires_grad}
+        inputs = [entering, *begins.values(), *(outputs[path] for path in paths)]
+        leaving = [states_of(output), *(after[name] for name in ends)]
+        found = torch.autograd.grad(leaving, inputs, [gradient, *ends.values()], allow_unused=True)
     made = [torch.zeros_like(of) if each is None else each for of, each in zip(inputs, found, strict=True)]
-    by_outputs = dict(zip(paths, (each.flatten(0, -2) for each in made[1 + len(before) :]), strict=True))
-    return made[0], by_outputs, dict(zip(before, made[1 : 1 + len(before)], strict=True))
+    by_outputs = dict(zip(paths, (each.flatten(0, -2) for each in made[1 + len(begins) :]), strict=True))
+    return made[0], by_outputs, dict(zip(begins, made[1:], strict=False))

@@ -26,7 +26,6 @@ from w8a8.recipes.costs import Cost
 from w8a8.recipes.folding import Heads, expand, heads_of, shared_copy
 from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
 from w8a8.recipes.groups import Group
-from w8a8.runtime.calls import Call
 from w8a8.runtime.linear import W8A8Linear, frozen
 from w8a8.runtime.samples import HERE, Hands, Placed
 from w8a8.runtime.streamed import StopForward
@@ -44,7 +43,7 @@ CHUNK = 2048
 
 
 @dataclass(frozen=True, slots=True)
-class Batch(Call):
+class Batch:
     """Inputs of a decoder layer: the states as the quantized layers before produce them, and the other arguments.
 
     `hidden` is float32 [samples, tokens, hidden]; `kwargs` are the other arguments of the layer's `forward`. A
@@ -52,6 +51,8 @@ class Batch(Call):
     of a linear layer, says what errors in its outputs cost for each token (`costs.py`); None where that is not known.
     """
 
+    hidden: Tensor
+    kwargs: Mapping[str, Any]
     held_out: bool
     token_costs: Mapping[str, Tensor] | None
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from w8a8.recipes.folding import channels_of, divide, expand, heads_of, multiply, shared_copy
 from w8a8.recipes.groups import Group
-from w8a8.runtime.calls import Kwargs, left_in
+from w8a8.runtime.calls import Call, States
 from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.linear import frozen
-from w8a8.runtime.streamed import states_of
+from w8a8.runtime.streamed import passed
 
 NOTHING, SOMETHING = 1e-6, 1e-4
 """How much of the largest value that leaves a layer may change at most, or has to change at least."""
@@ -34,14 +34,13 @@ OCTAVES = 3
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def trace(layer: nn.Module, states: Tensor, kwargs: Kwargs, consumers: Collection[str]) -> tuple[Group, ...]:
-    """Find the groups of `layer`, whose forward is called with `states` [1, tokens, hidden] and `kwargs`, in order.
+def trace(layer: nn.Module, call: Call, consumers: Collection[str]) -> tuple[Group, ...]:
+    """Find the groups of `layer` by what it does when it is called so, in order.
 
-    `consumers` are the paths of the linear layers that are quantized. All is float32 and random. What the layer leaves
-    in mailboxes lies in those of `kwargs` afterwards. A linear layer that does not read one vector per token, once, is
-    in no group.
+    `consumers` are the paths of the linear layers that are quantized. All is float32 and random. A linear layer that
+    does not read one vector per token, once, is in no group.
     """
-    seen = _Seen.of(layer, states, kwargs)
+    seen = _Seen.of(layer, call)
     return tuple(_with_producer(seen, group) for group in _groups(seen, consumers))
 
 
@@ -73,14 +72,13 @@ class _Seen:
     with a vector have `made` [tokens, out]; and the tensors that have left it."""
 
     layer: nn.Module
-    states: Tensor
-    kwargs: Kwargs
+    call: Call
     read: Mapping[str, Sequence[Tensor]]
     made: Mapping[str, Tensor]
     left: Sequence[Tensor]
 
     @classmethod
-    def of(cls, layer: nn.Module, states: Tensor, kwargs: Kwargs) -> "_Seen":
+    def of(cls, layer: nn.Module, call: Call) -> "_Seen":
         """Run the layer."""
         read: dict[str, list[Tensor]] = {}
         made: dict[str, Tensor] = {}
@@ -102,12 +100,12 @@ class _Seen:
                 elif len(shape) == 1:
                     hook = module.register_forward_hook(lambda _m, _a, out, p=path, w=shape[0]: after(p, w, out))
                     stack.callback(hook.remove)
-            left = _run(layer, states, kwargs)
-        return cls(layer, states, kwargs, read, made, left)
+            left = _run(layer, call)
+        return cls(layer, call, read, made, left)
 
     def changed(self, layer: nn.Module) -> float:
         """How far off is what leaves a changed copy of the layer, as a share of the largest value; NaN if that is."""
-        pairs = zip(_run(layer, self.states, self.kwargs), self.left, strict=True)
+        pairs = zip(_run(layer, self.call), self.left, strict=True)
         return float(torch.stack([(now - then).abs().max() / then.abs().max() for now, then in pairs]).max())
 
 
@@ -115,10 +113,10 @@ def _is_wide(value: Any, width: int) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 0 and value.shape[-1] == width
 
 
-def _run(layer: nn.Module, states: Tensor, kwargs: Kwargs) -> list[Tensor]:
+def _run(layer: nn.Module, call: Call) -> list[Tensor]:
     """Run a layer; return the states and all else that leaves it."""
-    output = layer(states.clone(), **kwargs)
-    return [states_of(output), *left_in(kwargs).values()]
+    leaving = passed(layer, Call(States(call.states.hidden.clone(), call.states.left), call.kwargs))
+    return [leaving.hidden, *(each for each in leaving.left.values() if each.is_floating_point())]
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
@@ -126,7 +124,7 @@ def _run(layer: nn.Module, states: Tensor, kwargs: Kwargs) -> list[Tensor]:
 
 def _groups(seen: _Seen, consumers: Collection[str]) -> Iterator[Group]:
     """The groups, without producers: those of `consumers` that read the same values."""
-    tokens = seen.states.shape[-2]
+    tokens = seen.call.states.hidden.shape[-2]
     once = {path: values[0] for path, values in seen.read.items() if len(values) == 1 and len(values[0]) == tokens}
     while once:
         values = next(iter(once.values()))
@@ -193,7 +191,7 @@ def _holds(seen: _Seen, group: Group) -> bool:
     """Whether dividing the producer's channels changes what leaves the layer, and multiplying columns undoes it."""
     generator = torch.Generator().manual_seed(1)
     exponents = torch.randint(-OCTAVES, OCTAVES + 1, (channels_of(seen.layer, group),), generator=generator)
-    scales = (2.0**exponents).to(seen.states.device)
+    scales = (2.0**exponents).to(seen.call.states.hidden.device)
     divided, folded = shared_copy(seen.layer), shared_copy(seen.layer)
     for layer in (divided, folded):
         divide(layer, group, scales, torch.float32)

@@ -1,9 +1,13 @@
-"""What a decoder layer is called with besides its states.
+"""What a decoder layer is called with besides its states, and what it leaves besides them.
 
 Most arguments are the same for all samples of a length: masks, rotary tables. Some are a sample's own: what layers read
-of the tokens themselves, as Gemma's per-layer inputs are, or the embeddings that Zamba reads again. And some models give
-all their layers one empty mapping, in which some leave tensors for later ones, as Gemma's shared keys and values are: a
-mailbox. What lies in it passes from layer to layer with the states.
+of the tokens themselves, as Gemma's per-layer inputs are, or the embeddings that Zamba reads again. And some come from
+layers before:
+
+    mailbox  one empty mapping is given to all layers, and some leave tensors in it, as Gemma's shared keys and values
+    passed   a layer returns more than its states, and the next one is given it, as the tokens that GLM attends to
+
+What is left for later layers passes from layer to layer with the states.
 """
 
 import json
@@ -24,10 +28,17 @@ class Mailbox(UserDict[Any, Any]):
 
 
 @dataclass(frozen=True, slots=True)
+class Passed:
+    """In the place of an argument: what the layer before returns at this `place` behind its states."""
+
+    place: int
+
+
+@dataclass(frozen=True, slots=True)
 class States:
     """What passes from one decoder layer to the next: `hidden` [1, tokens, hidden], and what layers have `left`.
 
-    `left` has the tensors in mailboxes, by names that `filled` understands.
+    `left` has tensors in mailboxes, and those that the last layer has passed, by names that `filled` understands.
     """
 
     hidden: Tensor
@@ -36,9 +47,9 @@ class States:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A sample as it enters a layer: its hidden states, and all other arguments, mailboxes `filled`."""
+    """A sample as it enters a layer: its `states`, and the other arguments, which are to be `filled`."""
 
-    hidden: Tensor
+    states: States
     kwargs: Kwargs
 
 
@@ -55,24 +66,30 @@ def noted(calls: Iterable[Kwargs]) -> list[dict[str, Any]]:
 
 
 def filled(kwargs: Kwargs, left: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The arguments of one call: mailboxes of its own, in which lies what layers before have `left`."""
+    """The arguments of one call, in which what layers before have `left` is in its places: mailboxes are its own."""
     made = {name: Mailbox() if isinstance(value, Mailbox) else value for name, value in kwargs.items()}
-    places = {name: json.loads(name) for name in left}
-    for name in sorted(left, key=lambda name: places[name][2]):
-        argument, key, _ = places[name]
+    made |= {name: left.get(json.dumps(value.place)) for name, value in made.items() if isinstance(value, Passed)}
+    posted = {name: place for name in left if isinstance(place := json.loads(name), list)}
+    for name in sorted(posted, key=lambda name: posted[name][2]):
+        argument, key, _ = posted[name]
         made[argument][key] = (*made[argument].get(key, ()), left[name])
     return made
 
 
-def left_in(kwargs: Kwargs) -> dict[str, Tensor]:
-    """What lies in the mailboxes of a call, by names that are made of the argument's, the key and the place."""
-    return {
+def left_by(output: Any, kwargs: Kwargs) -> dict[str, Tensor]:
+    """What a layer has left for later ones: in the mailboxes of its arguments, and behind the states it returned.
+
+    Names are made of the argument's name, the key and the place in a mailbox, or are the place behind the states.
+    """
+    posted = {
         json.dumps([name, key, place]): tensor
         for name, box in kwargs.items()
         if isinstance(box, Mailbox)
         for key, tensors in box.items()
         for place, tensor in enumerate(tensors)
     }
+    more = output[1:] if isinstance(output, tuple | list) else ()
+    return posted | {json.dumps(place): each for place, each in enumerate(more, 1) if isinstance(each, Tensor)}
 
 
 def own(kwargs: Kwargs, common: Kwargs) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.formats import detect
-from w8a8.runtime.calls import Call, States, left_in, noted, own
+from w8a8.runtime.calls import Call, Passed, States, filled, left_by, noted, own
 from w8a8.runtime.fitting import fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
@@ -34,6 +34,9 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I
 
 SMALL = 1e-3
 """An output of a head that soft caps leave as it is."""
+
+MOST_BEHIND = 2
+"""The most values that layers may return behind their states."""
 
 LAYERS = ("layers", "h", "blocks")
 """What decoders call the list of their layers."""
@@ -87,7 +90,7 @@ class StreamedModel:
             below, _, _ = self._fitted.places[tensor.name].removeprefix(f"{self._prefix}.").partition(".")
             self._parts.get(int(below) if below.isdecimal() else -1, []).append(tensor)
         self._calls: list[tuple[Tensor, dict[str, Any]]] = []
-        self._in_tuples = False  # how layers return their states
+        self._behind: int | None = None  # how many values layers return behind their states; None: no tuple
         for layer in self._layers:
             self._hollow_out(layer)
         self._fill_surroundings(decoder, places[id(decoder)])
@@ -117,10 +120,11 @@ class StreamedModel:
     def embed(self, ids: Sequence[int]) -> tuple[Tensor, list[dict[str, Any]]]:
         """Return the states [1, tokens, hidden] that enter the first layer, and each layer's other arguments."""
         problem = self._note_calls(ids)
-        if problem and not self._in_tuples:  # some models take the states out of a tuple
-            self._in_tuples = True
-            if self._note_calls(ids) is None:
-                problem = None
+        if problem and self._behind is None:  # some models take the states out of a tuple
+            for self._behind in range(MOST_BEHIND + 1):
+                if self._note_calls(ids) is None:
+                    problem = None
+                    break
         if problem:
             kind = type(self.model).__name__
             raise UnsupportedModelError(f"{self.name}: {kind} cannot be run without its layers: {problem}")
@@ -201,7 +205,7 @@ class StreamedModel:
     def last_states(self, states: Tensor) -> None:
         """Make `states` [1, tokens, hidden] the output of the hollow model's last layer in its next reading."""
         self._calls.clear()
-        self._layers[-1].forward = lambda *_, **__: (states,) if self._in_tuples else states
+        self._layers[-1].forward = lambda *_, **__: self._returned(states)
 
     def read_by_head(self, ids: Sequence[int], states: Tensor) -> Tensor:
         """Return what the head reads [1, tokens, hidden] when `states` leave the last layer; it has their gradient."""
@@ -245,9 +249,13 @@ class StreamedModel:
             bound = signature.bind(layer, hidden_states, *args, **kwargs).arguments
             extra = bound.pop("kwargs", {})
             self._calls.append((hidden_states, {**dict(list(bound.items())[2:]), **extra}))
-            return (hidden_states,) if self._in_tuples else hidden_states
+            return self._returned(hidden_states)
 
         layer.forward = note
+
+    def _returned(self, states: Tensor) -> Any:
+        """What a hollow layer returns."""
+        return states if self._behind is None else (states, *(Passed(place + 1) for place in range(self._behind)))
 
     def _fill_surroundings(self, decoder: nn.Module, place: str) -> None:
         """Give the decoder all weights outside the layers, but read embeddings' rows as they are needed."""
@@ -311,9 +319,16 @@ def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tens
     return states_of(layer(states, **kwargs))
 
 
+def passed(layer: nn.Module, call: Call) -> States:
+    """Run a decoder layer on a sample; return its states, and all that it leaves for later layers."""
+    kwargs = filled(call.kwargs, call.states.left)
+    output = layer(call.states.hidden, **kwargs)
+    return States(states_of(output), left_by(output, kwargs))
+
+
 def forward_block(layer: nn.Module, block: Iterable[Call]) -> list[States]:
     """Run a decoder layer on a block of samples."""
-    return [States(forward(layer, call.hidden, call.kwargs), left_in(call.kwargs)) for call in block]
+    return [passed(layer, call) for call in block]
 
 
 def _hollow(name: str, folder: Path, dtype: torch.dtype | None) -> Any:

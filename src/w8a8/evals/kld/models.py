@@ -24,7 +24,7 @@ from w8a8.sources.view import View
 try:
     import torch
 
-    from w8a8.runtime.calls import Call, States, filled
+    from w8a8.runtime.calls import Call, States
     from w8a8.runtime.loading import engine_errors, load_config, load_model
     from w8a8.runtime.samples import HERE, Hands
     from w8a8.runtime.sliced import sliced_logits
@@ -127,8 +127,7 @@ class StreamedPredictor(Predictor):
             apart[ids] = self._streamed.own(kwargs, shared)
         for number in range(self._streamed.count):
             calls = (
-                Call(states[ids].hidden, filled({**common[len(ids)][number], **apart[ids][number]}, states[ids].left))
-                for ids in states
+                Call(each, {**common[len(ids)][number], **apart[ids][number]}) for ids, each in states.items()
             )
             with self._streamed.layer(number) as layer, hands.placed(layer, calls) as placed:
                 for ids, made in zip(states, chain.from_iterable(placed.each(forward_block)), strict=True):
