@@ -1,4 +1,4 @@
-"""The groups of every layer of a model: by its architecture's table, or found by running its layers (`recipes/trace`)."""
+"""The groups of every layer of a model: by its architecture's table, or found by running layers (`recipes/trace`)."""
 
 import re
 from collections import Counter
@@ -32,7 +32,7 @@ def groups_of_layers(
     found = _traced(model, Rules.for_config(config), ids[:TOKENS])
     if not any(found):
         raise UnsupportedModelError(
-            f"{model.name}: none of its linear layers reads each token once, so no recipe can do better than --recipe rtn"
+            f"{model.name}: none of its quantized layers reads each token once, so recipes can do nothing; use --recipe rtn"
         )
     notice(f"no table says what feeds what in {config.get('model_type')}; found by running its layers:")
     for each in described(found):
@@ -71,7 +71,7 @@ def _quantized(model: StreamedModel, number: int, rules: Rules) -> frozenset[str
 
 
 def _changeable(model: StreamedModel, number: int, group: Group) -> Group:
-    """The group; without its producer, if the checkpoint lacks something that folding would change as the model has it."""
+    """The group; without its producer, if folding would change what the checkpoint has in another form."""
     if group.producer is None:
         return group
     producer = model.hollow(number).get_submodule(group.producer)

@@ -12,8 +12,8 @@ A key-value head's channels reach `o_proj` once for every query head that shares
 that are normalised, activations that no norm makes) keeps its inputs as they are; its weights can still be rounded
 better.
 
-Other modules may read the activations, too: routers, small gates. They stay in the checkpoint's dtype, and their columns
-are multiplied like those of the consumers.
+Other modules may read the activations, too: routers, small gates. They stay in the checkpoint's dtype, and their
+columns are multiplied like those of the consumers.
 """
 
 from collections.abc import Mapping
