@@ -3,12 +3,14 @@
 This is for architectures whose table has no groups. A layer with random weights reads random states. Linear layers that
 read the same values are a group; other modules with a matrix that do so are its readers. What may make the values is
 tried: a norm whose output they are, or a linear layer before them that is wide enough. It does where two things hold:
-dividing its channels changes what leaves the layer, and multiplying the columns of all that read them undoes that.
+dividing its channels changes what leaves the layer, and multiplying the columns of all that read them undoes that. The
+first layers of experts read what the module of all experts reads; within each, the last reads what the others make.
 
 Scales are powers of two, by which floating-point numbers are divided and multiplied without rounding, and the gains of
 norms have few bits. So a fold that is exact changes nothing at all, and one that is not cannot hide in rounding.
 """
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from w8a8.recipes.folding import channels_of, divide, expand, heads_of, multiply, shared_copy
 from w8a8.recipes.groups import Group
 from w8a8.runtime.calls import Call, States
-from w8a8.runtime.experts import holds_experts
+from w8a8.runtime.experts import Experts, holds_experts
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.streamed import passed
 
@@ -41,7 +43,7 @@ def trace(layer: nn.Module, call: Call, consumers: Collection[str]) -> tuple[Gro
     does not read one vector per token, once, is in no group.
     """
     seen = _Seen.of(layer, call)
-    return tuple(_with_producer(seen, group) for group in _groups(seen, consumers))
+    return tuple(_groups(seen, consumers))
 
 
 def random_copy(layer: nn.Module, device: torch.device) -> nn.Module:
@@ -94,6 +96,8 @@ class _Seen:
         with ExitStack() as stack:
             for path, module in layer.named_modules():
                 shape = getattr(getattr(module, "weight", None), "shape", ())
+                if isinstance(module, Experts):
+                    shape = (0, module.down_proj[0].out_features)
                 if len(shape) == 2:
                     hook = module.register_forward_pre_hook(lambda _m, a, p=path, w=shape[1]: before(p, w, a))
                     stack.callback(hook.remove)
@@ -123,7 +127,7 @@ def _run(layer: nn.Module, call: Call) -> list[Tensor]:
 
 
 def _groups(seen: _Seen, consumers: Collection[str]) -> Iterator[Group]:
-    """The groups, without producers: those of `consumers` that read the same values."""
+    """The groups: those of `consumers` that read the same values, and what makes these."""
     tokens = seen.call.states.hidden.shape[-2]
     once = {path: values[0] for path, values in seen.read.items() if len(values) == 1 and len(values[0]) == tokens}
     while once:
@@ -131,14 +135,46 @@ def _groups(seen: _Seen, consumers: Collection[str]) -> Iterator[Group]:
         alike = [path for path, other in once.items() if _equal(other, values)]
         for path in alike:
             del once[path]
-        ours = tuple(path for path in alike if path in consumers)
+        linear = [each for path in alike for each in _first_layers(seen.layer.get_submodule(path), path)]
+        ours = tuple(path for path in linear if path in consumers)
         if ours:
-            yield Group(_name(ours), ours, readers=tuple(path for path in alike if path not in consumers))
+            group = Group(_name(ours), ours, readers=tuple(path for path in linear if path not in consumers))
+            yield _with_producer(seen, group, alike[0], values)
+        for path in alike:
+            module = seen.layer.get_submodule(path)
+            if isinstance(module, Experts):
+                yield from _last_layers(seen, module, path, consumers)
+
+
+def _first_layers(module: nn.Module, path: str) -> Iterator[str]:
+    """The linear layers that read what a module reads: of experts, the first ones of each."""
+    if not isinstance(module, Experts):
+        yield path
+        return
+    for name in ("gate_proj", "up_proj", "gate_up_proj"):
+        yield from (f"{path}.{name}.{number}" for number in range(len(getattr(module, name, ()))))
+
+
+def _last_layers(seen: _Seen, experts: Experts, path: str, consumers: Collection[str]) -> list[Group]:
+    """A group for each expert's last layer, with what makes its inputs, if that holds for all of them."""
+    numbers = [n for n in range(len(experts.down_proj)) if f"{path}.down_proj.{n}" in consumers]
+    groups = [Group("down", (f"{path}.down_proj.{number}",)) for number in numbers]
+    part = "gate_up_proj" if experts.joined else "up_proj"
+    width = experts.down_proj[0].in_features
+    for start in dict.fromkeys((getattr(experts, part)[0].out_features - width, 0)):
+        tried = [
+            replace(group, producer=f"{path}.{part}.{number}", kind="linear", start=start)
+            for number, group in zip(numbers, groups, strict=True)
+        ]
+        if _holds(seen, tried):
+            return tried
+    return groups
 
 
 def _name(paths: Sequence[str]) -> str:
     """A name for a group: `q/k/v` for paths that end in q_proj, k_proj and v_proj."""
-    return "/".join(path.rpartition(".")[2].removesuffix("_proj") for path in paths)
+    leaves = (re.sub(r"\.\d+$", "", path).rpartition(".")[2] for path in paths)
+    return "/".join(dict.fromkeys(leaf.removesuffix("_proj") for leaf in leaves))
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -148,15 +184,13 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 # --- what makes their values ----------------------------------------------------------------------------------------
 
 
-def _with_producer(seen: _Seen, group: Group) -> Group:
-    """The group with the first producer that holds, or without one."""
-    return next((found for found in _candidates(seen, group) if _holds(seen, found)), group)
+def _with_producer(seen: _Seen, group: Group, first: str, values: Tensor) -> Group:
+    """The group with the first producer that holds, or without one; `first` is what reads the `values` first."""
+    return next((each for each in _candidates(seen, group, first, values) if _holds(seen, [each])), group)
 
 
-def _candidates(seen: _Seen, group: Group) -> Iterator[Group]:
+def _candidates(seen: _Seen, group: Group, first: str, values: Tensor) -> Iterator[Group]:
     """The group with all that may make its values: the norms whose output they are, then linear layers before it."""
-    first = group.consumers[0]
-    [values] = seen.read[first]
     for path in [path for path, output in seen.made.items() if _equal(output, values)]:
         for offset in (0.0, 1.0):
             yield replace(group, producer=path, kind="norm", offset=offset)
@@ -187,13 +221,15 @@ def _by_heads(layer: nn.Module, group: Group, path: str, width: int) -> Iterator
         yield replace(group, producer=path, kind="value", start=rows - channels)
 
 
-def _holds(seen: _Seen, group: Group) -> bool:
-    """Whether dividing the producer's channels changes what leaves the layer, and multiplying columns undoes it."""
+def _holds(seen: _Seen, groups: Sequence[Group]) -> bool:
+    """Whether dividing the producers' channels changes what leaves the layer, and multiplying columns undoes it."""
     generator = torch.Generator().manual_seed(1)
-    exponents = torch.randint(-OCTAVES, OCTAVES + 1, (channels_of(seen.layer, group),), generator=generator)
-    scales = (2.0**exponents).to(seen.call.states.hidden.device)
     divided, folded = shared_copy(seen.layer), shared_copy(seen.layer)
-    for layer in (divided, folded):
-        divide(layer, group, scales, torch.float32)
-    multiply(folded, [*group.consumers, *group.readers], expand(scales, heads_of(folded, group)), torch.float32)
-    return seen.changed(folded) <= NOTHING and seen.changed(divided) >= SOMETHING
+    for group in groups:
+        exponents = torch.randint(-OCTAVES, OCTAVES + 1, (channels_of(folded, group),), generator=generator)
+        scales = (2.0**exponents).to(seen.call.states.hidden.device)
+        for layer in (divided, folded):
+            divide(layer, group, scales, torch.float32)
+        by_channel = expand(scales, heads_of(folded, group))
+        multiply(folded, [*group.consumers, *group.readers], by_channel, torch.float32)
+    return bool(groups) and seen.changed(folded) <= NOTHING and seen.changed(divided) >= SOMETHING
