@@ -77,7 +77,7 @@ def test_groups_are_found_and_folding_by_them_changes_no_logits(model_type: str,
         for group in own:
             fold(layer, group)
     after = logits(model)
-    assert (after - before).abs().max() < 1e-6 * before.abs().max()
+    assert (after - before).abs().max() < 1e-5 * before.abs().max()  # norms and delta nets compute in float32
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import w8a8
 from tests.calibrate.checkpoints import make_elastic_gemma, write_text, write_tokenizer
 from tests.calibrate.test_run import SIZES, states_after
-from tests.recipes.small import kwargs_of
 from tests.support.tiny import make_model
 from w8a8.calibrate.activations import Activations
+from w8a8.checkpoint import Checkpoint
 from w8a8.quantization import Options, calibrated, prepare, run
 from w8a8.recipes.costs import backwards
-from w8a8.runtime.calls import Call, States, noted
-from w8a8.runtime.streamed import forward_block
+from w8a8.runtime.calls import Call, States
+from w8a8.runtime.streamed import StreamedModel, forward_block
+from w8a8.sources.opening import as_run
 from w8a8.texts.samples import cut, load
 
 pytestmark = pytest.mark.slow
@@ -68,9 +69,7 @@ def test_gradients_go_back_through_the_keys_and_values_that_later_layers_share(t
     torch.manual_seed(0)
     folder = make_elastic_gemma(tmp_path, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(requires_grad=False)
-    calls = [kwargs_of(model, number, torch.arange(20)[None]) for number in range(6)]
-    first, *_ = [call.pop("hidden_states") for call in calls]
-    called = noted({**call, "shared_kv_states": {}} for call in calls)
+    first, called = StreamedModel("gemma4", as_run(Checkpoint.open(folder)), torch.float32).embed([*range(3, 23)])
     gradient = torch.randn(first.shape)
     # 1) All layers at once
     entering = first.clone().requires_grad_()

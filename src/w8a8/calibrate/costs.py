@@ -138,12 +138,10 @@ def _backward_block(
 
     Gradients have the form of the states that they are by.
     """
-    made = []
+    made: list[tuple[States, Mapping[str, tuple[Tensor, Tensor]]]] = []
     for call, gradient in block:
         hidden, left = call.states.hidden, call.states.left
-        by_states, outputs, by_left = backwards(
-            layer, paths, hidden, call.kwargs, gradient.hidden, left, gradient.left
-        )
+        by_states, outputs, by_left = backwards(layer, paths, hidden, call.kwargs, gradient.hidden, left, gradient.left)
         made.append((States(by_states, by_left), {path: squares(each) for path, each in outputs.items()}))
     return made
 

@@ -32,7 +32,7 @@ def groups_of_layers(
     found = _traced(model, Rules.for_config(config), ids[:TOKENS])
     if not any(found):
         raise UnsupportedModelError(
-            f"{model.name}: none of its quantized layers reads each token once, so recipes do nothing; --recipe rtn takes it"
+            f"{model.name}: none of its quantized layers reads each token once, so only --recipe rtn is for it"
         )
     notice(f"no table says what feeds what in {config.get('model_type')}; found by running its layers:")
     for each in described(found):

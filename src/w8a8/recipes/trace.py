@@ -95,7 +95,7 @@ class _Seen:
 
         with ExitStack() as stack:
             for path, module in layer.named_modules():
-                shape = getattr(getattr(module, "weight", None), "shape", ())
+                shape: Sequence[int] = getattr(getattr(module, "weight", None), "shape", ())
                 if isinstance(module, Experts):
                     shape = (0, module.down_proj[0].out_features)
                 if len(shape) == 2:
@@ -178,7 +178,7 @@ def _name(paths: Sequence[str]) -> str:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)
+    return bool(torch.equal(one, other))
 
 
 # --- what makes their values ----------------------------------------------------------------------------------------

@@ -95,12 +95,12 @@ def left_by(output: Any, kwargs: Kwargs) -> dict[str, Tensor]:
 def own(kwargs: Kwargs, common: Kwargs) -> dict[str, Tensor]:
     """The arguments of a sample that are not those which its layer has in `common` for all samples of this length.
 
-    Raises ValueError for one that is no tensor.
+    Raises TypeError for one that is no tensor.
     """
     found = {name: value for name, value in kwargs.items() if not same(value, common.get(name))}
     for name, value in found.items():
         if not isinstance(value, Tensor):
-            raise ValueError(f"its layers read a {name} for each sample, a {type(value).__name__}")
+            raise TypeError(f"its layers read a {name} for each sample, a {type(value).__name__}")
     return found
 
 

@@ -142,16 +142,14 @@ class StreamedModel:
         shapes = {tuple(states.shape) for states, _ in self._calls}
         return None if len(shapes) == 1 else f"its layers read states of {len(shapes)} shapes"
 
-    def own(
-        self, kwargs: Sequence[Mapping[str, Any]], common: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Tensor]]:
+    def own(self, kwargs: Sequence[Mapping[str, Any]], common: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
         """Return what of a sample's arguments of each layer is not in `common` to all samples of its length.
 
         Raises UnsupportedModelError where that is no tensor.
         """
         try:
             return [own(each, of_all) for each, of_all in zip(kwargs, common, strict=True)]
-        except ValueError as error:
+        except TypeError as error:
             raise UnsupportedModelError(f"{self.name}: {error}, so they cannot be run one at a time") from error
 
     def hollow(self, number: int) -> nn.Module:

@@ -126,9 +126,7 @@ class StreamedPredictor(Predictor):
             states[ids], shared = States(hidden), common.setdefault(len(ids), kwargs)
             apart[ids] = self._streamed.own(kwargs, shared)
         for number in range(self._streamed.count):
-            calls = (
-                Call(each, {**common[len(ids)][number], **apart[ids][number]}) for ids, each in states.items()
-            )
+            calls = (Call(each, {**common[len(ids)][number], **apart[ids][number]}) for ids, each in states.items())
             with self._streamed.layer(number) as layer, hands.placed(layer, calls) as placed:
                 for ids, made in zip(states, chain.from_iterable(placed.each(forward_block)), strict=True):
                     states[ids] = made
