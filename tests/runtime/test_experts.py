@@ -14,6 +14,7 @@ from torch.nn import functional
 from tests.runtime.conftest import Mixtures
 from tests.runtime.moe import EXPERTS, FAMILIES, quantize, tensors_of
 from w8a8.errors import MissingTensorError, UnsupportedSchemeError
+from w8a8.kernels.cpu import int8
 from w8a8.runtime.experts import Experts, W8A8Experts, in_int8
 from w8a8.runtime.linear import W8A8Linear
 from w8a8.runtime.loading import load_model
@@ -221,6 +222,45 @@ def test_only_int8_is_held_and_both_spellings_give_the_same(mixtral: Path, tmp_p
     held = sum(value.nbytes for value in model.parameters())
     assert held == sum(value.nbytes for value in tensors_of(quark).values())
     assert len([layer for layer in model.modules() if isinstance(layer, W8A8Linear)]) == 2 * (4 + 3 * EXPERTS)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt_oss", "llama4"], indirect=True)
+@pytest.mark.parametrize("tokens", [1, 37])
+def test_only_chosen_experts_are_read_each_once_for_all_its_tokens(
+    out: Path, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the kernel is given, in a run of the model: no weight of an expert that no token has chosen."""
+    model = load_model("moe", out)
+    recorded = [Recorded(place, experts) for place, experts in model.named_modules() if isinstance(experts, Experts)]
+    multiply, read = int8.linear, []
+
+    def watched(x: int, weight: int, *more: Any, **settings: Any) -> None:
+        read.append((weight, more[3][0]))
+        multiply(x, weight, *more, **settings)
+
+    monkeypatch.setattr(int8, "linear", watched)
+    with torch.no_grad():
+        model(input_ids=INPUT[:, :tokens], use_cache=False)
+    assert recorded
+    for layer in recorded:
+        chosen, owners = chosen_tokens(layer), {}
+        for name, part in layer.experts.named_modules():
+            if isinstance(part, W8A8Linear):
+                owners[part.weight.data_ptr()] = int(name.split(".")[1])
+        projections = len(owners) // EXPERTS
+        found = [(owners[weight], count) for weight, count in read if weight in owners]
+        assert sorted(found) == sorted(((n, count) for n, count in chosen.items() for _ in range(projections)))
+        assert len({weight for weight, _ in read if weight in owners}) == len(found)
+        assert len(chosen) < EXPERTS or tokens > 1
+
+
+def chosen_tokens(layer: Recorded) -> dict[int, int]:
+    """How many tokens have chosen each expert, of those that any has."""
+    if len(layer.inputs) == 1:  # Llama 4's are given zeros by tokens that have not chosen them
+        counts = layer.inputs[0].view(EXPERTS, -1, layer.inputs[0].shape[-1]).any(-1).sum(1)
+    else:
+        counts = layer.inputs[1].reshape(-1).bincount(minlength=EXPERTS)
+    return {n: count for n, count in enumerate(counts.tolist()) if count}
 
 
 def test_only_chosen_experts_run(mixtral: Path, monkeypatch: pytest.MonkeyPatch) -> None:
