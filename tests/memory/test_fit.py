@@ -263,6 +263,18 @@ def test_the_embedded_engine_needs_weights_cache_and_a_process() -> None:
     assert many - long == pytest.approx(3 * (50 * 1024 * 16 * 256 + 10 * 8192 * 4 * 512) * 4, rel=0.05)
 
 
+def test_in_float32_caches_and_what_is_not_int8_take_twice_the_memory() -> None:
+    stored, wide = ([ram_needed(gemma4_31b(), n, dtype=dtype) for n in (1024, 8192)] for dtype in ("auto", "float32"))
+    assert wide[1] - wide[0] == 2 * (stored[1] - stored[0])
+    halves = sum(tensor.nbytes for tensor in gemma4_31b().tensors.values() if tensor.dtype == "BF16")
+    assert halves < wide[0] - stored[0] < halves + stored[1] - stored[0]
+    declared = headers(
+        {name: (tensor.dtype, tensor.shape) for name, tensor in gemma4_31b().tensors.items()},
+        {**gemma4_31b().config, "dtype": "float32"},
+    )
+    assert ram_needed(declared, 1024) == wide[0]
+
+
 def test_an_a100_makes_smaller_batches_than_an_h100() -> None:
     h100, a100 = (fit(gemma4_31b(), (Gpu("", 80 * GIB, arch, "nvidia"),)) for arch in ("sm_90", "sm_80"))
     assert a100.activations < h100.activations

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -18,6 +19,7 @@ from tests.command import W8A8, cli
 from tests.serve.embedded.servers import KEY, make_checkpoint, serving, together
 from tests.servers import Server, free_port
 from w8a8.errors import ServerError, UsageError
+from w8a8.serve.chat import connected
 
 pytestmark = pytest.mark.engine
 
@@ -170,6 +172,12 @@ def test_a_checkpoint_is_served_for_as_long_as_it_takes(plain: Path) -> None:
     assert (answer["model"], answer["completion_tokens"]) == (str(plain), 5)
 
 
+def test_a_checkpoint_computes_in_the_dtype_asked_for(plain: Path) -> None:
+    with connected(str(plain), dtype="bfloat16") as found:
+        url = str(found.client.base_url).removesuffix("/v1/")
+        assert httpx.get(f"{url}/health", trust_env=False).json()["cache"]["dtype"] == "bfloat16"
+
+
 def test_errors_are_one_line_and_say_what_to_do(server: Server, tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{free_port()}"
     picture = tmp_path / "picture.png"
@@ -184,6 +192,8 @@ def test_errors_are_one_line_and_say_what_to_do(server: Server, tmp_path: Path) 
         ((server.url, *ask, "--image", __file__), UsageError.exit_code, "not an image in PNG"),
         ((server.url, *ask, "--image", str(tmp_path / "none")), UsageError.exit_code, "No such file"),
         ((server.url, "--prompt", " "), UsageError.exit_code, "the prompt is empty"),
+        ((server.url, *ask, "--dtype", "float32"), UsageError.exit_code, "--dtype is for a checkpoint"),
+        ((server.url, *ask, "--dtype", "int4"), UsageError.exit_code, "choose one of auto, bfloat16, float32"),
     ):
         done = chat(*arguments)
         assert done.returncode == code, done.stderr

@@ -202,6 +202,7 @@ def chat(
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Sampling temperature; 0 always takes the likeliest token.")
     ] = None,
+    dtype: Dtype = "auto",
     api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="The server's API key.")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -224,7 +225,9 @@ def chat(
     settings = Settings(max_tokens=max_tokens, temperature=temperature)
     with (
         interruptible("all it started has ended"),
-        connected(target, api_key=api_key, settings=settings, system=system, notice=terminal.notice) as found,
+        connected(
+            target, api_key=api_key, dtype=dtype, settings=settings, system=system, notice=terminal.notice
+        ) as found,
     ):
         if prompt is None:
             converse(found, images)

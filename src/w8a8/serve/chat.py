@@ -19,6 +19,7 @@ from w8a8.errors import MissingExtraError, ServerError, UnreadableError, UsageEr
 from w8a8.reading import UnfitError, read_bytes
 from w8a8.serve.client import IMAGE_FORMATS, address, connect, explained
 from w8a8.serve.client import message as said
+from w8a8.serve.vllm import check_dtype
 
 COMPLETION_TOKENS = 256
 """Limit of a completed text: a base model does not know when to end."""
@@ -145,14 +146,17 @@ def connected(
     target: str,
     *,
     api_key: str | None = None,
+    dtype: str = "auto",
     settings: Settings | None = None,
     system: str | None = None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Iterator[Chat]:
     """Connect to the first model of the server at `target` (its scheme may be missing), or to that checkpoint.
 
-    Raises `ServerError` where a server cannot be reached or refuses; for a checkpoint, the errors of `serve`.
+    A checkpoint is served to compute in `dtype`. Raises `UsageError` for an unknown one, or one for a server;
+    `ServerError` where a server cannot be reached or refuses; for a checkpoint, the errors of `serve`.
     """
+    check_dtype(dtype)
     try:
         import openai  # noqa: F401
     except ModuleNotFoundError as missing:
@@ -169,18 +173,22 @@ def connected(
 
     url = None if Path(target).exists() else address(target)
     if url is not None:
+        if dtype != "auto":
+            raise UsageError(f"--dtype {dtype}: the server at {target} has chosen already; --dtype is for a checkpoint")
         base_url = url.rstrip("/").removesuffix("/v1") + "/v1"
         with reach(base_url, api_key or "none") as chat:
             yield chat
         return
     from w8a8.checkpoint import resolve
+    from w8a8.checkpoint.finding import open_headers
 
     folder = resolve(target).path
+    headers = open_headers(folder)
     notice(f"loading {target} ...")
     from w8a8.serve.embedded.server import running
 
     key = secrets.token_urlsafe()
-    with running(target, folder, api_key=key) as base_url, reach(base_url, key) as chat:
+    with running(target, folder, headers=headers, api_key=key, dtype=dtype) as base_url, reach(base_url, key) as chat:
         yield chat
 
 

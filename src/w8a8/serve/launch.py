@@ -33,7 +33,7 @@ from w8a8.serve.calling import Call, can_chat
 from w8a8.serve.installed import Installed, by_torch, find
 from w8a8.serve.place import place_embedded, place_vllm
 from w8a8.serve.process import running
-from w8a8.serve.vllm import DTYPES, Options, command, given, shell
+from w8a8.serve.vllm import Options, check_dtype, command, given, shell
 
 ENGINES = ("auto", "transformers", "vllm")
 KEY_VARIABLES = ("W8A8_API_KEY", "VLLM_API_KEY")
@@ -45,7 +45,10 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """An engine about to be started: `argv` is the command as typed; vLLM itself is started by `program`."""
+    """An engine about to be started: `argv` is the command as typed; vLLM itself is started by `program`.
+
+    The embedded engine needs the checkpoint's `headers`.
+    """
 
     engine: str
     checkpoint: str
@@ -55,6 +58,7 @@ class Launch:
     program: tuple[str, ...] = ()
     context: int = CONTEXT
     dtype: str = "auto"
+    headers: Checkpoint | None = field(default=None, repr=False)
     api_key: str | None = field(default=None, repr=False)
 
     @property
@@ -115,12 +119,14 @@ def run(launch: Launch, ready: Callable[[Call, float], None]) -> None:
             engine.wait()
     from w8a8.serve.embedded import server as embedded
 
+    assert launch.headers is not None
     folder = resolve(launch.checkpoint).path
     call = replace(launch.call, chat=can_chat(str(folder)))
     start = time.monotonic()
     embedded.run(
         launch.checkpoint,
         folder,
+        headers=launch.headers,
         host=address[0],
         port=address[1],
         api_key=launch.api_key,
@@ -157,8 +163,7 @@ class _Request:
 def _check_request(engine: str, options: Options, api_key: str | None, *, described: bool, dry_run: bool) -> None:
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: choose one of {', '.join(ENGINES)}")
-    if options.dtype not in DTYPES:
-        raise UsageError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
+    check_dtype(options.dtype)
     if described and (not dry_run or engine == "transformers"):
         raise UsageError("--describe only shows vLLM's command: add --dry-run, and no --engine transformers")
     if engine == "transformers" and (unused := _for_vllm(options)):
@@ -281,6 +286,7 @@ def _embedded(request: _Request) -> Launch:
         (*request.notices(host), *filter(None, (by,))),
         context=context,
         dtype=request.options.dtype,
+        headers=headers,
         api_key=request.api_key,
     )
 

@@ -99,9 +99,7 @@ def place_embedded(checkpoint: str, headers: Checkpoint, devices: Sequence[Gpu],
     _check_length(options, model_context)
     context = options.max_model_len or min(CONTEXT, model_context)
     available = machine.available_memory()
-    halves = sum(tensor.nbytes for tensor in headers.tensors.values() if tensor.dtype in ("BF16", "F16"))
-    widened = halves if options.dtype == "float32" else 0
-    while not devices and (needed := ram_needed(headers, context) + widened) > available:
+    while not devices and (needed := ram_needed(headers, context, dtype=options.dtype)) > available:
         if options.max_model_len or context <= MIN_CONTEXT:
             raise DoesNotFitError(
                 f"{checkpoint} for {context:,} tokens needs {gigabytes(needed)} of RAM, and "

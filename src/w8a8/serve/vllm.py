@@ -9,6 +9,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from w8a8.errors import UsageError
 from w8a8.machine import Gpu
 from w8a8.vllm_plugin.rule import cutlass_fails
 
@@ -38,6 +39,12 @@ class Options:
     nodes: int = 1
     trust_remote_code: bool = False
     extra: tuple[str, ...] = ()
+
+
+def check_dtype(dtype: str) -> None:
+    """Raise UsageError for a dtype that `--dtype` does not take."""
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
 
 
 def command(

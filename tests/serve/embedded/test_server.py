@@ -20,6 +20,7 @@ from PIL import Image
 
 from tests.serve.embedded.servers import KEY, NAME, message, prompt, serving
 from tests.servers import Server
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import EngineError, PortInUseError
 from w8a8.serve.embedded import guard
 from w8a8.serve.embedded.images import check
@@ -283,7 +284,8 @@ def test_images_that_are_too_large_together_are_not_decoded(pictures: list[tuple
 def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Path) -> None:
     from w8a8.serve.embedded.server import run
 
-    settings: dict[str, Any] = {"host": "127.0.0.1", "port": 0, "api_key": None, "ready": print}
+    headers = Checkpoint.open(checkpoint)
+    settings: dict[str, Any] = {"headers": headers, "host": "127.0.0.1", "port": 0, "api_key": None, "ready": print}
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in checkpoint.iterdir():
@@ -297,11 +299,14 @@ def test_what_cannot_be_loaded_is_an_engine_error(tmp_path: Path, checkpoint: Pa
         run("broken", broken, **settings)
 
 
-def test_a_port_that_is_taken_is_known_before_anything_is_loaded(server: Server, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_known_before_anything_is_loaded(
+    server: Server, checkpoint: Path, tmp_path: Path
+) -> None:
     from w8a8.serve.embedded.server import run
 
+    headers = Checkpoint.open(checkpoint)
     with pytest.raises(PortInUseError, match=f"127.0.0.1:{server.port}"):
-        run("none", tmp_path, host="127.0.0.1", port=server.port, api_key=None, ready=print)
+        run("none", tmp_path, headers=headers, host="127.0.0.1", port=server.port, api_key=None, ready=print)
 
 
 def test_without_the_extra_the_error_names_it() -> None:

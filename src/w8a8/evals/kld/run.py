@@ -34,7 +34,7 @@ from w8a8.evals.statistics import bootstrap
 from w8a8.execute.workers import worker_count
 from w8a8.machine import available_memory
 from w8a8.memory import ram_needed
-from w8a8.memory.ram import PROCESS_BYTES
+from w8a8.memory.ram import PROCESS_BYTES, held
 from w8a8.sources.opening import as_run
 from w8a8.sources.view import LogicalTensor, View
 from w8a8.texts.files import Text, first_token
@@ -220,7 +220,7 @@ def _fit_whole(views: Sequence[View], dtypes: Dtypes, context: int) -> bool:
     from w8a8.evals.kld.models import CHUNK_BYTES, has_gpu
 
     widened = sum(
-        _in_memory(tensor, dtype) - tensor.nbytes
+        _held(tensor, dtype) - tensor.nbytes
         for view, dtype in zip(views, dtypes, strict=True)
         for tensor in view.tensors.values()
     )
@@ -248,18 +248,18 @@ def streamed_ram(views: Sequence[View], dtypes: Dtypes, vocabulary: int, layers:
     """
     heads = states = layer = 0
     for view, dtype in zip(views, dtypes, strict=True):
-        whole = sum(_in_memory(tensor, dtype) for tensor in view.tensors.values())
+        whole = sum(_held(tensor, dtype) for tensor in view.tensors.values())
         tables = [t for t in view.tensors.values() if len(t.shape) == 2 and t.shape[0] == vocabulary]
-        head, width = min(((_in_memory(table, dtype), table.shape[1]) for table in tables), default=(0, 0))
+        head, width = min(((_held(table, dtype), table.shape[1]) for table in tables), default=(0, 0))
         heads += head
         states += tokens * width * 4
         layer = max(layer, (whole - head) // layers)
     return PROCESS_BYTES + heads + 2 * layer + states
 
 
-def _in_memory(tensor: LogicalTensor, dtype: "Dtype | None") -> int:
+def _held(tensor: LogicalTensor, dtype: "Dtype | None") -> int:
     """Bytes that a tensor takes in a model that computes in `dtype`."""
-    return tensor.numel * 4 if dtype == "float32" and tensor.dtype in {"BF16", "F16"} else tensor.nbytes
+    return held(tensor, 4 if dtype == "float32" else 2)
 
 
 def run(

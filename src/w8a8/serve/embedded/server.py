@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from w8a8 import machine
-from w8a8.checkpoint.finding import open_headers
+from w8a8.checkpoint import Checkpoint
 from w8a8.errors import DoesNotFitError, EngineError, MissingExtraError
 from w8a8.machine import gigabytes
 from w8a8.memory import ram_besides_cache
@@ -51,6 +51,7 @@ def run(
     checkpoint: str,
     folder: Path,
     *,
+    headers: Checkpoint,
     host: str,
     port: int,
     api_key: str | None,
@@ -58,7 +59,7 @@ def run(
     max_model_len: int | None = None,
     dtype: str = "auto",
 ) -> None:
-    """Serve the checkpoint in `folder` as the model named `checkpoint`, until a signal ends it.
+    """Serve the checkpoint in `folder`, whose `headers` are given, as the model `checkpoint`, until a signal ends it.
 
     `ready(checkpoint)` is called when requests can be answered. `max_model_len` is the context in tokens; without it,
     8192 or the model's own limit, whichever is less. `dtype` is what the model computes in ("auto": as stored).
@@ -66,16 +67,24 @@ def run(
     raised again after everything was stopped.
     """
     with bound(host, port) as listener:
-        server = _load(checkpoint, folder, api_key, lambda: ready(checkpoint), max_model_len, dtype)
+        server = _load(checkpoint, folder, headers, api_key, lambda: ready(checkpoint), max_model_len, dtype)
         server.run(sockets=[listener])
 
 
 @contextmanager
-def running(checkpoint: str, folder: Path, *, api_key: str, max_model_len: int | None = None) -> Iterator[str]:
+def running(
+    checkpoint: str,
+    folder: Path,
+    *,
+    headers: Checkpoint,
+    api_key: str,
+    max_model_len: int | None = None,
+    dtype: str = "auto",
+) -> Iterator[str]:
     """Serve the checkpoint on a thread of this process, on a free port of localhost; yield the API's base URL."""
     with bound("127.0.0.1", 0) as listener:
         started = threading.Event()
-        server = _load(checkpoint, folder, api_key, started.set, max_model_len)
+        server = _load(checkpoint, folder, headers, api_key, started.set, max_model_len, dtype)
         for name in ("uvicorn.access", "w8a8"):
             logging.getLogger(name).setLevel(logging.WARNING)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -123,15 +132,16 @@ class _Server(uvicorn.Server):
 def _load(
     name: str,
     folder: Path,
+    headers: Checkpoint,
     api_key: str | None,
     ready: Callable[[], None],
     max_model_len: int | None,
-    dtype: str = "auto",
+    dtype: str,
 ) -> _Server:
     quiet()
     free = machine.available_memory()
     model = OneModel(name, folder, max_model_len, dtype)
-    batcher = Batcher(model.model, model.context, _room(model, folder, free))
+    batcher = Batcher(model.model, model.context, _room(model, headers, free, dtype))
     if not batcher.context:
         batcher.stop()
         raise DoesNotFitError(
@@ -146,17 +156,14 @@ def _load(
     return _Server(Guard(app, api_key), batcher, prompts, ready)
 
 
-def _room(model: OneModel, folder: Path, free: int) -> int | None:
+def _room(model: OneModel, headers: Checkpoint, free: int, dtype: str) -> int | None:
     """Return the bytes of RAM for caches, of those that were `free` before the model was loaded.
 
     None, no limit, where it is on GPUs, to which transformers may have spread it.
     """
     if model.model.device.type != "cpu":
         return None
-    stored = open_headers(folder)
-    weights: int = sum(parameter.nbytes for parameter in model.model.parameters())
-    widened = max(0, weights - sum(tensor.nbytes for tensor in stored.tensors.values()))
-    return free - widened - ram_besides_cache(stored, model.context if model.sees else CHUNK, MAX_RUNNING)
+    return free - ram_besides_cache(headers, model.context if model.sees else CHUNK, MAX_RUNNING, dtype)
 
 
 async def _refused(_: Request, error: Any) -> Response:
