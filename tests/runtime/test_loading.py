@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -145,3 +146,22 @@ def test_a_yes_on_standard_input_runs_nothing(command: tuple[str, ...], llama: P
 def test_importing_the_tool_alone_loads_no_transformers() -> None:
     program = "import sys, w8a8; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_processor])
+def test_a_tokenizer_larger_than_any_published_one_is_refused_before_it_is_loaded(
+    load: Callable[[str, Path], Any], llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(llama, tmp_path / "large"))
+    load("large", folder)
+    whole = (folder / "tokenizer.json").read_text()
+    added = {"id": 1, "content": "a", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    many = json.dumps([{**added, "special": True}] * 200_001)
+    (folder / "tokenizer.json").write_text(whole.replace('"added_tokens": []', f'"added_tokens": {many}'))
+    with pytest.raises(EngineError, match=r"tokenizer\.json adds more than 200,000 tokens"):
+        load("large", folder)
+    (folder / "tokenizer.json").write_text(whole)
+    with (folder / "vocab.txt").open("wb") as file:
+        file.truncate(128_000_001)
+    with pytest.raises(EngineError, match=r"vocab\.txt is larger than 128,000,000 bytes"):
+        load("large", folder)

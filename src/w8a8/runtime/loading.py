@@ -1,7 +1,7 @@
 """Load a checkpoint with transformers: its config, its class, its tokenizer, the whole model.
 
 Every loading by transformers is here, and code that comes with a checkpoint is never run: the class is one of
-transformers' own, or there is an error that says who may run it.
+transformers' own, or there is an error that says who may run it. A tokenizer's files are loaded within bounds of size.
 """
 
 import sys
@@ -13,7 +13,7 @@ from typing import Any
 import transformers
 
 from w8a8.errors import EngineError, UnreadableError, W8A8Error, first_line
-from w8a8.reading import UnfitError, read_json
+from w8a8.reading import UnfitError, read_bytes, read_json
 
 CONFIGS = (
     "config.json",
@@ -23,6 +23,16 @@ CONFIGS = (
     "video_preprocessor_config.json",
 )
 """The files of a checkpoint in which `auto_map` may name code."""
+
+TABLES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""The files that a tokenizer or a processor is made of."""
+
+MAX_TABLE_BYTES = 128_000_000
+"""The largest published ones, a tokenizer.json of 262,144 tokens with its merges, have 34 million."""
+
+OF_ADDED_TOKENS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MAX_ADDED_TOKENS = 200_000
+"""Models of speech add 65,536 tokens to a text model's; published language models have some thousand."""
 
 
 def load_config(name: str, folder: Path) -> Any:
@@ -34,12 +44,14 @@ def load_config(name: str, folder: Path) -> Any:
 def load_tokenizer(name: str, folder: Path) -> Any:
     """Load the tokenizer of the checkpoint in `folder`. Raises EngineError."""
     with _loading(name, folder, "its tokenizer cannot be loaded"):
+        _check_tables(folder)
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def load_processor(name: str, folder: Path) -> Any:
     """Load the processor of the checkpoint in `folder`, or the tokenizer where it has no other. Raises EngineError."""
     with _loading(name, folder, "its processor cannot be loaded"):
+        _check_tables(folder)
         return transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -71,6 +83,18 @@ def quiet() -> None:
     transformers.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
+
+
+def _check_tables(folder: Path) -> None:
+    """Raise UnfitError for files of a tokenizer that are larger, or add more tokens, than any published one."""
+    for path in (path for kind in TABLES for path in folder.glob(kind)):
+        if path.stat().st_size > MAX_TABLE_BYTES:
+            raise UnfitError(f"{path.name} is larger than {MAX_TABLE_BYTES:,} bytes")
+    for path in (folder / name for name in OF_ADDED_TOKENS):
+        # An added token is an object, or a name with its number; braces and colons in strings are few.
+        mark = b":" if path.name == "added_tokens.json" else b"{"
+        if path.is_file() and read_bytes(path, MAX_TABLE_BYTES).count(mark) > MAX_ADDED_TOKENS:
+            raise UnfitError(f"{path.name} adds more than {MAX_ADDED_TOKENS:,} tokens")
 
 
 def _config(folder: Path) -> Any:

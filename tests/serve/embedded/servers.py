@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
 import w8a8
@@ -33,24 +33,28 @@ TEMPLATE = """\
 {%- for tool in tools or [] %} w4{% endfor -%}
 {%- if enable_thinking %} w5 w5 w5{% endif %}{{ suffix }}"""
 """Four contents make it a program that refuses or does not end."""
+ENDLESS = f"{'x' * 28}y" * 1000
+"""A text that keeps the tokenizer busy: a pattern of its tries every way to split each run of `x`."""
 SERVE = """
 import json
 import sys
 from importlib import import_module
 from pathlib import Path
+from w8a8.checkpoint import Checkpoint
 from w8a8.serve.embedded.server import run
 name, folder, port, key, context, limits = sys.argv[1:]
 for place, value in json.loads(limits).items():
     module, _, limit = place.partition(".")
     setattr(import_module(f"w8a8.serve.embedded.{module}"), limit, value)
-run(name, Path(folder), host="127.0.0.1", port=int(port), api_key=key or None,
+run(name, Path(folder), headers=Checkpoint.open(Path(folder)), host="127.0.0.1", port=int(port), api_key=key or None,
     max_model_len=int(context) or None, ready=lambda name: print("ready", name, flush=True))
 """
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Every token a word of its own: ` w12`."""
+    """Every token a word of its own: ` w12`; for the text `ENDLESS` it takes for ever."""
     core = Tokenizer(models.WordLevel({f" w{i}": i for i in range(VOCABULARY)}, unk_token=" w0"))
+    core.normalizer = normalizers.Sequence([normalizers.Replace(Regex("(?:x|xx)+(?=[^xy])"), "")])
     core.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
     core.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=core)

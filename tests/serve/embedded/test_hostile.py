@@ -17,7 +17,7 @@ import httpx2 as httpx
 import openai
 import pytest
 
-from tests.serve.embedded.servers import KEY, NAME, message, serving
+from tests.serve.embedded.servers import ENDLESS, KEY, NAME, message, serving
 from tests.servers import Server
 
 pytestmark = pytest.mark.engine
@@ -153,6 +153,18 @@ def test_a_template_that_does_not_end_stops_nobody_else(server: Server, client: 
         client.models.list()
         got = endless.result()
     assert (got.status_code, "did not end" in got.text) == (400, True)
+    assert client.chat.completions.create(model=NAME, messages=message(" w8"), max_tokens=2).choices[0].message.content
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+def test_a_tokenizer_that_does_not_end_stops_nobody_else(server: Server, client: openai.OpenAI, path: str) -> None:
+    body = {"messages": message(ENDLESS)} if path == CHAT else {"prompt": ENDLESS}
+    with ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(post, server, path, body)
+        time.sleep(0.5)
+        assert httpx.get(f"{server.url}/health", timeout=4).status_code == 200
+        got = endless.result()
+    assert (got.status_code, "tokenizer cannot read the prompt: it did not end" in got.text) == (400, True)
     assert client.chat.completions.create(model=NAME, messages=message(" w8"), max_tokens=2).choices[0].message.content
 
 

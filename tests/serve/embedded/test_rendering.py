@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from w8a8.serve.embedded.images import check
-from w8a8.serve.embedded.rendering import RefusedError, Renderer
+from w8a8.serve.embedded.rendering import Renderer
+from w8a8.serve.embedded.worker import RefusedError
 
 pytestmark = pytest.mark.slow
 

@@ -23,19 +23,30 @@ class OneModel:
         self.name = name
         self.created = int(time.time())
         self.processor = _processor(name, folder)
+        with engine_errors(f"{name}: this server cannot run it"):
+            self.tokenizer = getattr(self.processor, "tokenizer", self.processor)._tokenizer
+            check_decoder(self.tokenizer)
         self.model = widen(load_model(name, folder, dtype))
         text = self.model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.context = min(limit, max_model_len or DEFAULT_CONTEXT)
         with engine_errors(f"{name}: this server cannot run it"):
             self.sees = ModelManager.get_model_modality(self.model, self.processor) is not Modality.LLM
-            self.tokenizer = getattr(self.processor, "tokenizer", self.processor)._tokenizer
 
     @property
     def entry(self) -> dict[str, Any]:
         """The model as `/v1/models` lists it."""
         entry = {"id": self.name, "object": "model", "created": self.created, "owned_by": "w8a8"}
         return {**entry, "root": self.name, "max_model_len": self.context}
+
+
+def check_decoder(tokenizer: Any) -> None:
+    """Raise ValueError for a `tokenizer` that puts text together by patterns: these may run for ever.
+
+    No published one does. Unlike a prompt, an answer has no process that could be ended.
+    """
+    if tokenizer.decoder is not None and b'{"Regex":' in tokenizer.decoder.__getstate__():
+        raise ValueError("its tokenizer's decoder holds a regular expression, which may run for ever")
 
 
 def _processor(name: str, folder: Path) -> Any:

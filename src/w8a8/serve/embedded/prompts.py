@@ -1,8 +1,8 @@
 """A request's messages or text as the inputs of the model, made beside the event loop and within bounds.
 
 What may take for ever, a chat template or an image, goes to a process of its own (`rendering`), for which one thread
-waits. Another does the rest, which takes a time that the size of the request bounds. Requests with images follow each
-other, so that their memory is that of one.
+waits. Another does the rest: it tokenizes what was tokenized in time by another process (`rehearsing`). Requests with
+images follow each other, so that their memory is that of one.
 """
 
 import asyncio
@@ -23,8 +23,11 @@ from transformers.utils.chat_parsing import ResponseParser
 from w8a8.errors import first_line
 from w8a8.serve.embedded.batching import SHUTTING_DOWN
 from w8a8.serve.embedded.images import check
+from w8a8.serve.embedded.patterns import response_parser
 from w8a8.serve.embedded.protocol import ChatRequest, CompletionRequest
-from w8a8.serve.embedded.rendering import RefusedError, Renderer
+from w8a8.serve.embedded.rehearsing import Rehearsal
+from w8a8.serve.embedded.rendering import Renderer
+from w8a8.serve.embedded.worker import RefusedError
 
 CHARACTERS_PER_TOKEN = 64
 """The longest prompt, for each token of the context; in text a token has 4 characters, and a run of spaces 31."""
@@ -53,13 +56,14 @@ class Prompts:
         self._name, self._model, self._processor, self._sees = name, model, processor, sees
         self._tokenizer = getattr(processor, "tokenizer", processor)
         self._limit = CHARACTERS_PER_TOKEN * context
-        self._renderer = Renderer()
+        self._renderer, self._rehearsal = Renderer(), Rehearsal(self._tokenizer._tokenizer)
         self._seeing = asyncio.Lock()
         self._rendering, self._reading = ThreadPoolExecutor(1, "w8a8-templates"), ThreadPoolExecutor(1, "w8a8-prompts")
 
     def close(self) -> None:
         """End what is being made, and make no more."""
         self._renderer.close()
+        self._rehearsal.close()
         for thread in (self._rendering, self._reading):
             thread.shutdown(wait=False, cancel_futures=True)
 
@@ -133,19 +137,25 @@ class Prompts:
             raise HTTPException(
                 400, f"the prompt has {len(text):,} characters, and at most {self._limit:,} can fit the context"
             )
-        return self._ready(lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt", **more))
+        return self._ready(text, lambda: self._tokenizer(text, add_special_tokens=special, return_tensors="pt", **more))
 
     def _see(self, text: str, images: list[Image]) -> dict[str, Tensor]:
         """Let the processor read the text and the images, as its `apply_chat_template` does."""
         begun = bool(self._tokenizer.bos_token) and text.startswith(self._tokenizer.bos_token)
         special = {"add_special_tokens": False} if begun else {}
         return self._ready(
-            lambda: self._processor(text=text, images=[images] if images else None, return_tensors="pt", **special)
+            text,
+            lambda: self._processor(text=text, images=[images] if images else None, return_tensors="pt", **special),
         )
 
-    def _ready(self, read: Callable[[], Any]) -> dict[str, Tensor]:
+    def _ready(self, text: str, read: Callable[[], Any]) -> dict[str, Tensor]:
         try:
+            self._rehearsal.tokenize(text)
             inputs = read()
+        except RefusedError as error:
+            if self._rehearsal.closed:
+                raise HTTPException(503, SHUTTING_DOWN) from error
+            raise HTTPException(400, f"the model's tokenizer cannot read the prompt: {error}") from error
         except Exception as error:  # the text, or the images, of the request
             raise HTTPException(400, f"the model's processor refuses the prompt: {first_line(error)}") from error
         return dict(inputs.to(self._model.device))
@@ -155,7 +165,10 @@ class Prompts:
         if template is None:
             return Prompt(inputs)
         prefix = self._tokenizer.decode(inputs["input_ids"][0])
-        return Prompt(inputs, ResponseParser(template, prefix=prefix, tools=request.offered))
+        try:
+            return Prompt(inputs, response_parser(template, prefix, request.offered))
+        except TimeoutError as error:
+            raise HTTPException(400, f"the model's response template cannot read the prompt: {error}") from error
 
 
 def _begins(spans: Sequence[tuple[int, int]]) -> tuple[int, ...]:

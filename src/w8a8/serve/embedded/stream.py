@@ -30,6 +30,9 @@ MAX_WAIT_SECONDS = 600.0
 LATER = {"Retry-After": "10"}
 """The header of an answer to a request that may be sent again, after so many seconds."""
 
+UNPARSED = (ValueError, RuntimeError, LookupError, TypeError, TimeoutError)
+"""What parsing an answer raises where it is not as the response template has it, or takes too long."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -185,7 +188,7 @@ class Stream:
         self.done = True
         self._say(self._stop.rest())
         if self._parser is not None:
-            with suppress(ValueError, RuntimeError, LookupError, TypeError):  # cut off in the middle of a call
+            with suppress(*UNPARSED):  # cut off in the middle of a call
                 self._send(response_events_to_chunks(self._parser.finalize()[1]))
         self._send([None])
 
@@ -198,12 +201,7 @@ class Stream:
         self._unread += text
         try:
             items = response_events_to_chunks(self._parser.feed(text))
-        except (
-            ValueError,
-            RuntimeError,
-            LookupError,
-            TypeError,
-        ):  # no call after all: it is text, like all that follows
+        except UNPARSED:  # no call after all: it is text, like all that follows
             self._parser, items = None, [self._unread]
         if items:
             self._unread = ""
