@@ -7,6 +7,7 @@ import pytest
 
 import w8a8
 from tests.evals.lm.local import make_model, write_tasks
+from w8a8.checkpoint import Checkpoint
 from w8a8.evals.asking import Server
 from w8a8.serve.embedded.server import running
 
@@ -20,7 +21,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def server(checkpoint: Path) -> Iterator[Server]:
-    with running(str(checkpoint), checkpoint, api_key="sesame") as url:
+    with running(str(checkpoint), checkpoint, headers=Checkpoint.open(checkpoint), api_key="sesame") as url:
         yield Server(url, "sesame")
 
 
