@@ -20,7 +20,7 @@ def calibrated(model_type: str, folder: Path) -> str:
             tiny.make_model(model_type).save_pretrained(source)
         write_tokenizer(source)
         text = str(write_text(folder))
-        w8a8.quantize(source, out, Options(recipe="smooth+gptq", calibration=text, samples=4, tokens=32))
+        w8a8.quantize(source, out, Options(recipe="smooth+gptq", calibration=text, samples=2, tokens=16))
         problems = w8a8.verify(out, source).problems
     except W8A8Error as error:
         return reason(str(error), folder)

@@ -107,8 +107,9 @@ def multiply(layer: nn.Module, paths: Iterable[str], by_channel: Tensor, dtype: 
 
 
 def shared_copy(layer: nn.Module) -> nn.Module:
-    """A copy with the same parameters and buffers, whose modules can be replaced."""
-    tensors = [*layer.parameters(), *layer.buffers()]
+    """A copy with the same parameters, buffers and remembered states, whose modules can be replaced."""
+    remembered = (value for module in layer.modules() for value in vars(module).values() if isinstance(value, Tensor))
+    tensors = [*layer.parameters(), *layer.buffers(), *remembered]
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
 
 

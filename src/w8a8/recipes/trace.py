@@ -29,8 +29,9 @@ from w8a8.runtime.streamed import passed
 
 NOTHING, SOMETHING = 1e-6, 1e-4
 """How much of the largest value that leaves a layer may change at most, or has to change at least."""
-NOISE = 1_000_003
-"""Number of random weights; as a prime, so that they come to lie otherwise in every row that repeats them."""
+NOISE, STEP = 1_000_003, 7919
+"""Number of random values that matrices repeat, and how much further on each begins; primes, so that no rows of them
+hold the same."""
 OCTAVES = 3
 """Scales are from a half to the power of this to two to its power."""
 
@@ -47,25 +48,42 @@ def trace(layer: nn.Module, call: Call, consumers: Collection[str]) -> tuple[Gro
 
 
 def random_copy(layer: nn.Module, device: torch.device) -> nn.Module:
-    """A copy of a layer with random float32 weights, those of all experts alike; its buffers stay as they are."""
+    """A copy of a layer with random float32 weights; its buffers stay as they are.
+
+    Weights of one width lie over each other in memory, each a little further on: so all experts take the memory of one.
+    """
     made = deepcopy(layer)
     made.__dict__.pop("forward", None)  # that of a hollow layer
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(NOISE, generator=generator)
+    noise = _Noise(device)
     for module in made.modules():
         for name, value in module.named_parameters(recurse=False):
-            shape = value.shape[1:] if holds_experts(module) else value.shape
-            random = _random(shape, noise, generator).to(device)
-            setattr(module, name, frozen(random.expand(value.shape)))
+            setattr(module, name, frozen(noise.like(value, stacked=holds_experts(module))))
     return made.float().eval()
 
 
-def _random(shape: torch.Size, noise: Tensor, generator: torch.Generator) -> Tensor:
-    """Random weights: of a matrix normal ones, of a vector (gains, biases) such around 1 as have few bits."""
-    if len(shape) < 2:
-        return torch.randint(32, 97, shape, generator=generator) / 64
-    size = shape.numel()
-    return noise.repeat(-(-size // NOISE))[:size].view(shape) * shape[-1] ** -0.5
+class _Noise:
+    """Random weights: of a matrix normal ones; of a vector (gains, biases) such around 1 as have few bits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._generator = device, torch.Generator().manual_seed(0)
+        self._noise = torch.randn(NOISE, generator=self._generator)
+        self._lines: dict[int, Tensor] = {}
+        self._drawn = 0
+
+    def like(self, value: Tensor, *, stacked: bool) -> Tensor:
+        """Random values in the shape of `value`, which may be a stack of matrices."""
+        if value.dim() < 2 or (stacked and value.dim() < 3):
+            return (torch.randint(32, 97, value.shape, generator=self._generator) / 64).to(self._device)
+        one = torch.empty(value.shape[1:] if stacked else value.shape, device="meta")
+        count, columns = len(value) if stacked else 1, one.shape[-1]
+        line = self._lines.get(columns)
+        length = one.numel() + (count + 1) * STEP + NOISE
+        if line is None or len(line) < length:
+            line = self._noise.repeat(-(-length // NOISE))[:length].to(self._device) * columns**-0.5
+            self._lines[columns] = line
+        start, self._drawn = self._drawn * STEP % NOISE, self._drawn + count
+        strides = (STEP, *one.stride()) if stacked else one.stride()
+        return line.as_strided(value.shape, strides, start)
 
 
 @dataclass(frozen=True, slots=True)
