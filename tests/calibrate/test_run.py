@@ -19,10 +19,9 @@ import w8a8
 from tests.calibrate.checkpoints import KINDS, make, write_text
 from tests.checkpoints import folder_bytes
 from tests.command import W8A8, cli
-from tests.runtime.moe import make as make_mixture
 from w8a8.calibrate.activations import Activations
 from w8a8.checkpoint import Checkpoint
-from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UnsupportedModelError, UsageError
+from w8a8.errors import DiskFullError, NonFiniteWeightError, TargetExistsError, UsageError
 from w8a8.inspection import inspect
 from w8a8.quantization import Options, calibrated, prepare, run
 from w8a8.runtime import W8A8Linear
@@ -251,13 +250,6 @@ def test_texts_and_models_that_do_not_go_together_are_refused(source: Path, tmp_
     with pytest.raises(UsageError, match="256 tokens at most"):
         w8a8.quantize(source, out, Options(recipe="auto", tokens=257))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "llama"]
-
-
-def test_a_mixture_of_experts_is_refused_before_the_text_is_read(tmp_path: Path) -> None:
-    source = make_mixture(tmp_path / "qwen3_moe", "qwen3_moe")
-    with pytest.raises(UnsupportedModelError, match=r"mixtures of experts cannot be calibrated yet.*--recipe rtn"):
-        w8a8.quantize(source, tmp_path / "out", Options(calibration=str(tmp_path / "no text")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3_moe"]
 
 
 def test_a_target_that_is_there_is_refused_before_the_work(source: Path, tmp_path: Path) -> None:

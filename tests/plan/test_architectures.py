@@ -10,7 +10,10 @@ import pytest
 from tests.named import NAMES, Family
 from w8a8.memory.model import layer_of
 from w8a8.plan import architecture_of, architectures, module_name
-from w8a8.plan.architectures import Architecture, known, read
+from w8a8.plan.architectures import EACH, Architecture, known, read
+from w8a8.plan.viewing import view_of
+from w8a8.recipes.groups import groups_of
+from w8a8.runtime.fitting import PARTS
 from w8a8.sources.experts import Stack
 
 TEXT = files("w8a8.plan").joinpath("architectures.toml").read_text(encoding="utf-8")
@@ -24,39 +27,79 @@ def added(table: str) -> Architecture:
     return read(f"{TEXT}\n[architecture.new]\n{table}")["new"]
 
 
-def modules(family: Family) -> list[Mapping[str, bool]]:
-    """The modules of each decoder layer by their paths inside it, and whether they are to be quantized."""
-    layers: dict[int, dict[str, bool]] = defaultdict(dict)
-    for name in family.checkpoint.tensors:
+class Layer:
+    """The modules of a decoder layer by their paths in a model, and whether they are to be quantized."""
+
+    def __init__(self, quantized: Mapping[str, bool]) -> None:
+        self.quantized = quantized
+
+    def named_modules(self) -> list[tuple[str, None]]:
+        return [(path, None) for path in self.quantized]
+
+
+EXPERT = re.compile(r"(.*experts)\.(\d+)\.(\w+)")
+
+
+def path_of(name: str, model_type: str) -> str:
+    """Where transformers has a module, once experts lie one by one, by its name in the file."""
+    if found := EXPERT.fullmatch(name):
+        name = f"{found[1]}.{PARTS.get(found[3], found[3])}.{found[2]}"
+    return (
+        name.replace("block_sparse_moe", "mlp") if model_type == "mixtral" else name.replace("router.layer", "router")
+    )
+
+
+def layers(family: Family) -> list[Layer]:
+    """The decoder layers of a recorded model."""
+    found: dict[int, dict[str, bool]] = defaultdict(dict)
+    for name in view_of(family.checkpoint).tensors:
         place = layer_of(name)
         if place and not any(part in name for part in ("vision", "visual", "audio", "mtp")):
-            layers[place[0]][module_name(place[1])] = name in family.quantized
-    return list(layers.values())
+            path = path_of(module_name(place[1]), family.checkpoint.config["model_type"])
+            found[place[0]][path] = name in family.quantized
+    return list(map(Layer, found.values()))
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_every_group_is_there_in_a_real_model_and_its_consumers_are_quantized(name: str) -> None:
     family = Family.load(name)
-    for group in architecture_of(family.checkpoint.config).groups:
-        for layer in modules(family):
-            there = [path for path in group.consumers if path in layer]
-            assert there, group
-            assert all(layer[path] for path in there)
-            assert group.producer is None or group.producer in layer
-            assert (group.kind == "norm") == (group.producer is not None and not layer[group.producer])
-        assert set(group.consumers) == {path for layer in modules(family) for path in group.consumers if path in layer}
+    for layer in layers(family):
+        for group in groups_of(family.checkpoint.config, layer):
+            assert all(layer.quantized[path] for path in group.consumers)
+            assert not any(layer.quantized[path] for path in group.readers)
+            assert group.producer is None or group.producer in layer.quantized
+            assert (group.kind == "norm") == (group.producer is not None and not layer.quantized[group.producer])
+
+
+@pytest.mark.parametrize(
+    "name", sorted({architecture_of(Family.load(name).checkpoint.config).name for name in GROUPED})
+)
+def test_whatever_a_table_names_is_there_in_some_real_model(name: str) -> None:
+    families = [
+        family for family in map(Family.load, GROUPED) if architecture_of(family.checkpoint.config).name == name
+    ]
+    there = {path for family in families for layer in layers(family) for path in layer.quantized}
+    for group in known()[name].groups:
+        for path in (*group.consumers, *group.readers, *filter(None, [group.producer])):
+            assert path.replace(EACH, "0") in there, path
 
 
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_groups_hold_every_quantized_layer_once_and_those_that_engines_fuse_together(name: str) -> None:
     family = Family.load(name)
-    found = architecture_of(family.checkpoint.config)
-    consumers = [path for group in found.groups for path in group.consumers]
-    assert len(consumers) == len(set(consumers))
-    assert {path for layer in modules(family) for path, quantized in layer.items() if quantized} == set(consumers)
-    for fused in found.fused:
-        homes = {g.name for g in found.groups for path in g.consumers if path.rpartition(".")[2] in fused}
-        assert len(homes) == 1
+    for layer in layers(family):
+        groups = groups_of(family.checkpoint.config, layer)
+        consumers = [path for group in groups for path in group.consumers]
+        assert len(consumers) == len(set(consumers))
+        assert {path for path, quantized in layer.quantized.items() if quantized} == set(consumers)
+        for fused in architecture_of(family.checkpoint.config).fused:
+            homes = {
+                (group.name, path.rpartition(".")[0])
+                for group in groups
+                for path in group.consumers
+                if path.rpartition(".")[2] in fused
+            }
+            assert len(homes) == len({place for _, place in homes})
 
 
 def test_a_model_type_has_one_table() -> None:

@@ -9,9 +9,9 @@ import transformers
 from torch import Tensor
 
 from w8a8.recipes import costs
+from w8a8.recipes.batches import Batch
 from w8a8.recipes.costs import Cost
 from w8a8.recipes.groups import groups_of
-from w8a8.recipes.layer import Batch
 from w8a8.runtime.streamed import states_of
 
 SIZES: Mapping[str, Any] = {

@@ -53,6 +53,9 @@ FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": (
         "DeepseekV3ForCausalLM",
         {**_LATENT, "num_key_value_heads": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
+    "deepseek_v2": (
+        "DeepseekV2ForCausalLM",
+        {**_LATENT, "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
     "glm4_moe": ("Glm4MoeForCausalLM", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {"moe_num_experts": EXPERTS, "moe_k": 2, "moe_layer_start_index": 1}),
     "granitemoe": ("GraniteMoeForCausalLM", {}),

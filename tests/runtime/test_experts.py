@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from tests.runtime.conftest import Mixtures
 from tests.runtime.moe import EXPERTS, FAMILIES, quantize, tensors_of
-from w8a8.errors import MissingTensorError, UnsupportedSchemeError
+from w8a8.errors import MissingTensorError, UnsupportedModelError, UnsupportedSchemeError
 from w8a8.kernels.cpu import int8
-from w8a8.runtime.experts import Experts, W8A8Experts, in_int8
+from w8a8.runtime.experts import Experts, W8A8Experts, apart, in_int8
 from w8a8.runtime.linear import W8A8Linear
 from w8a8.runtime.loading import load_model
 
@@ -201,6 +201,8 @@ def test_experts_of_an_unknown_kind_are_refused() -> None:
 
     with pytest.raises(UnsupportedSchemeError, match=r"a Other cannot run in INT8 here"):
         in_int8("model.layers.0.mlp.experts", Other(), split=False)
+    with pytest.raises(UnsupportedModelError, match=r"a Other cannot be run expert by expert.*--recipe rtn"):
+        apart("model.layers.0.mlp.experts", Other(), nn.Linear, split=False)
 
 
 def test_a_layer_may_keep_all_its_experts(mixtral: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Progress
 from w8a8.calibrate.setup import Setup
 from w8a8.plan import Plan
-from w8a8.recipes.costs import Cost, backwards, direction, squares
+from w8a8.recipes.costs import Cost, backwards, direction, place_of, squares
 from w8a8.runtime.calls import Call, States
 from w8a8.runtime.streamed import forward_block
 from w8a8.storage.folders import keep_only
@@ -123,9 +123,10 @@ def _backwards(
     for number in reversed(range(model.count)):
         samples = zip(setup.calls(number, entering[number], numbers), gradients, strict=True)
         with model.layer(number) as layer, setup.hands.placed(layer, samples) as placed:
-            made = [*chain.from_iterable(placed.each(_backward_block, paths[number]))]
+            watched = [*dict.fromkeys([*map(place_of, paths[number]), *paths[number]])]
+            made = [*chain.from_iterable(placed.each(_backward_block, watched))]
         gradients = [gradient for gradient, _ in made]
-        costs.insert(0, {path: Cost.summed([squared[path] for _, squared in made]) for path in paths[number]})
+        costs.insert(0, Cost.by_path([squared for _, squared in made], paths[number]))
         entering[number].path.unlink()
         done(1)
     return costs
@@ -168,7 +169,8 @@ def _store(costs: Sequence[LayerCosts], path: Path, job: Job) -> None:
     tensors = {}
     for number, layer in enumerate(costs):
         for name, cost in layer.items():
-            tensors[f"{number}.{name}.token"], tensors[f"{number}.{name}.row"] = cost.token.cpu(), cost.row.cpu()
+            tensors[f"{number}.{place_of(name)}.token"] = cost.token.cpu()
+            tensors[f"{number}.{name}.row"] = cost.row.cpu()
     write_whole(path, save(tensors, _about(tensors, job)), resumable=True)
 
 
@@ -181,7 +183,10 @@ def _load(path: Path, paths: Sequence[Sequence[str]], job: Job) -> list[LayerCos
         tensors = {name: file.get_tensor(name) for name in names}
         if file.metadata() == _about(tensors, job):
             return [
-                {each: Cost(*(tensors[f"{number}.{each}.{part}"] for part in ("token", "row"))) for each in layer}
+                {
+                    each: Cost(tensors[f"{number}.{place_of(each)}.token"], tensors[f"{number}.{each}.row"])
+                    for each in layer
+                }
                 for number, layer in enumerate(paths)
             ]
     return None

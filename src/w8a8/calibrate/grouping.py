@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.plan import Rules, architecture_of
+from w8a8.plan.architectures import EACH
 from w8a8.recipes.groups import Group, groups_of
 from w8a8.recipes.trace import random_copy, trace
 from w8a8.runtime.calls import Call, States
+from w8a8.runtime.experts import LAYER
 from w8a8.runtime.streamed import StreamedModel, passed
 
 TOKENS = 16
@@ -99,9 +101,13 @@ def _kind(layer: nn.Module) -> tuple[Any, ...]:
 
 def described(layers: Sequence[Sequence[Group]]) -> list[str]:
     """Say which groups there are, what their scales go into, and in how many layers."""
-    told = Counter(
-        f"{group.name}: scales go into {group.producer}" if group.producer else f"{group.name}: no scales"
-        for layer in layers
-        for group in layer
-    )
+    told = Counter(what for layer in layers for what in dict.fromkeys(map(_described, layer)))
     return [f"{what} ({count} of {len(layers)} layers)" for what, count in told.items()]
+
+
+def _described(group: Group) -> str:
+    if group.producer is None:
+        return f"{group.name}: no scales"
+    expert = LAYER.fullmatch(group.producer)
+    producer = f"{expert['place']}.{expert['part']}.{EACH}" if expert else group.producer
+    return f"{group.name}: scales go into {producer}"

@@ -19,11 +19,14 @@ from w8a8.calibrate.journal import LayerJournal
 from w8a8.calibrate.setup import Setup
 from w8a8.errors import NonFiniteWeightError
 from w8a8.plan import Plan, module_name, scale_name
+from w8a8.recipes.batches import Batch
 from w8a8.recipes.gptq import Codes
 from w8a8.recipes.groups import Group
-from w8a8.recipes.layer import Batch, Gain, LayerResult, calibrate_layer, quantized
+from w8a8.recipes.layer import Gain, LayerResult, calibrate_layer, quantized
 from w8a8.runtime.calls import filled
+from w8a8.runtime.experts import LAYER
 from w8a8.runtime.streamed import DTYPES, StreamedModel, forward_block
+from w8a8.runtime.unread import Unread
 
 
 def calibrate_layers(
@@ -122,7 +125,9 @@ def _names(model: StreamedModel, number: int, path: str) -> set[str]:
 
 
 def _check_finite(number: int, layer: nn.Module, model: StreamedModel) -> None:
-    for name, value in layer.named_parameters():
+    unread = ((f"{path}.weight", module) for path, module in layer.named_modules() if isinstance(module, Unread))
+    weights = chain(layer.named_parameters(), ((name, module.weight) for name, module in unread))
+    for name, value in weights:
         if not value.isfinite().all():
             stored = next((tensor.name for tensor in model.sources(number, name)), name)
             raise NonFiniteWeightError(f"{stored} holds NaN or infinity; repair the source")
@@ -131,8 +136,10 @@ def _check_finite(number: int, layer: nn.Module, model: StreamedModel) -> None:
 def _usable(groups: Sequence[Group], ours: set[str]) -> tuple[Group, ...]:
     """The groups whose consumers are all quantized.
 
-    A linear producer that is not quantized must not be rescaled, and a reader that is quantized could not be.
+    A linear producer that is not quantized must not be rescaled, and a reader that is quantized could not be. Where a
+    norm's experts are quantized, and what else it feeds is not, that is a reader.
     """
+    groups = [_with_readers(group, ours) for group in groups]
     return tuple(
         group
         if (group.kind == "norm" or group.producer in ours) and ours.isdisjoint(group.readers)
@@ -140,6 +147,16 @@ def _usable(groups: Sequence[Group], ours: set[str]) -> tuple[Group, ...]:
         for group in groups
         if ours.issuperset(group.consumers)
     )
+
+
+def _with_readers(group: Group, ours: set[str]) -> Group:
+    """A norm's group of which only others than experts are left in their dtype, with these as readers."""
+    left = tuple(path for path in group.consumers if path not in ours)
+    routed = any(LAYER.fullmatch(path) for path in group.consumers)
+    if group.kind != "norm" or not routed or any(LAYER.fullmatch(path) for path in left):
+        return group
+    consumers = tuple(path for path in group.consumers if path in ours)
+    return replace(group, consumers=consumers, readers=(*group.readers, *left))
 
 
 def _tensors(number: int, result: LayerResult, model: StreamedModel) -> dict[str, Tensor]:

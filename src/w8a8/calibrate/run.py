@@ -64,11 +64,11 @@ def calibrated(
         check_apart(view, out)
     with Staging.claim(out, overwrite=overwrite, appears=appears):
         pass
-    setup = Setup.of(name, view, request, notice)
+    plan, kept = make(), dict[str, str]()
+    setup = Setup.of(name, view, plan, request, notice)
     home = out.parent / f".{out.name}.w8a8-calibration"
     gpu = setup.model.device.type == "cuda"
     with lock_folder(home, out), on_nodes(cluster, gpu=gpu, notice=notice) as hands:
-        plan, kept = make(), dict[str, str]()
         passes = 2 if request.keep_bf16 else 1
         _check_room(plan, setup, home, passes)
         inputs = setup.inputs.stored(setup.model, setup.samples, home / "inputs")

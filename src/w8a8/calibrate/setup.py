@@ -13,15 +13,15 @@ from w8a8.calibrate.inputs import Inputs
 from w8a8.calibrate.journal import Job
 from w8a8.calibrate.request import Request
 from w8a8.checkpoint.stream import Identity
-from w8a8.errors import UnsupportedModelError, UsageError
+from w8a8.errors import UsageError
+from w8a8.machine import available_memory
 from w8a8.plan import Plan
 from w8a8.recipes.groups import Group
 from w8a8.runtime.calls import Call, States
-from w8a8.runtime.experts import holds_experts
 from w8a8.runtime.loading import load_tokenizer
 from w8a8.runtime.samples import HERE, Hands
 from w8a8.runtime.streamed import StreamedModel
-from w8a8.sources.opening import unsplit
+from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import LogicalTensor, View
 from w8a8.texts import samples as texts
 from w8a8.texts.samples import CalibrationText
@@ -47,17 +47,18 @@ class Setup:
     hands: Hands = HERE
 
     @classmethod
-    def of(cls, name: str, view: View, request: Request, notice: Callable[[str], None]) -> "Setup":
+    def of(cls, name: str, view: View, plan: Plan, request: Request, notice: Callable[[str], None]) -> "Setup":
         """Build the model without its layers, load the text, and cut the samples.
+
+        Experts that the `plan` quantizes lie apart in the model.
 
         Raises the errors of `texts.load` and `StreamedModel`, UnsupportedModelError for a model without groups,
         UsageError where the text is too short or the samples are too long for the model.
         """
-        model = StreamedModel(name, unsplit(view), torch.float32)
-        if any(map(holds_experts, model.model.modules())):
-            raise UnsupportedModelError(
-                f"{name}: mixtures of experts cannot be calibrated yet, nor their dense layers; --recipe rtn takes them"
-            )
+        quantized = {decision.tensor.name for decision in plan.decisions if decision.quantize}
+        whole = {stack.name for stack in view.stacks.values()}
+        whole -= {stack.name for part, stack in view.stacks.items() if part in quantized}
+        model = StreamedModel(name, with_stacks(view, whole), torch.float32, _room())
         text = texts.load(request.text)
         if request.text is None:
             notice(
@@ -95,6 +96,11 @@ class Setup:
             sources={shard.name: Identity.of(self.view.path / shard.stored.name) for shard in self.view.shards},
             device=self.model.device.type,
         )
+
+
+def _room() -> int:
+    """The bytes that the experts of a layer may take: half of what is free where layers are run."""
+    return (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else available_memory()) // 2
 
 
 def _samples(

@@ -15,6 +15,7 @@ from w8a8.formats.detect import section
 from w8a8.sources.experts import Stack
 
 GENERIC = "generic"
+EACH = "*"
 Kind = Literal["norm", "linear", "value"]
 
 _BY_KEY = ("keep", "never", "reasons", "quantize", "memory")
@@ -28,7 +29,8 @@ class Group:
 
     `kind` says how the producer makes them (`w8a8.recipes.groups`), `offset` what a norm adds to its weight. `readers`
     are other modules that read them and are not quantized (routers, small gates): their columns are multiplied, too.
-    `start` is the first row of a linear producer that makes them, where others of its rows make something else.
+    `EACH` in a path stands for every expert's number. `start` is the first row of a linear producer that makes them,
+    where others of its rows make something else.
     """
 
     name: str

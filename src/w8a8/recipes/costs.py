@@ -10,6 +10,10 @@ Rounding errors of different channels and tokens are nearly independent, which l
 of 1 in channel i of token t. It is measured once, on the model before quantization, by one pass forwards and one
 backwards, and kept as the product of a cost per token and a cost per channel. So rounding in one layer can be weighed
 against rounding in any other, and massive tokens or channels count only for what they do to the predictions.
+
+An expert of a mixture sees only the tokens that a router sends it, and other ones once the layers before are quantized.
+So the costs of tokens are those of errors in what all experts together give, and what is known of each expert's layers
+are the costs of its rows: what an error in a row costs on average over all tokens of the text.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from w8a8.runtime.calls import filled, left_by
+from w8a8.runtime.experts import LAYER
 from w8a8.runtime.streamed import states_of
 
 TINY = torch.finfo(torch.float32).tiny
@@ -49,12 +54,25 @@ class Cost:
         return cls(token / token.mean().clamp_min(TINY), row)
 
     @classmethod
+    def by_path(cls, parts: Sequence[Mapping[str, tuple[Tensor, Tensor]]], paths: Sequence[str]) -> dict[str, "Cost"]:
+        """The costs in the linear layers `paths`; `parts` have `squares` by path, and by place for experts."""
+        token = {place: cls.summed([part[place] for part in parts]).token for place in map(place_of, paths)}
+        rows = {path: torch.stack([part[path][1] for part in parts]).sum(0) for path in paths}
+        return {path: cls(token[place_of(path)], row / (2 * len(token[place_of(path)]))) for path, row in rows.items()}
+
+    @classmethod
     def joined(cls, costs: Sequence["Cost"]) -> "Cost":
         """The costs of several layers' outputs as those of one layer: token costs are averaged by their rows' costs."""
         rows = torch.cat([each.row for each in costs])
         share = torch.stack([each.row.sum() for each in costs])
         token = (torch.stack([each.token for each in costs]) * share[:, None]).sum(0) / share.sum().clamp_min(1e-30)
         return cls(token, rows)
+
+
+def place_of(path: str) -> str:
+    """Where the costs of a linear layer's tokens are measured: at its own outputs, or at those of all experts."""
+    expert = LAYER.fullmatch(path)
+    return expert["place"] if expert else path
 
 
 def squares(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +119,8 @@ def backwards(
 
     `left` is what layers before have left for it, with which `kwargs` are to be `filled` (`w8a8.runtime.calls`), and
     `by_left` are the gradients by what is left after it. Returns the gradient by the `states` [1, tokens, hidden] that
-    enter it, the gradients [tokens, out] by the outputs of its linear layers, by their `paths`, and those by `left`.
+    enter it, the gradients [tokens, out] by the outputs of its linear layers, by their `paths`, and those by `left`. An
+    expert's are those by its own tokens.
     """
     outputs: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
@@ -118,9 +137,10 @@ def backwards(
         after = left_by(output, kwargs)
         ends = {name: each for name, each in (by_left or {}).items() if after[name].requires_grad}
         begins = {name: each for name, each in before.items() if each.requires_grad}
-        inputs = [entering, *begins.values(), *(outputs[path] for path in paths)]
+        inputs = [entering, *begins.values(), *outputs.values()]
         leaving = [states_of(output), *(after[name] for name in ends)]
         found = torch.autograd.grad(leaving, inputs, [gradient, *ends.values()], allow_unused=True)
     made = [torch.zeros_like(of) if each is None else each for of, each in zip(inputs, found, strict=True)]
-    by_outputs = dict(zip(paths, (each.flatten(0, -2) for each in made[1 + len(begins) :]), strict=True))
-    return made[0], by_outputs, dict(zip(begins, made[1:], strict=False))
+    by_outputs = dict(zip(outputs, (each.flatten(0, -2) for each in made[1 + len(begins) :]), strict=True))
+    idle = {path: states.new_zeros(0, layer.get_submodule(path).out_features) for path in paths if path not in outputs}
+    return made[0], by_outputs | idle, dict(zip(begins, made[1:], strict=False))

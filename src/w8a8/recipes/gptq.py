@@ -8,6 +8,7 @@ activations that the engine will multiply, the quantized ones.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -48,15 +49,18 @@ def compensated(weight: Tensor, by: Compensation) -> Codes:
     return Codes(round_with(weight, scale, by), scale)
 
 
-def hessian_of(inputs: Iterable[Tensor], by_channel: Tensor | float) -> Tensor | None:
+def hessian_of(
+    inputs: Iterable[Tensor], by_channel: Tensor | float, shares: Iterable[Tensor | float] = repeat(1.0)
+) -> Tensor | None:
     """The sum of x xᵀ [in, in] over tokens x [in], divided by `by_channel` [in] and quantized as engines do it.
 
+    Of each token's outputs only a share is used: there are `shares` [tokens, 1] for each of the `inputs` [tokens, in].
     None without inputs.
     """
     total: Tensor | None = None
-    for chunk in inputs:
+    for chunk, share in zip(inputs, shares, strict=False):
         codes, scale = quantize_tokens(chunk.float() / by_channel)
-        x = codes.float().mul_(scale)
+        x = codes.float().mul_(scale * share)
         total = x.T @ x if total is None else total.addmm_(x.T, x)
     return total
 

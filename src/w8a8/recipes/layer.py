@@ -8,27 +8,33 @@ it produce. A group has up to three candidates:
     smooth+gptq  the same scales, and weights rounded with compensation (`gptq.py`)
 
 The candidate with the smallest error on held-out batches wins, so that no group is worse there than rounded to nearest.
+In a mixture of experts, one norm's scales serve the first layers of all experts and those of a shared one. How weights
+are rounded is decided for each expert by its own tokens (`tokens.py`); one that sees too few of them is rounded to
+nearest. Weights are looked at one expert at a time.
+
 The error is the KL divergence that quantizing the group costs, in nats per token (`costs.py`): errors can be compared
 between groups and between layers, and their sum is about the error of the whole model.
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
 from w8a8.recipes import RecipeName, folding, smooth
-from w8a8.recipes.costs import Cost
-from w8a8.recipes.folding import Heads, expand, heads_of, shared_copy
-from w8a8.recipes.gptq import Codes, compensated, compensation, hessian_of, nearest
+from w8a8.recipes.batches import JUDGING, SEARCHING, Batch, Known, known_costs
+from w8a8.recipes.costs import Cost, place_of
+from w8a8.recipes.folding import expand, heads_of, shared_copy
+from w8a8.recipes.gptq import Codes, compensated, compensation, nearest
 from w8a8.recipes.groups import Group
-from w8a8.runtime.linear import W8A8Linear, frozen
-from w8a8.runtime.samples import HERE, Hands, Placed
-from w8a8.runtime.streamed import StopForward
+from w8a8.recipes.state import LayerState, int8_linear, run_as
+from w8a8.recipes.tokens import CHUNK, AllTokens, ExpertTokens, Routed, Tokens
+from w8a8.runtime.experts import LAYER
+from w8a8.runtime.linear import frozen
+from w8a8.runtime.samples import HERE, Hands
 
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "rtn": ("rtn",),
@@ -38,33 +44,22 @@ CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
 }
 SAMPLED = 2048
 """Number of tokens that scales are searched on, spread evenly over those whose costs are known."""
-CHUNK = 2048
-"""Number of tokens whose error is computed at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Inputs of a decoder layer: the states as the quantized layers before produce them, and the other arguments.
-
-    `hidden` is float32 [samples, tokens, hidden]; `kwargs` are the other arguments of the layer's `forward`. A
-    `held_out` batch judges candidates and must not be used to make them. `token_costs` [samples * tokens], by the path
-    of a linear layer, says what errors in its outputs cost for each token (`costs.py`); None where that is not known.
-    """
-
-    hidden: Tensor
-    kwargs: Mapping[str, Any]
-    held_out: bool
-    token_costs: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """Errors of one group on held-out batches, in nats per token: rounded to nearest (`rtn`), and as `chosen`."""
+    """Errors of a group, or of one expert's part, on held-out batches, in nats per token: rounded to nearest (`rtn`),
+    and as `chosen`.
+
+    `paths` are the linear layers; `few` says that this expert saw too few tokens.
+    """
 
     group: str
     rtn: float
     error: float
     chosen: str
+    paths: tuple[str, ...] = ()
+    few: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +90,12 @@ def calibrate_layer(
     """
     if not groups:
         return LayerResult({}, ())
-    costs = ErrorCosts.of(groups, batches, row_costs)
+    known, routed, gains = known_costs(groups, batches, row_costs), dict[str, Routed](), list[Gain]()
     with hands.placed(shared_copy(layer), batches) as placed:
         state = LayerState(placed, dtype)
-        gains = [_calibrate_group(state, group, recipe, costs) for group in groups]
+        for group in groups:
+            parts = _tokens(state, group, known, routed)
+            gains += _calibrate_group(state, group, recipe, known, parts)
     return LayerResult(state.tensors, tuple(gains))
 
 
@@ -110,7 +107,8 @@ def quantized(layer: nn.Module, result: LayerResult, paths: Iterable[str] | None
     made = shared_copy(layer)
     every = [path for path, module in layer.named_modules() if isinstance(module, nn.Linear)]
     for path in every if paths is None else paths:
-        _run_as(made, path, result.tensors.get(f"{path}.weight"))
+        codes = result.tensors.get(f"{path}.weight")
+        run_as(made, path, codes if isinstance(codes, Codes) else None)
     for name, value in result.tensors.items():
         if isinstance(value, Tensor):
             path, _, parameter = name.rpartition(".")
@@ -123,208 +121,115 @@ def quantized(layer: nn.Module, result: LayerResult, paths: Iterable[str] | None
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A way to quantize a group: the scales of its producer's channels (None: all 1), and its consumers' weights."""
+    """A way to quantize linear layers that read the same tokens: their weights, and the error in nats per token."""
 
     name: str
-    scales: Tensor | None
     weights: tuple[Codes, ...]
+    error: float
 
 
-def _calibrate_group(state: "LayerState", group: Group, recipe: RecipeName, known: "ErrorCosts") -> Gain:
-    """Choose the best candidate for one group, and make it part of `state`."""
-    weights = [state.weight(path) for path in group.consumers]
-    held_out = state.inputs(group, JUDGING)
-    costs = [known.judging[path] for path in group.consumers]
-    heads = heads_of(state.layer, group)
-    found = [
-        (_error(candidate, held_out, weights, costs, heads), candidate)
-        for candidate in _candidates(state, group, recipe, known, weights)
-    ]
-    error, best = min(found, key=itemgetter(0))
-    state.take(group, best)
-    return Gain(group.name, found[0][0], error, best.name)
+def _tokens(state: LayerState, group: Group, known: Known, routed: dict[str, Routed]) -> list[Tokens]:
+    """What the group's consumers read, those together that read the same tokens: all others, and each expert's."""
+    others: list[str] = []
+    experts: dict[tuple[str, int, bool], list[str]] = defaultdict(list)
+    for path in group.consumers:
+        if found := LAYER.fullmatch(path):
+            experts[found["place"], int(found["number"]), found["part"] == "down_proj"].append(path)
+        else:
+            others.append(path)
+    made: list[Tokens] = [AllTokens(state, others[0], others, known)] if others else []
+    for (place, number, inner), paths in experts.items():
+        if place not in routed:
+            routed[place] = Routed.of(state, place, paths[0])
+        made.append(ExpertTokens(state, place, number, paths, known, routed[place], inner))
+    return made
+
+
+def _calibrate_group(
+    state: LayerState, group: Group, recipe: RecipeName, known: Known, parts: Sequence[Tokens]
+) -> list[Gain]:
+    """Choose scales for a group, and for each of its parts the best candidate; make them part of `state`."""
+    names, scales, by_channel = CANDIDATES[recipe][1:], None, None
+    if names and group.producer is not None and not all(part.few for part in parts):
+        scales = _scales(state, group, known, parts)
+        by_channel = expand(scales, heads_of(state.layer, group))
+    # 1) Each part rounded to nearest, and as well as it can be with the scales that all share
+    rtn, best = [], []
+    for part in parts:
+        first, *others = _candidates(state, part, names, by_channel, len(known[JUDGING][part.paths[0]].token))
+        rtn.append(first.error)
+        best.append(min(others if scales is not None else [first, *others], key=attrgetter("error")))
+    # 2) With the scales, or without
+    better = sum(each.error for each in best) < sum(rtn)
+    chosen = best if better else [Candidate("rtn", (), error) for error in rtn]
+    weights = {
+        path: codes
+        for part, each in zip(parts, chosen, strict=True)
+        if each.name != "rtn"
+        for path, codes in zip(part.paths, each.weights, strict=True)
+    }
+    state.take(group, scales if better else None, weights)
+    gains = []
+    for part, error, each in zip(parts, rtn, chosen, strict=True):
+        name = group.name
+        if isinstance(part, ExpertTokens):
+            name = f"experts' {name}"
+            if better and by_channel is not None and not part.inner:
+                part.routed.by_channel = by_channel
+        gains.append(Gain(name, error, each.error, each.name, tuple(part.paths), bool(part.few)))
+    return gains
 
 
 def _candidates(
-    state: "LayerState", group: Group, recipe: RecipeName, known: "ErrorCosts", weights: Sequence[Tensor]
+    state: LayerState, part: Tokens, names: Sequence[str], by_channel: Tensor | None, text: int
 ) -> Iterator[Candidate]:
-    """Make the candidates of the recipe, rounding to nearest first."""
-    yield Candidate("rtn", None, tuple(map(nearest, weights)))
-    names = CANDIDATES[recipe][1:]
-    scales, by_channel = None, 1.0
-    if names and group.producer is not None:
-        found = smooth.search(_problem(state, group, known, weights))
-        scales = folding.storable(state.layer, group, found, state.dtype)
-        by_channel = expand(scales, heads_of(state.layer, group))
-    if "smooth" in names:
-        yield Candidate("smooth", scales, tuple(nearest(weight * by_channel) for weight in weights))
-    if "smooth+gptq" in names:
-        by = compensation(state.hessian(group, by_channel))
-        yield Candidate("smooth+gptq", scales, tuple(compensated(weight * by_channel, by) for weight in weights))
+    """Make the candidates of the recipe, rounding to nearest first; their errors are sums over `text` tokens."""
+    weights = [state.weight(path) for path in part.paths]
+    inputs, costs = part.inputs(JUDGING), [part.costs(JUDGING)[path] for path in part.paths]
+
+    def candidate(name: str, codes: Iterable[Codes], scales: Tensor | float) -> Candidate:
+        made = tuple(codes)
+        return Candidate(name, made, _error(made, scales, inputs, weights, costs) / text)
+
+    yield candidate("rtn", map(nearest, weights), 1.0)
+    scales = 1.0 if by_channel is None else by_channel
+    if by_channel is not None and ("smooth" in names or part.few is not None):
+        yield candidate("smooth", (nearest(weight * scales) for weight in weights), scales)
+    if "smooth+gptq" in names and not part.few:
+        by = compensation(part.hessian(scales))
+        yield candidate("smooth+gptq", (compensated(weight * scales, by) for weight in weights), scales)
 
 
-def _problem(state: "LayerState", group: Group, known: "ErrorCosts", weights: Sequence[Tensor]) -> smooth.Problem:
-    """The search for a group's scales, on a sample of the tokens whose costs are known."""
-    inputs = state.inputs(group, SEARCHING)
-    cost = Cost.joined([known.searching[path] for path in group.consumers])
-    sample = torch.linspace(0, len(inputs) - 1, min(len(inputs), SAMPLED)).round().long()
-    return smooth.Problem(
-        inputs[sample].float(), torch.cat([*weights]), cost.token[sample], cost.row, heads_of(state.layer, group)
+def _scales(state: LayerState, group: Group, known: Known, parts: Sequence[Tokens]) -> Tensor:
+    """Search a group's scales on a sample of the tokens whose costs are known."""
+    place = next((place_of(path) for path in group.consumers if LAYER.fullmatch(path)), group.consumers[0])
+    together = parts[0] if len(parts) == 1 else AllTokens(state, place, group.consumers, known)
+    inputs, costs = together.inputs(SEARCHING), together.costs(SEARCHING)
+    token_cost = Cost.joined([costs[path] for path in group.consumers]).token
+    weights = smooth.Weights.of(
+        ((state.weight(path), costs[path].row) for path in group.consumers),
+        sum(len(costs[path].row) for path in group.consumers),
     )
+    sample = torch.linspace(0, len(inputs) - 1, min(len(inputs), SAMPLED)).round().long()
+    problem = smooth.Problem(inputs[sample].float(), weights, token_cost[sample], heads_of(state.layer, group))
+    return folding.storable(state.layer, group, smooth.search(problem), state.dtype)
 
 
 def _error(
-    candidate: Candidate, held_out: Tensor, weights: Sequence[Tensor], costs: Sequence[Cost], heads: Heads | None
+    codes: Sequence[Codes],
+    by_channel: Tensor | float,
+    held_out: Tensor,
+    weights: Sequence[Tensor],
+    costs: Sequence[Cost],
 ) -> float:
-    """The error of a candidate on the inputs `held_out` [tokens, in], in nats per token."""
-    by_channel = 1.0 if candidate.scales is None else expand(candidate.scales, heads)
+    """The error of quantized weights on the inputs `held_out` [tokens, in], divided by `by_channel`, in nats."""
     total = 0.0
-    for codes, weight, cost in zip(candidate.weights, weights, costs, strict=True):
-        linear = _int8_linear(codes, None)
+    if not len(held_out):  # none of them reached this expert
+        return total
+    for own, weight, cost in zip(codes, weights, costs, strict=True):
+        linear = int8_linear(own, None)
         for inputs, token in zip(held_out.split(CHUNK), cost.token.split(CHUNK), strict=True):
             inputs = inputs.float()
             missed = linear(inputs / by_channel) - inputs @ weight.T
             total += float(token @ (missed.square() @ cost.row))
-    return total / len(held_out)
-
-
-# --- the layer while it is calibrated -----------------------------------------------------------------------------
-
-
-class LayerState:
-    """A layer in the middle of calibration: finished groups run in INT8, the others as they were.
-
-    `tensors` holds what the finished groups have changed, by the names inside the layer.
-    """
-
-    def __init__(self, placed: Placed, dtype: torch.dtype) -> None:
-        self.placed, self.layer = placed, placed.layer
-        self.dtype = dtype
-        self.tensors: dict[str, Codes | Tensor] = {}
-
-    def inputs(self, group: Group, use: "Use") -> Tensor:
-        """The inputs [tokens, in] of the group's consumers for the batches of this use, in the checkpoint's dtype."""
-        parts = self.placed.each(inputs_of_block, group.consumers[0], self.dtype, use)
-        return torch.cat([each for part in parts for each in part])
-
-    def hessian(self, group: Group, by_channel: Tensor | float) -> Tensor:
-        """The Hessian [in, in] of the group's consumers (`gptq.py`), over the batches to compensate by."""
-        total: Tensor | None = None
-        for part in self.placed.each(hessian_of_block, group.consumers[0], self.dtype, by_channel):
-            if part is not None:
-                total = part if total is None else total.add_(part)
-        assert total is not None
-        return total
-
-    def weight(self, path: str) -> Tensor:
-        """A weight that is not quantized yet, float32 [out, in]."""
-        return self.layer.get_submodule(path).weight.detach().float()
-
-    def take(self, group: Group, candidate: Candidate) -> None:
-        """Make a candidate part of the layer."""
-        if candidate.scales is not None:
-            for name, value in folding.divide(self.layer, group, candidate.scales, self.dtype).items():
-                path, _, parameter = name.rpartition(".")
-                if parameter == "weight_scale":
-                    self.tensors[f"{path}.weight"] = Codes(self.layer.get_submodule(path).weight.data, value)
-                else:
-                    self.tensors[name] = value.to(self.dtype)
-            by_channel = expand(candidate.scales, heads_of(self.layer, group))
-            for name, value in folding.multiply(self.layer, group.readers, by_channel, self.dtype).items():
-                self.tensors[name] = value.to(self.dtype)
-        for path, codes in zip(group.consumers, candidate.weights, strict=True):
-            _run_as(self.layer, path, codes)
-            if candidate.name != "rtn":
-                self.tensors[f"{path}.weight"] = codes
-        self.placed.changed([*group.consumers, *group.readers, *filter(None, [group.producer])])
-
-
-def _run_as(layer: nn.Module, path: str, weight: Codes | Tensor | None) -> None:
-    """Replace the linear layer `path` by an INT8 one; without `weight`, its own is rounded to nearest."""
-    linear = layer.get_submodule(path)
-    codes = weight if isinstance(weight, Codes) else nearest(linear.weight.detach().float())
-    layer.set_submodule(path, _int8_linear(codes, linear.bias))
-
-
-def _int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
-    """The INT8 layer that computes with `weight`."""
-    rows, columns = weight.codes.shape
-    made = W8A8Linear(columns, rows, bias=False, device="meta")
-    made.weight = frozen(weight.codes)
-    made.weight_scale = frozen(weight.scale)
-    made.bias = None if bias is None else frozen(bias)
-    return made
-
-
-# --- which batches serve which purpose ----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Use:
-    """The batches that are held out, or those that are not; only those with known token costs, if `costed`."""
-
-    held_out: bool
-    costed: bool
-
-    def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Those of `batches`."""
-        for batch in batches:
-            if batch.held_out is self.held_out and (batch.token_costs is not None or not self.costed):
-                yield batch
-
-    def costs(
-        self, batches: Iterable[Batch], paths: Iterable[str], row_costs: Mapping[str, Tensor]
-    ) -> Mapping[str, Cost]:
-        """The costs of errors in the outputs of the linear layers `paths`, for all tokens."""
-        known = [batch.token_costs for batch in self.of(batches) if batch.token_costs is not None]
-        return {path: Cost(torch.cat([each[path] for each in known]), row_costs[path]) for path in paths}
-
-
-TRAINING = Use(held_out=False, costed=False)
-SEARCHING = Use(held_out=False, costed=True)
-JUDGING = Use(held_out=True, costed=True)
-"""The batches to compensate by, to search scales on, and to judge candidates on."""
-
-
-@dataclass(frozen=True, slots=True)
-class ErrorCosts:
-    """The costs of errors for the tokens that scales are searched on, and candidates judged on, by path."""
-
-    searching: Mapping[str, Cost]
-    judging: Mapping[str, Cost]
-
-    @classmethod
-    def of(cls, groups: Sequence[Group], batches: Iterable[Batch], row_costs: Mapping[str, Tensor]) -> "ErrorCosts":
-        """The costs are those of the groups' consumers."""
-        paths = [path for group in groups for path in group.consumers]
-        return cls(*(use.costs(batches, paths, row_costs) for use in (SEARCHING, JUDGING)))
-
-
-# --- a block of them ----------------------------------------------------------------------------------------------
-
-
-def _inputs(layer: nn.Module, batches: Iterable[Batch], path: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    """The inputs [tokens, in] of the linear layer `path` for each batch, as `dtype`."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).to(dtype))
-        raise StopForward
-
-    for batch in batches:
-        hook = layer.get_submodule(path).register_forward_pre_hook(keep)
-        with hook, suppress(StopForward):
-            layer(batch.hidden.clone(), **batch.kwargs)
-        yield found.pop()
-
-
-def inputs_of_block(layer: nn.Module, block: Iterable[Batch], path: str, dtype: torch.dtype, use: Use) -> list[Tensor]:
-    """The inputs of the linear layer `path` for the batches of a block that have this use."""
-    return [*_inputs(layer, use.of(block), path, dtype)]
-
-
-def hessian_of_block(
-    layer: nn.Module, block: Iterable[Batch], path: str, dtype: torch.dtype, by_channel: Tensor | float
-) -> Tensor | None:
-    """The Hessian by the inputs of the linear layer `path` for the batches of a block; None where none are for it."""
-    return hessian_of(_inputs(layer, TRAINING.of(block), path, dtype), by_channel)
+    return total

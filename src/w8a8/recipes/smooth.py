@@ -13,7 +13,7 @@ minimizes it from the best of SmoothQuant's max|x|^a / max|w|^(1-a) (Xiao et al.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,15 +32,44 @@ TINY = 1e-30
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """What a search needs of weights [out, in] one below the other: C_j [in] and max|w| [in] of their columns, and the
+    squares of some `rows` [rows, in] with the costs [rows] of errors in as many outputs as they stand for."""
+
+    energy: Tensor
+    loudest: Tensor
+    rows: Tensor
+    row_cost: Tensor
+
+    @classmethod
+    def of(cls, weights: Iterable[tuple[Tensor, Tensor]], count: int) -> "Weights":
+        """Take it from each of `weights` float32 [out, in] with the costs [out] of its outputs, `count` in all.
+
+        Each is looked at once, and let go.
+        """
+        step, at = -(-count // ROWS), 0
+        energy, loudest, whole = torch.zeros(()), torch.zeros(()), torch.zeros(())
+        rows, costs = [], []
+        for weight, cost in weights:
+            chosen = torch.arange(-at % step, len(weight), step, device=weight.device)
+            rows.append(weight[chosen].square())
+            costs.append(cost[chosen])
+            energy = energy.to(weight) + (weight.square() * cost[:, None]).sum(0)
+            loudest = torch.maximum(loudest.to(weight), weight.abs().amax(0))
+            whole = whole.to(weight) + cost.sum()
+            at += len(weight)
+        row_cost = torch.cat(costs)
+        return cls(energy, loudest, torch.cat(rows), row_cost * (whole / row_cost.sum().clamp_min(TINY)))
+
+
+@dataclass(frozen=True, slots=True)
 class Problem:
-    """A search: `inputs` [tokens, in] of a group's consumers, their `weight`s [out, in] one below the other, and the
-    costs of errors of a token [tokens] and of an output [out]; all float32. With `heads`, the query heads that share a
-    key-value head share its scales."""
+    """A search: `inputs` float32 [tokens, in] of a group's consumers, their `weights`, and the costs [tokens] of errors
+    in a token. With `heads`, the query heads that share a key-value head share its scales."""
 
     inputs: Tensor
-    weight: Tensor
+    weights: Weights
     token_cost: Tensor
-    row_cost: Tensor
     heads: Heads | None = None
 
 
@@ -70,7 +99,7 @@ def _starts(problem: Problem) -> list[Tensor]:
     """Logarithms of the scales to start from: all 1, and SmoothQuant's over a grid."""
     weighted = problem.inputs.abs() * problem.token_cost.sqrt()[:, None]
     active = largest(weighted.amax(0), problem.heads).clamp_min(TINY).log()
-    loud = largest(problem.weight.abs().amax(0), problem.heads).clamp_min(TINY).log()
+    loud = largest(problem.weights.loudest, problem.heads).clamp_min(TINY).log()
     starts = [a * active - (1 - a) * loud for a in GRID]
     return [torch.zeros_like(active), *(start - start.mean() for start in starts)]
 
@@ -81,11 +110,9 @@ class _Objective:
     def __init__(self, problem: Problem) -> None:
         self.heads = problem.heads
         self.squares, self.token_cost = problem.inputs.square(), problem.token_cost / len(problem.inputs)
-        self.energy = (problem.weight.square() * problem.row_cost[:, None]).sum(0)
+        self.energy, self.rows = problem.weights.energy, problem.weights.rows
+        self.row_cost = problem.weights.row_cost
         self.power = self.token_cost @ self.squares
-        rows = torch.arange(0, len(problem.weight), -(-len(problem.weight) // ROWS), device=problem.weight.device)
-        self.rows, row_cost = problem.weight[rows].square(), problem.row_cost[rows]
-        self.row_cost = row_cost * (problem.row_cost.sum() / row_cost.sum().clamp_min(TINY))
 
     def parts(self, log: Tensor) -> Iterator[Tensor]:
         """The terms of the sum: the weights', then the activations', a chunk of tokens at a time."""

@@ -26,6 +26,7 @@ from w8a8.runtime.calls import Call, States
 from w8a8.runtime.experts import Experts, holds_experts
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.streamed import passed
+from w8a8.runtime.unread import Unread
 
 NOTHING, SOMETHING = 1e-6, 1e-4
 """How much of the largest value that leaves a layer may change at most, or has to change at least."""
@@ -55,6 +56,9 @@ def random_copy(layer: nn.Module, device: torch.device) -> nn.Module:
     made = deepcopy(layer)
     made.__dict__.pop("forward", None)  # that of a hollow layer
     noise = _Noise(device)
+    for path, module in [*made.named_modules()]:
+        if isinstance(module, Unread):
+            made.set_submodule(path, nn.Linear(module.in_features, module.out_features, bias=False, device="meta"))
     for module in made.modules():
         for name, value in module.named_parameters(recurse=False):
             setattr(module, name, frozen(noise.like(value, stacked=holds_experts(module))))

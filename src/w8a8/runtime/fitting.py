@@ -2,8 +2,9 @@
 
 A module whose weight is stored as I8 is quantized. Names in the files become names in the model by transformers' own
 renamings. Its loader would then merge the tensors of a layer's experts into one; those of INT8 experts stay apart
-(`w8a8.runtime.experts`), so they are renamed once more, to what the loader leaves alone. Where it cuts a matrix into
-those of several layers, or puts some together, along their rows, it does so with codes and scales alike.
+(`w8a8.runtime.experts`), and those of any experts if that is asked for, so they are renamed once more, to what the
+loader leaves alone. Where it cuts a matrix into those of several layers, or puts some together, along their rows, it
+does so with codes and scales alike.
 """
 
 import re
@@ -30,7 +31,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from w8a8.checkpoint import TensorSpec
 from w8a8.errors import MissingTensorError, UnsupportedSchemeError
-from w8a8.runtime.experts import holds_experts, in_int8
+from w8a8.runtime.experts import Linear, apart, holds_experts, in_int8
 from w8a8.runtime.linear import W8A8Linear, frozen
 from w8a8.sources.view import LogicalTensor
 
@@ -93,15 +94,20 @@ class Fitted:
         return wrong | dict.fromkeys(info.missing_keys - wrong.keys(), "is not in the checkpoint")
 
 
-def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
+def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor], experts: Linear | None = None) -> Fitted:
     """Replace the layers and experts of `model` that `tensors` hold as INT8, by modules without weights.
 
-    Raises `UnsupportedSchemeError` or `MissingTensorError` where something does not fit.
+    With `experts`, those that are not INT8 lie apart too, if they do in `tensors`; their layers are made by it.
+
+    Raises `UnsupportedSchemeError`, `UnsupportedModelError` or `MissingTensorError` where something does not fit.
     """
     naming = _Naming(model)
     stored = {tensor.name: tensor for tensor in tensors}
-    quantized = [t.name.removesuffix(".weight") for t in tensors if t.dtype == "I8" and t.name.endswith(".weight")]
-    found = {module: naming.find(module) for module in quantized}
+    weights = [t.name.removesuffix(".weight") for t in tensors if t.name.endswith(".weight")]
+    quantized = {module for module in weights if stored[f"{module}.weight"].dtype == "I8"}
+    wanted = [module for module in weights if module in quantized or (experts and naming.is_expert(module))]
+    found = {module: naming.find(module) for module in wanted}
+    found = {module: place for module, place in found.items() if module in quantized or place.stack}
     places: dict[str, str] = {}
     table: dict[str, str] = {}
     changed = set()
@@ -121,15 +127,20 @@ def fit_to(model: PreTrainedModel, tensors: Sequence[Tensor]) -> Fitted:
     named = {places[tensor.name]: tensor for tensor in tensors}
     for stack in sorted({place.stack for place in found.values()} - {""}):
         split, joined = f"{stack}.down_proj.0.bias" in named, f"{stack}.gate_up_proj.0.weight" in named
-        model.set_submodule(stack, in_int8(stack, model.get_submodule(stack), split=split, joined=joined))
+        down, whole = named.get(f"{stack}.down_proj.0.weight"), model.get_submodule(stack)
+        if experts is not None and down is not None and down.dtype != "I8":
+            model.set_submodule(stack, apart(stack, whole, experts, split=split, joined=joined))
+        else:
+            model.set_submodule(stack, in_int8(stack, whole, split=split, joined=joined))
+            _check_whole(stack, model.get_submodule(stack), named)
         model.get_submodule(stack.rpartition(".")[0])._is_hf_initialized = True  # some would fill the weights replaced
-        _check_whole(stack, model.get_submodule(stack), named)
     parts = defaultdict(list)
     for module, place in found.items():
         if UNUSED in place.layers[0]:
             model._keys_to_ignore_on_load_unexpected.add(UNUSED)
             continue
-        parts[place.layers].append((stored[f"{module}.weight"], stored.get(f"{module}.weight_scale")))
+        if module in quantized:
+            parts[place.layers].append((stored[f"{module}.weight"], stored.get(f"{module}.weight_scale")))
     for layers, own in parts.items():
         _fit(model, layers, own)
     scales = {id(place.converter): place.converter for place in found.values() if place.converter}
@@ -170,8 +181,12 @@ class _Naming:
         """The name before tensors are converted, which `Names` sees."""
         return str(apply_renamings(name, self._renamings))
 
+    def is_expert(self, module: str) -> bool:
+        """Whether a `module` is called like one expert's linear layer."""
+        return EXPERT.fullmatch(self.renamed(f"{module}.weight").removesuffix(".weight")) is not None
+
     def find(self, module: str) -> _Place:
-        """The place of a quantized `module`."""
+        """The place of a `module` that is quantized, or one of experts."""
         full, pattern = self.converted(f"{module}.weight")
         converter = next((each for each in self._converters if pattern in each.source_patterns), None)
         first, *others = converter.target_patterns if converter else [""]

@@ -5,9 +5,14 @@ exceptions: embeddings, whose rows are read as tokens need them, and the head, w
 `forward` is replaced by one that notes its arguments (masks, rotary tables) and returns the states unchanged. So one
 reading of a sample by the hollow model gives all the arguments that the real layers need, to run one after another
 (`calls.py`).
+
+For calibration, the experts of a layer lie apart (`experts.py`): a linear layer per expert and projection. Where they
+do not fit into memory, each is read whenever it runs (`unread.py`).
 """
 
 import inspect
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,9 +28,10 @@ from transformers.quantizers.base import _assign_is_quantized
 from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.formats import detect
 from w8a8.runtime.calls import Call, Passed, States, filled, left_by, noted, own
-from w8a8.runtime.fitting import fit_to, settle
+from w8a8.runtime.fitting import EXPERT, fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
+from w8a8.runtime.unread import Unread, unread
 from w8a8.sources.rows import RowReader
 from w8a8.sources.view import LogicalTensor, View
 
@@ -58,8 +64,11 @@ class StreamedModel:
     `model` is the transformers model, `device` where layers are put and run.
     """
 
-    def __init__(self, name: str, seen: View, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, name: str, seen: View, dtype: torch.dtype | None = None, room: int | None = None) -> None:
         """Build it in `dtype`, by default that of the checkpoint, which is `seen` as by `sources.opening.as_run`.
+
+        With `room`, experts that are `seen` one by one lie apart, and are unread where those of a layer need more
+        bytes.
 
         Raises EngineError or UnsupportedModelError.
         """
@@ -69,8 +78,15 @@ class StreamedModel:
         self.model, tensors = _hollow(name, seen.home, dtype), list(seen.tensors.values())
         if detect(seen.checkpoint.config).w8a8:
             _assign_is_quantized(self.model)  # some layers then leave their weights alone
-        self._fitted, self._rows = fit_to(self.model, tensors), RowReader(self._stored)
+        experts = None
+        if room is not None:
+            experts = nn.Linear if _experts_bytes(tensors, self.model.dtype) <= room else unread
+        self._fitted, self._rows = fit_to(self.model, tensors, experts), RowReader(self._stored)
         self._named = {self._fitted.places[t.name]: t for t in tensors if t.name not in self._fitted.changed}
+        self._unread = {f"{place}.weight": each for place, each in self.model.named_modules() if type(each) is Unread}
+        for place, module in self._unread.items():
+            shape = module.out_features, module.in_features
+            module.source, module.device = _Lazy(self._stored, self._fitting(place, shape)), self.device
         decoder = _decoder(self.model)
         layers = next(
             (found for name in LAYERS if isinstance(found := getattr(decoder, name, None), nn.ModuleList)), None
@@ -167,7 +183,8 @@ class StreamedModel:
             for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         ]
         try:
-            tensors = {tensor.name: _Lazy(self._stored, tensor) for tensor in self._parts[number]}
+            wanted = (t for t in self._parts[number] if self._fitted.places[t.name] not in self._unread)
+            tensors = {tensor.name: _Lazy(self._stored, tensor) for tensor in wanted}
             wrong = self._fitted.load(self.model, tensors, self.device)
             for name in filter(wrong.__contains__, (prefix + name for name in layer.state_dict())):
                 raise UnsupportedModelError(f"{self.name}: the layer's {name} {wrong[name]}")
@@ -287,13 +304,18 @@ class StreamedModel:
 
     def _read(self, name: str, like: Tensor) -> Tensor:
         """Read the tensor called `name` in the model, in the dtype and shape of `like`."""
+        tensor = self._fitting(name, like.shape)
+        return self._tensor(self._rows.read(tensor), tensor, like.shape, like.dtype)
+
+    def _fitting(self, name: str, shape: Sequence[int]) -> LogicalTensor:
+        """Find the tensor called `name` in the model, which holds as many elements as a `shape`."""
         tensor = self._named.get(name)
-        if tensor is None or tensor.dtype not in DTYPES or tensor.numel != like.numel():
+        if tensor is None or tensor.dtype not in DTYPES or tensor.numel != math.prod(shape):
             found = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
             raise UnsupportedModelError(
-                f"{self.name}: the layer's {name} is {list(like.shape)}, and the checkpoint has {found} in its place"
+                f"{self.name}: the layer's {name} is {list(shape)}, and the checkpoint has {found} in its place"
             )
-        return self._tensor(self._rows.read(tensor), tensor, like.shape, like.dtype)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -310,6 +332,16 @@ class _Lazy:
 
 class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
     """Stops a forward pass at the module whose inputs are wanted."""
+
+
+def _experts_bytes(tensors: Iterable[LogicalTensor], dtype: torch.dtype) -> int:
+    """The bytes that the experts of one layer take in `dtype`, of the layer that has most."""
+    elements: Counter[str] = Counter()
+    for tensor in tensors:
+        if found := EXPERT.fullmatch(tensor.name.removesuffix(".weight")):
+            elements[found["place"]] += tensor.numel
+    size: int = dtype.itemsize
+    return max(elements.values(), default=0) * size
 
 
 def forward(layer: nn.Module, states: Tensor, kwargs: Mapping[str, Any]) -> Tensor:

@@ -71,18 +71,36 @@ class CopyTally:
 
 
 class FoldedTally(CopyTally):
-    """A copied tensor that something was folded into: finite."""
+    """A copied tensor that something was folded into: finite; a matrix is its source but for factors of its columns."""
 
-    def compare(self, data: memoryview, made: memoryview, _row: int) -> None:  # noqa: ARG002 - it may differ
-        """Look at a block of the result; the source's may differ."""
-        self._same = self._same and bool(np.isfinite(values(self.made, made)).all())
+    def __init__(self, source: LogicalTensor, made: TensorSpec) -> None:
+        super().__init__(source, made)
+        self._before, self._after, self._both = np.zeros((3, source.shape[1] if len(source.shape) == 2 else 0))
+
+    def compare(self, data: memoryview, made: memoryview, _row: int) -> None:
+        """Add a block's products and squares, by column."""
+        found = values(self.made, made)
+        self._same = self._same and bool(np.isfinite(found).all())
+        if len(self._both):
+            weights = values(self.source, data).astype(np.float64)
+            with np.errstate(all="ignore"):
+                self._before += (weights**2).sum(0)
+                self._after += (found.astype(np.float64) ** 2).sum(0)
+                self._both += (weights * found).sum(0)
 
     def conclude(self, found: Comparison, _job: Job) -> None:
-        """Add the verdict to what was found."""
-        if self._same:
-            found.folded += 1
-        else:
-            found.problems.append(f"{self.source.name}: folded, but holds NaN or infinity")
+        """Add the verdict to what was found, and the factors, which a norm may have to undo."""
+        name = self.source.name
+        if not self._same:
+            found.problems.append(f"{name}: folded, but holds NaN or infinity")
+            return
+        found.folded += 1
+        if len(self._both):
+            columns = np.divide(self._both, self._before, out=np.ones_like(self._both), where=self._before > 0)
+            found.factors[name] = columns, self._before
+            noise = max(float((self._after - columns * self._both).sum()), 0.0)
+            if sqnr(float(self._after.sum()), noise) < folds.MIN_SQNR_DB:
+                found.problems.append(f"{name}: folded, but no factors of its columns make it of its source")
 
 
 class CodesTally:
