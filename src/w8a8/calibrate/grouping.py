@@ -31,7 +31,7 @@ def groups_of_layers(
     """
     if architecture_of(config).groups:
         return [groups_of(config, model.hollow(number)) for number in range(model.count)]
-    found = _traced(model, Rules.for_config(config), ids[:TOKENS])
+    found = traced(model, Rules.for_config(config), ids[:TOKENS])
     if not any(found):
         raise UnsupportedModelError(
             f"{model.name}: none of its quantized layers reads each token once, so only --recipe rtn is for it"
@@ -42,8 +42,8 @@ def groups_of_layers(
     return found
 
 
-def _traced(model: StreamedModel, rules: Rules, ids: Sequence[int]) -> list[tuple[Group, ...]]:
-    """Trace a layer of every kind."""
+def traced(model: StreamedModel, rules: Rules, ids: Sequence[int]) -> list[tuple[Group, ...]]:
+    """The groups of each layer, found by tracing a layer of every kind; `ids` are some tokens."""
     states, kwargs = model.embed(ids)
     hidden = torch.randn(states.shape, generator=torch.Generator().manual_seed(2)).to(model.device)
     known: dict[Any, tuple[Group, ...]] = {}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from w8a8.recipes.folding import channels_of, divide, expand, heads_of, multiply, shared_copy
 from w8a8.recipes.groups import Group
 from w8a8.runtime.calls import Call, States
-from w8a8.runtime.experts import Experts, holds_experts
+from w8a8.runtime.experts import LAYER, Experts, holds_experts
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.streamed import passed
 from w8a8.runtime.unread import Unread
@@ -251,7 +251,34 @@ def _holds(seen: _Seen, groups: Sequence[Group]) -> bool:
         exponents = torch.randint(-OCTAVES, OCTAVES + 1, (channels_of(folded, group),), generator=generator)
         scales = (2.0**exponents).to(seen.call.states.hidden.device)
         for layer in (divided, folded):
-            divide(layer, group, scales, torch.float32)
-        by_channel = expand(scales, heads_of(folded, group))
-        multiply(folded, [*group.consumers, *group.readers], by_channel, torch.float32)
+            _divide(layer, group, scales)
+        _multiply(folded, [*group.consumers, *group.readers], expand(scales, heads_of(folded, group)))
     return bool(groups) and seen.changed(folded) <= NOTHING and seen.changed(divided) >= SOMETHING
+
+
+def _divide(layer: nn.Module, group: Group, scales: Tensor) -> None:
+    """Divide the channels of a group's producer; of an expert's layer what it gives, for all experts share memory."""
+    assert group.producer is not None
+    if not LAYER.fullmatch(group.producer):
+        divide(layer, group, scales, torch.float32)
+        return
+
+    def after(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
+        rows = output.new_ones(output.shape[-1])
+        rows[group.start : group.start + len(scales)] = scales
+        return output / rows
+
+    layer.get_submodule(group.producer).register_forward_hook(after)
+
+
+def _multiply(layer: nn.Module, paths: Sequence[str], by_channel: Tensor) -> None:
+    """Multiply the columns of modules' weights; of an expert's layer what it reads."""
+
+    def before(_module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (arguments[0] * by_channel, *arguments[1:])
+
+    for path in paths:
+        if LAYER.fullmatch(path):
+            layer.get_submodule(path).register_forward_pre_hook(before)
+        else:
+            multiply(layer, [path], by_channel, torch.float32)
