@@ -88,9 +88,9 @@ def test_other_tasks_stand_in_a_table_of_their_own(out: Path, tmp_path: Path) ->
     base, quant = (write(tmp_path / f"{name}.json", lm(name, right)) for name in ("base", "quant"))
     text = make(out, results=Results(lm_baseline=base, lm_quant=quant)).text
     assert "Tasks of lm-evaluation-harness 0.4.13, as completions; values with their standard errors" in text
-    table = [line for line in text.splitlines() if line.startswith(("| arc_easy", "| mmlu", "| prose"))]
+    table = [line for line in text.splitlines() if line.startswith((r"| arc\_easy", "| mmlu", "| prose"))]
     assert table[1] == ("| mmlu | acc | 5 | 120 | 0.6667 ± 0.0123 | 0.6667 ± 0.0123 | +0.0 (+0.0 to +0.0), p = 1.00 |")
-    assert table[2] == "| prose | bits_per_byte | 5 | 60 | 0.7500 | 0.7500 |  |"
+    assert table[2] == r"| prose | bits\_per\_byte | 5 | 60 | 0.7500 | 0.7500 |  |"
     assert "No difference shown in any of 2 tasks." in text
     alone = make(out, results=Results(lm_quant=quant)).text
-    assert "| arc_easy | acc | 5 | 60 | not measured | 0.6667 ± 0.0123 |  |" in alone
+    assert r"| arc\_easy | acc | 5 | 60 | not measured | 0.6667 ± 0.0123 |  |" in alone
