@@ -52,7 +52,7 @@ def embedded(gpus: Sequence[Gpu], *, triton: bool, int8: bool, dtype: str = "aut
         kernel = NAMES[OURS] if triton else "torch's own operators, for want of Triton"
         return f"INT8 kernel: {kernel}" if int8 else None
     chosen_set = instruction_set()
-    by = f"{chosen_set.product} ({chosen_set.name})"
+    by = f"{chosen_set.products} ({chosen_set.name})"
     kernel = f"INT8 kernel: w8a8's for the CPU, {by}, exact; " if int8 else ""
     others = "BF16" if dtype != "float32" and multiplies_bf16() else "float32"
     return f"{kernel}BF16 layers are computed in {others}"

@@ -1,7 +1,7 @@
 """A whole W8A8 linear layer on a CPU: quantize the tokens, multiply, scale, round. Weights stay as the file has them.
 
-`instructions.py` says which instruction multiplies (`CPU`), `tiles.py` makes the inner loops of it. Where it takes
-unsigned times signed bytes, tokens' codes are the signed ones. Weights become unsigned as they are loaded, by flipping
+`chosen.py` says which instruction multiplies (`CPU`), `tiles.py` makes the inner loops of it. Where it takes unsigned
+times signed bytes, tokens' codes are the signed ones. Weights become unsigned as they are loaded, by flipping
 their sign bit: w + 128. This adds 128 * sum(codes) to a token's sums, which is known from the token alone and is
 subtracted at the end; INT32 wraps, so the result is exact. Nothing is computed from a weight ahead of time, and no
 second copy of a weight is kept.
@@ -11,7 +11,8 @@ The weight [out, in] is stored row by row. There are two ways through it:
 - *dot*, few tokens: 64 inputs of 3 or 4 rows meet each token, and lanes are summed at a row's end. The weight is read
   once, in order, with software prefetch. Reading takes all the time: 2 tokens cost no more than 1.
 - *outer*, more tokens: lanes are tokens. Tokens are packed by vectors, a word (4 bytes) of a row is broadcast, and as
-  many sums as there are registers for stay in them. Blocks of 48 rows stay in L2 while up to 512 tokens pass; where
+  many sums as there are registers for stay in them. An instruction that multiplies several rows with several tokens
+  takes the words of as many rows instead. Blocks of 48 rows stay in L2 while up to 512 tokens pass; where
   codes in vectors are 16-bit integers, a block of weights is written as such first. With 512-bit `vpdpbusd` one core
   makes 480 products a nanosecond, where 512 are possible at 4 GHz.
 
@@ -26,9 +27,10 @@ from typing import Any
 import numpy as np
 from numba import carray, types
 
+from w8a8.kernels.cpu.chosen import CPU, dot1, dot2, dot4, dot8, outer1, outer2, outer4, transpose
 from w8a8.kernels.cpu.ir import as_float32, as_pointer, fetch_add, float_bits, rounded_bits, run_threads
 from w8a8.kernels.cpu.jit import c_function, jit
-from w8a8.kernels.cpu.tiles import CPU, LINE, dot1, dot2, dot4, dot8, outer1, outer2, outer4, transpose
+from w8a8.kernels.cpu.tiles import LINE
 
 FLOOR = 2.0**-119
 """The smallest amax a token is scaled by, 1.5e-36: `127 / amax` stays finite and `amax / 127` normal."""
@@ -46,11 +48,14 @@ DEPTH = 4096 // CPU.code**2
 """Inputs in a block of the weight."""
 
 # What Numba compiles may know of the instruction set: numbers.
-SUMS, DOT_SUMS, LANES, CODE = CPU.sums, CPU.dot_sums, CPU.lanes, CPU.code
+LANES, CODE, STEP, DOT_SUMS = CPU.lanes, CPU.code, CPU.step, CPU.dot_sums
 CODES_TYPE = np.int8 if CODE == 1 else np.int16
-FLIPPED = 128 if CPU.flips else 0
-DOT_GROUP, OUTER_GROUP = SUMS // 3, SUMS // 6
+DOT_FLIPPED, OUTER_FLIPPED = 128 * CPU.flips, 128 * (CPU.flips and not CPU.grid)
+"""What is added to each weight."""
+DOT_GROUP, OUTER_GROUP = CPU.dot_tokens, CPU.vectors
 """Most tokens of a dot tile, and most vectors of an outer tile."""
+OUTER_ROWS = (0, *(CPU.outer_rows(vectors) for vectors in range(1, OUTER_GROUP + 1)))
+"""Rows of an outer tile, by its vectors."""
 
 PARALLEL_TOKENS = 1 << 19
 """Several threads quantize a slab with at least this many values (about 60 us of work). Below, starting them costs
@@ -63,7 +68,13 @@ X, WEIGHT, SCALE, BIAS, OUT, CODES, TOKEN_SCALE, OFFSET, M, N, K, WIDTH, KIND, P
 
 
 @jit()
-def _quantize_token(x, codes, scale, offset, t):  # type: ignore[no-untyped-def]
+def _by_dot(m, n, k):  # type: ignore[no-untyped-def]
+    """Whether the dot tiles multiply: few tokens, or a shape that the outer tiles would read beyond."""
+    return m <= DOT_TOKENS or n < ROWS or k % STEP != 0
+
+
+@jit()
+def _quantize_token(x, codes, scale, offset, flipped, t):  # type: ignore[no-untyped-def]
     top = np.uint32(0)
     for j in range(x.shape[0]):
         top = max(top, float_bits(as_float32(x[j])) & np.uint32(0x7FFFFFFF))
@@ -81,20 +92,21 @@ def _quantize_token(x, codes, scale, offset, t):  # type: ignore[no-untyped-def]
         total = np.int32(total + code)
         codes[j] = code
     scale[t] = amax / np.float32(127)
-    offset[t] = np.int32(FLIPPED * total)
+    offset[t] = np.int32(flipped * total)
 
 
 @jit()
 def _quantize_row(p, t, codes):  # type: ignore[no-untyped-def]
     k = p[K]
+    flipped = DOT_FLIPPED if _by_dot(p[M], p[N], k) else OUTER_FLIPPED
     scale = carray(as_pointer(p[TOKEN_SCALE]), p[M], np.float32)
     offset = carray(as_pointer(p[OFFSET]), p[M], np.int32)
     if p[KIND] == 0:
-        _quantize_token(carray(as_pointer(p[X] + 2 * t * k), k, np.uint16), codes, scale, offset, t)
+        _quantize_token(carray(as_pointer(p[X] + 2 * t * k), k, np.uint16), codes, scale, offset, flipped, t)
     elif p[KIND] == 1:
-        _quantize_token(carray(as_pointer(p[X] + 2 * t * k), k, np.int16), codes, scale, offset, t)
+        _quantize_token(carray(as_pointer(p[X] + 2 * t * k), k, np.int16), codes, scale, offset, flipped, t)
     else:
-        _quantize_token(carray(as_pointer(p[X] + 4 * t * k), k, np.uint32), codes, scale, offset, t)
+        _quantize_token(carray(as_pointer(p[X] + 4 * t * k), k, np.uint32), codes, scale, offset, flipped, t)
 
 
 @jit()
@@ -125,12 +137,6 @@ def _finish(p, t, first, sums):  # type: ignore[no-untyped-def]
     else:
         out_float = carray(as_pointer(p[OUT] + 4 * at), count, np.uint32)
         _finish_row(sums, offset, scale, token_scale, bias, has_bias, out_float)
-
-
-@jit()
-def _by_dot(m, n, k):  # type: ignore[no-untyped-def]
-    """Whether the dot tiles multiply: few tokens, or a shape that the outer tiles would read beyond."""
-    return m <= DOT_TOKENS or n < ROWS or k % 4 != 0
 
 
 @jit()
@@ -239,7 +245,7 @@ def _multiply_outer(p):  # type: ignore[no-untyped-def]
                 group = _outer_group(v, vectors)
                 codes = p[CODES] + LANES * (v * width + group * depth * CODE)
                 to = sums.ctypes.data + 4 * LANES * v * ROWS
-                for r in range(0, ROWS, SUMS // group):
+                for r in range(0, ROWS, OUTER_ROWS[group]):
                     if group == 4:
                         outer4(weight + r * stride, stride, codes, words, to + 16 * LANES * r)
                     elif group == 2:

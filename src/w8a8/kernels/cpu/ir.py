@@ -39,17 +39,23 @@ def function(builder: Builder, name: str, result: ir.Type, *arguments: ir.Type) 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """An inner loop: a function of its own, so that it has every register. Its `arguments` are int64."""
+    """An inner loop: a function of its own, so that it has every register. Its `arguments` are int64.
+
+    `features`: those of LLVM's that it is compiled for, where they are not those of its module.
+    """
 
     name: str
     arguments: int
     body: Callable[[Builder, Sequence[Value]], None]
+    features: str = ""
 
     def define(self, module: ir.Module) -> Value:
         """Return the function in `module`, defined where it is not there yet."""
         if self.name not in module.globals:
             made = ir.Function(module, ir.FunctionType(ir.VoidType(), [LONG] * self.arguments), self.name)
             made.attributes.add("noinline")
+            if self.features:
+                set.add(made.attributes, f'"target-features"="{self.features}"')  # llvmlite has no list of such ones
             builder = Builder(made.append_basic_block())
             self.body(builder, made.args)
             builder.ret_void()

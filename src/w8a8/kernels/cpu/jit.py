@@ -1,7 +1,7 @@
 """How Numba compiles the loops of this folder: without the GIL, cached on disk where a cache can be written.
 
 Numba's cache on disk watches the file of the function that it compiled, and no file that this one imports: after a
-change to `ir.py` or `tiles.py`, touch `rows.py` and `int8.py`, or set `NUMBA_CACHE_DIR` to an empty folder. It keeps
+change to one of these, touch `rows.py` and `int8.py`, or set `NUMBA_CACHE_DIR` to an empty folder. It keeps
 the code of different CPUs and features apart, and so of the instruction sets that `W8A8_CPU` names.
 """
 
@@ -15,7 +15,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic as _untyped
 
 from w8a8.errors import UsageError
-from w8a8.kernels.cpu.instructions import VARIABLE, available, instruction_set
+from w8a8.kernels.cpu.instructions import VARIABLE, instruction_set, restrained
 
 
 def _start_without_scipy() -> None:
@@ -48,13 +48,22 @@ def _compile_for(cpu: str, features: str) -> None:
         raise UsageError(f"{VARIABLE} comes too late: this program used Numba before w8a8. Import w8a8.runtime first")
 
 
-if instruction_set() is not available()[0]:
+if restrained():
     _compile_for(*instruction_set().target)
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 intrinsic: Decorator = _untyped
 """Numba's decorator of functions that generate LLVM IR, which Numba leaves untyped."""
+
+
+_keeps = True
+
+
+def compile_anew() -> None:
+    """Keep no code on disk that is compiled from now on, and look for none: this process compiles it in its own way."""
+    global _keeps
+    _keeps = False
 
 
 def jit(**options: Any) -> Decorator:
@@ -69,6 +78,6 @@ def c_function(signature: Any, function: Callable[..., Any]) -> Any:
 
 def _cached(compiler: Callable[..., Any], function: Callable[..., Any], *signature: Any, **options: Any) -> Any:
     try:
-        return compiler(*signature, cache=True, error_model="numpy", **options)(function)
+        return compiler(*signature, cache=_keeps, error_model="numpy", **options)(function)
     except RuntimeError:  # "cannot cache function: no locator available": read-only install, no home
         return compiler(*signature, error_model="numpy", **options)(function)

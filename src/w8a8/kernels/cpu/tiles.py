@@ -1,80 +1,28 @@
 """The tiles of the INT8 product in LLVM IR: one description, for which an instruction set gives vectors and their step.
 
-A vector holds codes. A step multiplies a vector of weights with one of tokens and adds neighbouring products to INT32
-lanes: four to a lane where codes are bytes, two where they are 16-bit integers (`InstructionSet.code`). Either way a
-lane's codes take 4 bytes, a word, so whatever moves words is the same for all.
-
-- `vpdpbusd` takes unsigned times signed bytes: weights are flipped as they are loaded (`int8.py` tells why).
-- `vpmaddwd` takes 16-bit integers: tokens are written as such once, weights get their signs extended as they are loaded
-  by the dot tiles, and once for all tokens for the outer tiles. It multiplies half as many codes, but `vpmaddubsw`,
-  which takes bytes, saturates: oneDNN's `torch._int_mm` makes silently wrong sums with it.
-
-Without an instruction, plain LLVM IR says the step.
+`vectors.py` has the vectors and what multiplies them, `grid.py` AMX's tile registers.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from llvmlite import ir
 from llvmlite.ir import IRBuilder as Builder
 from numba.core import cgutils
 
-from w8a8.kernels.cpu.instructions import InstructionSet, instruction_set
-from w8a8.kernels.cpu.ir import BYTE, HALF, LONG, WORD, Tile, Value, function, long, pointer
-from w8a8.kernels.cpu.jit import intrinsic
+from w8a8.kernels.cpu.grid import Grid
+from w8a8.kernels.cpu.instructions import ARM, InstructionSet, Matrix
+from w8a8.kernels.cpu.ir import BYTE, LONG, WORD, Tile, Value, function, long, pointer
+from w8a8.kernels.cpu.vectors import add_matrix, add_products, lanes_of, load_weights, opaque, signs, splat
 
 AHEAD = 512
 """Bytes that the dot tiles prefetch ahead."""
 LINE = 64
 """Bytes of a row, and so inputs, that a dot tile takes at once: a cache line."""
 
-
-# --- vectors ----------------------------------------------------------------------------------------------------------
-
-
-def _lanes(cpu: InstructionSet) -> ir.VectorType:
-    return ir.VectorType(WORD, cpu.lanes)
-
-
-def _signs(cpu: InstructionSet) -> Value:
-    return ir.Constant(_lanes(cpu), [0x80808080] * cpu.lanes)
-
-
-def _add_products(cpu: InstructionSet, builder: Builder, total: Value, w: Value, x: Value) -> Value:
-    """Add to the lanes of `total` the products of the codes in `w` and `x`."""
-    lanes, codes = _lanes(cpu), ir.VectorType(ir.IntType(8 * cpu.code), cpu.inputs)
-    if cpu.intrinsic and cpu.code == 1:
-        return builder.call(function(builder, cpu.intrinsic, lanes, lanes, lanes, lanes), [total, w, x])
-    w, x = builder.bitcast(w, codes), builder.bitcast(x, codes)
-    if cpu.intrinsic:
-        pairs = builder.call(function(builder, cpu.intrinsic, lanes, codes, codes), [w, x])
-        return _opaque(
-            builder, builder.add(total, pairs)
-        )  # else LLVM adds up pairs first, in registers that are scarce
-    words = ir.VectorType(WORD, cpu.inputs)
-    products = builder.mul((builder.zext if cpu.flips else builder.sext)(w, words), builder.sext(x, words))
-    step = cpu.inputs // cpu.lanes
-    for first in range(step):
-        chosen = ir.Constant(lanes, list(range(first, cpu.inputs, step)))
-        total = builder.add(total, builder.shuffle_vector(products, ir.Constant(words, ir.Undefined), chosen))
-    return total
-
-
-def _opaque(builder: Builder, value: Value) -> Value:
-    """Hide from LLVM how the vector `value` came about, by an empty asm."""
-    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=v,0", [value], side_effect=False)
-
-
-def _load_weights(cpu: InstructionSet, builder: Builder, *address: Value) -> Value:
-    """Load a vector of weights from where they are stored."""
-    codes = builder.load(pointer(builder, ir.VectorType(BYTE, cpu.inputs), *address), align=1)
-    if cpu.code == 2:
-        return builder.bitcast(builder.sext(codes, ir.VectorType(HALF, cpu.inputs)), _lanes(cpu))
-    codes = builder.bitcast(codes, _lanes(cpu))
-    return builder.xor(codes, _signs(cpu)) if cpu.flips else codes
-
-
-# --- tiles ------------------------------------------------------------------------------------------------------------
+_HALVES = ([0, 1, 4, 5], [2, 3, 6, 7])
+"""Turns the sums of 2 rows and 4 tokens into those of 2 rows and 2 tokens, twice; and back."""
+_ZIPPED = ([0, 4, 1, 5], [2, 6, 3, 7])
+"""Turns 2 words of 4 tokens into 2 tokens with 2 words each, twice."""
 
 
 def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
@@ -87,7 +35,7 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
 
     def body(builder: Builder, args: Sequence[Value]) -> None:
         weight, k, last, codes, stride, out, out_stride = args
-        lanes = _lanes(cpu)
+        lanes = lanes_of(cpu)
         # 1) Sums of zero; the addresses of rows and tokens.
         sums = [
             [cgutils.alloca_once_value(builder, ir.Constant(lanes, None)) for _ in range(rows)] for _ in range(tokens)
@@ -101,12 +49,13 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
         def line(weights: Sequence[Value], at: Value) -> None:
             """Multiply the `LINE` inputs from `at` on, whose weights lie at the addresses `weights`."""
             for start in range(0, LINE, cpu.inputs):
-                w = [_load_weights(cpu, builder, address, long(start)) for address in weights]
+                _in_order(cpu, builder)
+                w = [load_weights(cpu, builder, address, long(start)) for address in weights]
                 for t in range(tokens):
                     place = builder.mul(builder.add(at, long(start)), long(cpu.code))
                     x = builder.load(pointer(builder, lanes, token[t], place), align=1)
                     for total, row_ in zip(sums[t], w, strict=True):
-                        builder.store(_add_products(cpu, builder, builder.load(total), row_, x), total)
+                        builder.store(add_products(cpu, builder, builder.load(total), row_, x), total)
 
         # 2) Whole lines, then the rest of each row: copied, because what lies behind it may not be read.
         prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), BYTE.as_pointer(), WORD, WORD, WORD)
@@ -130,7 +79,7 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
                 to = pointer(builder, WORD, out, builder.mul(long(t), out_stride), long(4 * r))
                 builder.store(builder.call(add_up, [builder.load(sums[t][r])]), to)
 
-    return Tile(f"w8a8_dot_{rows}_{tokens}", 7, body)
+    return Tile(f"w8a8_{cpu.name}_dot_{rows}_{tokens}", 7, body, _features(cpu))
 
 
 def outer_tile(cpu: InstructionSet, rows: int, vectors: int) -> Tile:
@@ -140,36 +89,102 @@ def outer_tile(cpu: InstructionSet, rows: int, vectors: int) -> Tile:
     row; address of the tokens, packed [words][vectors][lanes]; number of words; address of the sums [rows][vectors].
     """
 
+    matrix = cpu.matrix
+    if matrix and cpu.grid:
+        return _outer_grid(cpu, matrix, rows, vectors)
+    side = matrix.side if matrix else 1
+
     def body(builder: Builder, args: Sequence[Value]) -> None:
         weight, stride, tokens, words, out = args
-        lanes = _lanes(cpu)
-        # 1) The sums so far, in registers; the addresses of rows.
-        places = [pointer(builder, lanes, out, long(cpu.width * i)) for i in range(rows * vectors)]
-        sums = [cgutils.alloca_once_value(builder, builder.load(place, align=4)) for place in places]
+        lanes = lanes_of(cpu)
+        # 1) The sums so far, in registers, `side` rows of a vector of tokens together; the addresses of rows.
+        blocks = [
+            [pointer(builder, lanes, out, long(cpu.width * ((r + i) * vectors + v))) for i in range(side)]
+            for r in range(0, rows, side)
+            for v in range(vectors)
+        ]
+        sums = []
+        for block in blocks:
+            found = _ordered(builder, _HALVES, [builder.load(place, align=4) for place in block])
+            sums.append([cgutils.alloca_once_value(builder, total) for total in found])
         row = [builder.add(weight, builder.mul(long(r), stride)) for r in range(rows)]
-        signs = _signs(cpu)
-        if cpu.intrinsic:
-            # Hidden from LLVM by an empty asm: it would flip before broadcasting, in registers that are scarcer.
-            signs = _opaque(builder, signs)
-        # 2) Each row's word, broadcast, against every vector of tokens.
-        with cgutils.for_range(builder, words) as loop:
-            panel = builder.mul(loop.index, long(cpu.width * vectors))
-            x = [
-                builder.load(pointer(builder, lanes, tokens, panel, long(cpu.width * v)), align=4)
-                for v in range(vectors)
-            ]
-            for r in range(rows):
-                word = builder.load(pointer(builder, WORD, row[r], builder.mul(loop.index, long(4))), align=1)
-                w = _splat(builder, word, lanes)
-                if cpu.flips:
-                    w = builder.xor(w, signs)
-                for total, vector in zip(sums[r * vectors : (r + 1) * vectors], x, strict=True):
-                    builder.store(_add_products(cpu, builder, builder.load(total), w, vector), total)
+        # Hidden from LLVM: it would flip before broadcasting, in registers that are scarcer.
+        flips = opaque(builder, signs(cpu)) if cpu.flips and cpu.intrinsic else signs(cpu)
+        # 2) `side` words of each row, against every vector of tokens.
+        with cgutils.for_range(builder, builder.sdiv(words, long(side))) as loop:
+            panel = builder.mul(loop.index, long(side * cpu.width * vectors))
+            x = []
+            for v in range(vectors):
+                places = [
+                    pointer(builder, lanes, tokens, panel, long(cpu.width * (i * vectors + v))) for i in range(side)
+                ]
+                x.append(_ordered(builder, _ZIPPED, [builder.load(place, align=4) for place in places]))
+            at = builder.mul(loop.index, long(4 * side))
+            for r in range(0, rows, side):
+                if matrix:
+                    w = _two_rows(builder, [pointer(builder, LONG, address, at) for address in row[r : r + side]])
+                else:
+                    w = splat(builder, builder.load(pointer(builder, WORD, row[r], at), align=1), lanes)
+                    w = builder.xor(w, flips) if cpu.flips else w
+                for v in range(vectors):
+                    for total, codes in zip(sums[r // side * vectors + v], x[v], strict=True):
+                        before = builder.load(total)
+                        if matrix:
+                            after = add_matrix(matrix, builder, before, w, codes)
+                        else:
+                            after = add_products(cpu, builder, before, w, codes)
+                        builder.store(after, total)
+        # 3) Write the sums back.
+        for block, totals in zip(blocks, sums, strict=True):
+            for total, place in zip(_ordered(builder, _HALVES, [*map(builder.load, totals)]), block, strict=True):
+                builder.store(total, place, align=4)
+
+    return Tile(f"w8a8_{cpu.name}_outer_{rows}_{vectors}", 5, body, _features(cpu))
+
+
+def _ordered(builder: Builder, orders: Sequence[Sequence[int]], vectors: Sequence[Value]) -> Sequence[Value]:
+    """Bring the lanes of two vectors into each of `orders`; one vector alone stays as it is."""
+    if len(vectors) == 1:
+        return vectors
+    return [builder.shuffle_vector(*vectors, ir.Constant(ir.VectorType(WORD, len(order)), order)) for order in orders]
+
+
+def _two_rows(builder: Builder, places: Sequence[Value]) -> Value:
+    """Load 8 bytes of each of two rows into a vector."""
+    pair = ir.Constant(ir.VectorType(LONG, 2), ir.Undefined)
+    for i, place in enumerate(places):
+        pair = builder.insert_element(pair, builder.load(place, align=1), WORD(i))
+    return pair
+
+
+def _outer_grid(cpu: InstructionSet, matrix: Matrix, rows: int, vectors: int) -> Tile:
+    """Make an outer tile of AMX's tile registers: up to six hold sums, one weights and one tokens."""
+    side = matrix.side
+
+    def body(builder: Builder, args: Sequence[Value]) -> None:
+        weight, stride, tokens, words, out = args
+        grid, pitch = Grid(builder, matrix), long(cpu.width * vectors)
+        blocks = [(r, v) for r in range(0, rows, side) for v in range(vectors)]
+        *sums, weights, codes = range(len(blocks) + 2)
+        # 1) The sums so far, in registers.
+        places = [builder.add(out, long(cpu.width * (r * vectors + v))) for r, v in blocks]
+        for total, place in zip(sums, places, strict=True):
+            grid.load(total, place, pitch)
+        # 2) 64 inputs of 16 rows, against each vector of tokens.
+        with cgutils.for_range(builder, builder.sdiv(words, long(side))) as loop:
+            panel = builder.add(tokens, builder.mul(loop.index, long(side * cpu.width * vectors)))
+            block = builder.add(weight, builder.mul(loop.index, long(4 * side)))
+            for v in range(vectors):
+                grid.load(codes, builder.add(panel, long(cpu.width * v)), pitch)
+                for r in range(0, rows, side):
+                    grid.load(weights, builder.add(block, builder.mul(long(r), stride)), stride)
+                    grid.multiply(sums[blocks.index((r, v))], weights, codes)
         # 3) Write the sums back.
         for total, place in zip(sums, places, strict=True):
-            builder.store(builder.load(total), place, align=4)
+            grid.store(total, place, pitch)
+        grid.release()
 
-    return Tile(f"w8a8_outer_{rows}_{vectors}", 5, body)
+    return Tile(f"w8a8_{cpu.name}_outer_{rows}_{vectors}", 5, body)
 
 
 def transpose_tile(cpu: InstructionSet) -> Tile:
@@ -180,7 +195,7 @@ def transpose_tile(cpu: InstructionSet) -> Tile:
 
     def body(builder: Builder, args: Sequence[Value]) -> None:
         source, stride, target, target_stride = args
-        lanes, n = _lanes(cpu), cpu.lanes
+        lanes, n = lanes_of(cpu), cpu.lanes
         v = [builder.load(pointer(builder, lanes, source, builder.mul(long(i), stride)), align=1) for i in range(n)]
         for bit in (bit for bit in (1, 2, 4, 8) if bit < n):
             low = ir.Constant(lanes, [n + j - bit if j & bit else j for j in range(n)])
@@ -189,48 +204,15 @@ def transpose_tile(cpu: InstructionSet) -> Tile:
         for i in range(n):
             builder.store(v[i], pointer(builder, lanes, target, builder.mul(long(i), target_stride)), align=1)
 
-    return Tile("w8a8_transpose", 4, body)
+    return Tile(f"w8a8_{cpu.name}_transpose", 4, body)
 
 
-def _splat(builder: Builder, word: Value, lanes: ir.VectorType) -> Value:
-    """Broadcast `word` to every lane."""
-    undefined = ir.Constant(lanes, ir.Undefined)
-    one = builder.insert_element(undefined, word, WORD(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(lanes, None))
+def _in_order(cpu: InstructionSet, builder: Builder) -> None:
+    """Keep LLVM from loading earlier what follows: with ARM's many registers it would load more than they hold."""
+    if cpu.triple == ARM and cpu.intrinsic:
+        builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], side_effect=True)
 
 
-# --- what compiled code calls -----------------------------------------------------------------------------------------
-
-
-CPU = instruction_set()
-"""The set that this process multiplies with."""
-
-
-def _dot(rows: int, tokens: int) -> Any:
-    tile = dot_tile(CPU, rows, tokens)
-
-    @intrinsic
-    def call(_context: Any, _weight: Any, _k: Any, _last: Any, _codes: Any, _stride: Any, _out: Any, _step: Any) -> Any:
-        return tile.intrinsic()
-
-    return call
-
-
-def _outer(rows: int, vectors: int) -> Any:
-    tile = outer_tile(CPU, rows, vectors)
-
-    @intrinsic
-    def call(_context: Any, _weight: Any, _stride: Any, _tokens: Any, _words: Any, _out: Any) -> Any:
-        return tile.intrinsic()
-
-    return call
-
-
-@intrinsic
-def transpose(_context: Any, _source: Any, _stride: Any, _target: Any, _target_stride: Any) -> Any:
-    """Transpose `CPU.lanes` vectors of words; the arguments are `transpose_tile`'s."""
-    return transpose_tile(CPU).intrinsic()
-
-
-dot1, dot2, dot4, dot8 = (_dot(min(4, CPU.dot_sums // tokens), tokens) for tokens in (1, 2, 4, 8))
-outer1, outer2, outer4 = (_outer(CPU.sums // vectors, vectors) for vectors in (1, 2, 4))
+def _features(cpu: InstructionSet) -> str:
+    """Name LLVM's features for a tile: of ARM's CPUs LLVM does not know by itself what they have."""
+    return cpu.target[1] if cpu.triple == ARM and cpu.intrinsic else ""
