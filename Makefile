@@ -4,6 +4,7 @@
 #   make check   the same without what needs an engine or a real model: minutes instead of half an hour
 #   make fuzz    300,000 damaged files, read as the commands read them: half an hour
 #   make kills   200 kills at random moments of every command that writes, and 200 of quantize --push: twenty minutes
+#   make emulate the INT8 tiles of other CPUs, in the emulators that are here: seconds
 #   make support the table of supported architectures: tiny models of all, also in vLLM; goes on where it was interrupted
 #   make docs    the documentation site, in site/
 
@@ -19,7 +20,7 @@ test check short: export OMP_NUM_THREADS := 1
 # Commands start by the hundred in the tests, and each would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check short fuzz kills support lint docs vllm bench clean
+.PHONY: demo test check short fuzz kills emulate support lint docs vllm bench clean
 
 demo: .venv/.demo
 	@$(BIN)/python scripts/demo.py .demo
@@ -39,6 +40,9 @@ fuzz: .venv/.dev
 
 kills: .venv/.dev
 	W8A8_KILLS=200 $(BIN)/pytest -q tests/test_kills.py tests/publish/test_interrupted.py
+
+emulate: .venv/.dev
+	$(BIN)/python scripts/emulate_tiles.py
 
 support: .venv/.dev vllm
 	$(BIN)/python -m tests.support --vllm .venv-vllm/bin/python
