@@ -19,7 +19,7 @@ TEXT_INPUTS = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_i
 class Admitted:
     """A request that has been admitted, and its cache, in which are the `read` first tokens of its prompt.
 
-    `alone`: whether its prompt is read by itself.
+    `alone`: whether its prompt is read by itself. `pause`: how many tokens are read before a turn ends.
     """
 
     def __init__(self, stream: Stream, caches: Caches, *, alone: bool = False) -> None:
@@ -31,7 +31,7 @@ class Admitted:
         self.cache, self.nbytes = caches.of_one(stream.longest), caches.nbytes(stream.longest)
         self.is_text = stream.inputs.keys() <= TEXT_INPUTS
         self.alone = alone or stream.scores_prompt or not (self.is_text and caches.apart)
-        self.read = 0
+        self.read = self.pause = 0
 
     @property
     def unread(self) -> int:
@@ -44,8 +44,9 @@ class Admitted:
         return self.stream.done or self.stream.cancelled
 
     def next(self, most: int) -> int:
-        """Return how many tokens to read next: `most`, if there are so many; all of a prompt with images."""
-        return min(self.unread, most) if self.is_text else self.unread
+        """Return how many tokens to read next: `most`, if so many come before the end or a pause; all with images."""
+        end = self.pause if self.pause > self.read else len(self.stream.prompt)
+        return min(end - self.read, most) if self.is_text else self.unread
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,10 +4,11 @@ transformers' own continuous batching, paged attention (5.23), refuses models wh
 Gemma 4's do, applies the sampling settings of the first request to all, and knows no stop strings.
 
 One thread owns the model. In a turn it reads up to `CHUNK` tokens of waiting prompts, all at once, each into a cache of
-its own (`caches`), and then decodes one token for every running sequence at once. A sequence is admitted, first come
-first served, when there is memory for all that it may become. It joins the running ones once its prompt has been read,
-and leaves as soon as it has ended. Models whose caches cannot be joined this way (linear attention, positions other
-than one per token) are run by `model.generate`, one request after another.
+its own (`caches`) that may begin with what another has read (`prefixes`), and then decodes one token for every running
+sequence at once. A sequence is admitted, first come first served, when there is memory for all that it may become. It
+joins the running ones once its prompt has been read, and leaves as soon as it has ended. Models whose caches cannot be
+joined this way (linear attention, positions other than one per token) are run by `model.generate`, one request after
+another.
 """
 
 import copy
@@ -25,6 +26,7 @@ from transformers import DynamicCache, GenerationConfig, StoppingCriteria
 from w8a8.machine import gigabytes
 from w8a8.serve.embedded.admitted import Admitted, Piece, read_scored
 from w8a8.serve.embedded.caches import Caches
+from w8a8.serve.embedded.prefixes import Prefixes
 from w8a8.serve.embedded.stream import LATER, Stream, one_line
 
 MAX_RUNNING = 16
@@ -52,6 +54,7 @@ class Batcher:
         """
         self.caches = Caches(model)
         self.room = room
+        self._prefixes = Prefixes(self.caches)
         self.context = context if room is None else self.caches.longest(context, room)
         self._model = model
         self._limit = MAX_RUNNING if self.caches.join else 1
@@ -147,8 +150,9 @@ class Batcher:
             while not self.stopping and len(self._begun) < self._limit and self._unread < CHUNK:
                 while self._waiting and self._waiting[0].cancelled:
                     self._waiting.popleft()
-                if self._waiting and (not self._begun or self._fits(self._waiting[0])):
+                if self._waiting and self._fits(self._waiting[0]):
                     self._reading.append(Admitted(self._waiting.popleft(), self.caches))
+                    self._prefixes.begin(self._reading[-1])
                     self._reading[-1].stream.begin()
                 elif self._waiting or self._begun:
                     break
@@ -157,8 +161,13 @@ class Batcher:
 
     def _fits(self, stream: Stream) -> bool:
         """Say whether there is memory for a request beside those that run; for one alone there is, by `context`."""
-        taken = sum(sequence.nbytes for sequence in self._begun)
-        return self.room is None or taken + self.caches.nbytes(stream.longest) <= self.room
+        left = self._left
+        return self._prefixes.shrink(None if left is None else left - self.caches.nbytes(stream.longest))
+
+    @property
+    def _left(self) -> int | None:
+        """Bytes that no sequence has."""
+        return None if self.room is None else self.room - sum(sequence.nbytes for sequence in self._begun)
 
     @property
     def _begun(self) -> list[Admitted]:
@@ -181,6 +190,8 @@ class Batcher:
             for piece, logits in zip(pieces, found, strict=True):
                 sequence = piece.sequence
                 sequence.read = piece.end
+                if sequence.read == sequence.pause:
+                    self._prefixes.keep(sequence, self._left)
                 if not (sequence.unread or sequence.ended):
                     sequence.stream.choose(logits)
         joining = [sequence for sequence in self._reading if not (sequence.unread or sequence.ended)]

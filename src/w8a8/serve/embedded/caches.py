@@ -65,6 +65,14 @@ class Memory(DynamicLayer):  # type: ignore[misc]
         """Return how many tokens `update` will return for `query_length` new ones, and the position of the first."""
         return self._past + query_length, self.seen - self._past
 
+    def begin_as(self, other: "Memory") -> None:
+        """Hold the tokens that a new one of `other` sees; nothing must be held yet."""
+        past = other._past
+        self.lazy_initialization(other.keys, other.values)
+        self.keys[..., :past, :] = other.keys[..., other._end - past : other._end, :]
+        self.values[..., :past, :] = other.values[..., other._end - past : other._end, :]
+        self._end, self.seen = past, other.seen
+
     @property
     def _past(self) -> int:
         """Tokens that a new one sees."""
@@ -220,6 +228,13 @@ class Caches:
             return self.of_row(caches, [1] * len(caches))
         layers = zip(*(cache.layers for cache in caches), strict=True)
         return _cache([Padded(each) if isinstance(each[0], Memory) else each[0] for each in layers])
+
+    @staticmethod
+    def copy(cache: DynamicCache, into: DynamicCache) -> None:
+        """Let a sequence's cache that is new, `into`, hold what `cache` holds of another, and go on from there."""
+        for layer, other in zip(into.layers, cache.layers, strict=True):
+            if isinstance(layer, Memory):
+                layer.begin_as(other)
 
     def nbytes(self, tokens: int) -> int:
         """Count what the cache of a sequence of at most `tokens` takes; 0 where sequences do not join."""
