@@ -14,8 +14,8 @@ from w8a8.memory.model import Model
 from w8a8.memory.weights import weights_per_gpu
 from w8a8.sources.view import LogicalTensor
 
-PROCESS_BYTES = 1000 * 2**20
-"""Estimate: Python with torch, transformers and the server loaded."""
+PROCESS_BYTES = 1400 * 2**20
+"""Estimate: Python with torch, transformers and the server loaded, and a process that tries tokenizers' patterns."""
 
 
 HALVES = {"BF16", "F16"}

@@ -41,6 +41,16 @@ def llama4() -> Any:
     return transformers.Llama4ForCausalLM(config)
 
 
+def diffllama() -> Any:
+    """Attention that is given other values than its cache's."""
+    return transformers.DiffLlamaForCausalLM(transformers.DiffLlamaConfig(**SMALL))
+
+
+def doge() -> Any:
+    """Attention with a mask that each layer makes of its values."""
+    return transformers.DogeForCausalLM(transformers.DogeConfig(**SMALL, keep_window_size=4))
+
+
 def made(kind: Any) -> Any:
     torch.manual_seed(0)
     return kind().eval()
@@ -55,6 +65,8 @@ def made(kind: Any) -> Any:
         (gemma2, True, False),
         (deepseek, True, False),
         (llama4, True, False),
+        (diffllama, True, False),
+        (doge, False, False),
         (qwen35, False, False),
     ],
 )
@@ -64,7 +76,7 @@ def test_which_models_attend_to_each_sequence_by_itself(kind: Any, join: bool, a
     assert caches.dtype == (torch.float32 if join else None)
 
 
-@pytest.mark.parametrize("kind", [gemma2, deepseek, llama4])
+@pytest.mark.parametrize("kind", [gemma2, deepseek, llama4, diffllama, doge])
 def test_others_get_the_tokens_they_get_alone_too(kind: Any, tokenizer: Any) -> None:
     model = made(kind)
     asked = list(zip(prompts(3, 40, 1, 25), (40, 20, 30, 10), strict=True))

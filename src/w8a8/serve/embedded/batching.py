@@ -271,21 +271,9 @@ class Batcher:
     def _next(self) -> Tensor:
         """Return the logits [running, vocabulary] for the next tokens."""
         # The cache lacks one token of every sequence: its last.
-        lengths = [sequence.stream.length for sequence in self._running]
-        if self.caches.apart:
-            pieces = [Piece(s, length - 1, length) for s, length in zip(self._running, lengths, strict=True)]
-            return self._of_row(pieces, self._step)
-        device = self._model.device
-        ends = torch.tensor(lengths, device=device)[:, None]
-        # With the padding on the left: 0 where a shorter sequence has not begun.
-        logits: Tensor = self._model(
-            input_ids=torch.tensor([[sequence.stream.tokens[-1]] for sequence in self._running], device=device),
-            position_ids=ends - 1,
-            attention_mask=(torch.arange(max(lengths), device=device) >= max(lengths) - ends).long(),
-            past_key_values=self._step,
-            use_cache=True,
-        ).logits[:, -1]
-        return logits
+        streams = [sequence.stream for sequence in self._running]
+        last, lengths = [stream.tokens[-1] for stream in streams], [stream.length for stream in streams]
+        return self.caches.decode(self._model, self._step, last, lengths)
 
     def _generate(self, stream: Stream) -> None:
         """Run one request to its end with `model.generate`."""

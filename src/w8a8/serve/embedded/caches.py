@@ -26,6 +26,10 @@ SLACK = 64
 """Tokens that a sliding layer holds beside those that a new one sees, before these move to the beginning again."""
 
 
+ROUNDING = 0.1
+"""Most that rounding in another order moves the logits of a few tokens, by their size."""
+
+
 class Memory(DynamicLayer):  # type: ignore[misc]
     """Keys and values [1, heads, tokens, head size] of one sequence in a layer."""
 
@@ -103,12 +107,15 @@ class Memory(DynamicLayer):  # type: ignore[misc]
 
 
 class Row(DynamicLayer):  # type: ignore[misc]
-    """A layer of several sequences, the new tokens of which lie in one row; `attended`: `attend` was given its keys."""
+    """A layer of several sequences, the new tokens of which lie in one row.
+
+    `attended`: `attend` was given its keys and values; `masked`: with a mask, the model's own where tokens are few.
+    """
 
     def __init__(self, memories: Sequence[Memory], counts: Sequence[int]) -> None:
         """Take the `memories` of the sequences, and how many tokens each of them adds."""
         super().__init__()
-        self.attended = False
+        self.attended = self.masked = False
         self.is_sliding = memories[0].is_sliding
         self.counts, self._memories = list(counts), memories
 
@@ -116,7 +123,7 @@ class Row(DynamicLayer):  # type: ignore[misc]
         """Add each sequence's tokens to its memory; return the new ones, which lead `attend` to all that they see."""
         news = zip(self._memories, key_states.split(self.counts, 2), value_states.split(self.counts, 2), strict=True)
         seen = [(memory.mask(keys), *memory.update(keys, values)) for memory, keys, values in news]
-        key_states.row = self, seen
+        key_states.row = self, seen, value_states
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -173,8 +180,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     found = getattr(key, "row", None)
     if found is None or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    row, seen = found
-    row.attended = getattr(module, "is_causal", True)
+    row, seen, values_added = found
+    row.attended = getattr(module, "is_causal", True) and value is values_added
+    row.masked = attention_mask is not None
     # A token's heads that share keys are like tokens of one head. As heads of their own, which transformers makes of
     # them where there is no mask, each is multiplied by itself: ten times slower in BF16 on a CPU.
     grouped = query.transpose(1, 2).reshape(query.shape[2], key.shape[1], -1, query.shape[-1])
@@ -194,11 +202,12 @@ AttentionInterface.register("sdpa", attend)
 class Caches:
     """Makes the caches of a model's sequences.
 
-    `join`: whether sequences can be decoded together: their caches hold only keys and values, and a token has one
-    position. `apart`: whether the model's attention gets keys and values just as its cache returned them, so that
-    several sequences fit into one row. It does not where it is not `sdpa` (sinks, capped logits), or makes keys of the
-    latents in its cache; and within chunks it does not see all that the cache keeps. `dtype`: that of keys and values;
-    None where they do not join.
+    `join`: whether sequences can be decoded together: their caches hold only keys and values, a token has one position,
+    no layer makes a mask of its own (Doge), and two that were tried gave what each gives alone. `apart`: whether the
+    model's attention gets keys and values just as its cache returned them, so that several sequences fit into one row.
+    It does not where it is not `sdpa` (sinks, capped logits), makes keys of the latents in its cache, or other values
+    of its values (DiffLlama); and within chunks it does not see all that the cache keeps. `dtype`: that of keys and
+    values; None where they do not join.
     """
 
     def __init__(self, model: Any) -> None:
@@ -245,19 +254,55 @@ class Caches:
         """Return the most tokens, up to `most`, of a sequence whose cache takes no more than `room` bytes."""
         return bisect_right(range(1, most + 1), room, key=self.nbytes)
 
+    def decode(self, model: Any, cache: DynamicCache, tokens: Sequence[int], lengths: Sequence[int]) -> Tensor:
+        """Read the last token of each sequence, with the `cache` of a step; return the logits [sequences, vocabulary].
+
+        `lengths` are those of the sequences, that token included.
+        """
+        ids, ends = torch.tensor([tokens], device=model.device), torch.tensor([lengths], device=model.device)
+        mask = None
+        if not self.apart:
+            ids, ends, longest = ids.T, ends.T, max(lengths)
+            # With the padding on the left: 0 where a shorter sequence has not begun.
+            mask = (torch.arange(longest, device=model.device) >= longest - ends).long()
+        logits: Tensor = model(
+            input_ids=ids, position_ids=ends - 1, attention_mask=mask, past_key_values=cache, use_cache=True
+        ).logits
+        return logits[0] if self.apart else logits[:, -1]
+
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _try(self, model: Any, *, chunked: bool) -> None:
-        token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-        caches = [self.of_one(2) for _ in range(2)]
-        for cache in caches:
-            model(input_ids=token, position_ids=token, past_key_values=cache, use_cache=True)
-        taken = [layer if isinstance(layer, Memory) else None for layer in caches[0].layers]
-        self._per_token = [sum(t[..., :1, :].nbytes for t in (m.keys, m.values)) if m else 0 for m in taken]
-        self.dtype = next(m.dtype for m in taken if m)
-        row, tokens = self.of_row(caches, (1, 1)), token.expand(1, 2)
-        with suppress(Exception):  # from attention of another kind
-            model(input_ids=tokens, position_ids=tokens + 1, past_key_values=row, use_cache=True)
-            self.apart = not chunked and all(layer.attended for layer in row.layers if isinstance(layer, Row))
+        """Decode a token of two sequences together in one way, else in the other: each must be as if it were alone."""
+        sequences = [torch.arange(begin, end, device=model.device)[None] for begin, end in ((1, 6), (6, 9))]
+
+        def read(ids: Tensor, **more: Any) -> Tensor:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            logits: Tensor = model(input_ids=ids, position_ids=positions, **more).logits[0, -1]
+            return logits
+
+        def agree() -> bool:
+            caches = [self.of_one(ids.shape[1]) for ids in sequences]
+            for ids, cache in zip(sequences, caches, strict=True):
+                read(ids[:, :-1], past_key_values=cache, use_cache=True)
+            taken = [layer if isinstance(layer, Memory) else None for layer in caches[0].layers]
+            self._per_token = [sum(t[..., :1, :].nbytes for t in (m.keys, m.values)) if m else 0 for m in taken]
+            self.dtype = next(m.dtype for m in taken if m)
+            step = self.of_step(caches)
+            rows = [layer for layer in step.layers if isinstance(layer, Row)]
+            with suppress(Exception):  # from attention of another kind
+                last, lengths = [int(ids[0, -1]) for ids in sequences], [ids.shape[1] for ids in sequences]
+                found = self.decode(model, step, last, lengths)
+                self.join = not any(row.masked for row in rows)
+                near = (found - expected).float().norm(dim=-1) <= ROUNDING * expected.float().norm(dim=-1)
+                return self.join and bool(near.all()) and all(row.attended for row in rows)
+            return False
+
+        expected = torch.stack([read(ids, use_cache=False) for ids in sequences])
+        self.apart = not chunked
+        self.apart = self.apart and agree()
+        self.join = self.apart or (self.join and agree())
+        if not self.join:
+            self.dtype, self._per_token = None, [0] * len(self._layers)
 
     @staticmethod
     def _memory(layer: Any, tokens: int) -> Memory | None:
