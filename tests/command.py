@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from tests.forking import Forked, can_fork
 from w8a8.errors import W8A8Error
 
 W8A8 = (sys.executable, "-m", "w8a8")
@@ -23,10 +24,21 @@ def cli(
     timeout: float | None = 400,
     obey_permissions: bool = False,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run `w8a8 ARGS` to its end, see `python`."""
-    return python(
-        *W8A8[1:], *args, env=env, stdin=stdin, check=check, timeout=timeout, obey_permissions=obey_permissions
-    )
+    """Run `w8a8 ARGS` to its end, see `python`; most often in a fork, see `tests/forking.py`."""
+    arguments, environment = [*map(str, args)], {**os.environ, **(env or {})}
+    if obey_permissions or not can_fork(arguments, environment):
+        return python(
+            *W8A8[1:], *args, env=env, stdin=stdin, check=check, timeout=timeout, obey_permissions=obey_permissions
+        )
+    process = Forked(arguments, environment, stdin)
+    try:
+        stdout, stderr = process.communicate(timeout)
+    finally:
+        process.kill()
+    done = subprocess.CompletedProcess([*W8A8, *arguments], process.wait(), stdout, stderr)
+    if check:
+        done.check_returncode()
+    return done
 
 
 def python(

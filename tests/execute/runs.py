@@ -16,10 +16,12 @@ import numpy as np
 
 from tests.checkpoints import Array, write_checkpoint
 from tests.command import W8A8
+from tests.forking import Forked, can_fork
 from w8a8.execute import staging
 from w8a8.storage import folders, journal
 
 STAGING = {staging.__file__, folders.__file__, journal.__file__}
+Process = subprocess.Popen[str] | Forked
 FORK = multiprocessing.get_context("fork")
 
 
@@ -38,13 +40,15 @@ def large_checkpoint(folder: Path, *, shards: int, shard_mb: int, seed: int = 0)
     return write_checkpoint(folder, tensors, shards=shards)
 
 
-def start(source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def start(source: Path, out: Path, *options: str) -> Process:
     """Start `w8a8 quantize` on one worker, so that shards finish one by one."""
-    command = [*W8A8, "quantize", str(source), str(out), "--workers", "1", "--json", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ["quantize", str(source), str(out), "--workers", "1", "--json", *options]
+    if can_fork(arguments, os.environ):
+        return Forked(arguments, os.environ)
+    return subprocess.Popen([*W8A8, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, dict[str, Any], str]:
+def finish(process: Process) -> tuple[int, dict[str, Any], str]:
     """Wait for the end: exit code, the JSON printed, and the text on standard error."""
     stdout, stderr = process.communicate(timeout=120)
     return process.returncode, json.loads(stdout or "{}"), stderr
@@ -73,13 +77,13 @@ def finished_shards(out: Path) -> int:
         return 0
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Process) -> None:
     """Return as soon as `condition` holds, or the process has ended."""
     while not condition() and process.poll() is None:
         time.sleep(0.0005)
 
 
-def signal_after_a_shard(number: signal.Signals, source: Path, out: Path, *options: str) -> subprocess.Popen[str]:
+def signal_after_a_shard(number: signal.Signals, source: Path, out: Path, *options: str) -> Process:
     """Start a run and send it a signal once its first shard is finished, with others still to do."""
     process = start(source, out, *options)
     wait_for(lambda: finished_shards(out) > 0, process)
