@@ -51,7 +51,7 @@ def start(source: Path, out: Path, *options: str) -> Process:
 def finish(process: Process) -> tuple[int, dict[str, Any], str]:
     """Wait for the end: exit code, the JSON printed, and the text on standard error."""
     stdout, stderr = process.communicate(timeout=120)
-    return process.returncode, json.loads(stdout or "{}"), stderr
+    return process.wait(), json.loads(stdout or "{}"), stderr
 
 
 def quantize(source: Path, out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
