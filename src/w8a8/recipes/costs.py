@@ -137,10 +137,12 @@ def backwards(
         after = left_by(output, kwargs)
         ends = {name: each for name, each in (by_left or {}).items() if after[name].requires_grad}
         begins = {name: each for name, each in before.items() if each.requires_grad}
-        inputs = [entering, *begins.values(), *outputs.values()]
+        reached = {path: each for path, each in outputs.items() if each.requires_grad}  # what chooses tokens is not
+        inputs = [entering, *begins.values(), *reached.values()]
         leaving = [states_of(output), *(after[name] for name in ends)]
         found = torch.autograd.grad(leaving, inputs, [gradient, *ends.values()], allow_unused=True)
     made = [torch.zeros_like(of) if each is None else each for of, each in zip(inputs, found, strict=True)]
-    by_outputs = dict(zip(outputs, (each.flatten(0, -2) for each in made[1 + len(begins) :]), strict=True))
+    by_outputs = {path: torch.zeros_like(each).flatten(0, -2) for path, each in outputs.items()}
+    by_outputs |= zip(reached, (each.flatten(0, -2) for each in made[1 + len(begins) :]), strict=True)
     idle = {path: states.new_zeros(0, layer.get_submodule(path).out_features) for path in paths if path not in outputs}
     return made[0], by_outputs | idle, dict(zip(begins, made[1:], strict=False))
