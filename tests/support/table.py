@@ -74,7 +74,7 @@ verified and run. `make support` makes this table; it goes on where it was inter
 
 Of {all} architectures, {whole} have at least 99% of their decoder in INT8, give no warning, and run right in
 `w8a8.runtime`. Another {but} are like that but for layers that stay as they are, for the reason that their rows give.
-Recipes take {calibrated} of those; where they do not take one, its row says why.
+Recipes take {calibrated} of the {tried} of those that were tried; where they do not take one, its row says why.
 What vLLM makes of these and of the others:
 
 """
@@ -124,6 +124,7 @@ def page(results: Results) -> str:
         whole=len(whole),
         but=len(but),
         calibrated=sum(row.recipes == YES for row in [*whole, *but]),
+        tried=sum(bool(row.recipes) for row in [*whole, *but]),
         all=len(rows),
     )
     counted = [Counter(map(in_vllm, some)) for some in (whole, [*but, *rest])]
@@ -191,7 +192,7 @@ def _table(rows: Sequence[Row]) -> str:
         share = "" if row.share is None else f"{100 * row.share:.1f}%"
         runtime = "" if row.runtime is None else f"{row.runtime:.1g}"
         vllm = in_vllm(row) if row.vllm is None or row.vllm.difference is None else _nats(row.vllm)
-        verified, recipes = ("yes" if each else "no" for each in (row.verified, row.recipes == YES))
+        verified, recipes = "yes" if row.verified else "no", {YES: YES, "": "not tried"}.get(row.recipes, "no")
         cells = (f"`{row.model_type}`", row.name, share, verified, runtime, vllm, recipes, _remark(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

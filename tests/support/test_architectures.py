@@ -10,6 +10,7 @@ import pytest
 
 from tests.support import table, tiny
 from tests.support.check import check
+from tests.support.recipes import YES
 from w8a8.checkpoint import Checkpoint
 from w8a8.plan.architectures import architecture_of
 from w8a8.plan.viewing import view_of
@@ -72,3 +73,11 @@ def test_vllm_is_wrong_with_no_result_alone() -> None:
     assert [row.model_type for row in KEPT.rows.values() if not row.failed and not row.vllm] == []
     assert verdicts[table.Verdict.OURS] == 0
     assert verdicts[table.Verdict.RIGHT] >= 125
+
+
+def test_recipes_take_most_and_refuse_the_rest_with_a_reason() -> None:
+    tried = {row.model_type: row.recipes for row in KEPT.rows.values() if row.recipes}
+    refused = {model_type: said for model_type, said in tried.items() if said != YES}
+    assert len(tried) - len(refused) >= 75
+    for model_type, said in refused.items():
+        assert not re.match(r"\w+(Error|Exception): ", said), f"{model_type}: {said}"
