@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from w8a8.bench.drivers import _MAIN, LLAMA_CPP, TORCHAO, driven
-from w8a8.bench.engines import EnginesResult, race, show
-from w8a8.errors import EngineError
+from w8a8.bench.engines import EnginesResult, race, show, warm_up
+from w8a8.errors import EngineError, W8A8Error
 
 
 class Steady:
@@ -42,6 +42,12 @@ def test_decoding_is_timed_without_the_prompts(result: EnginesResult) -> None:
         assert all(speed < 1000 for speed in ours.prompt[number])
     values = json.loads(json.dumps(result.to_dict()))
     assert values["rows"][0]["decode_median"] == {"1": pytest.approx(4), "4": pytest.approx(16)}
+
+
+def test_an_engine_that_would_take_too_long_is_refused() -> None:
+    warm_up(Steady(0.1), (1, 4))
+    with pytest.raises(W8A8Error, match="about 16 minutes"):
+        warm_up(Steady(10.0), (1,))
 
 
 def test_no_two_prompts_of_a_run_begin_alike() -> None:

@@ -44,6 +44,9 @@ DECODED = 64
 CONTEXT = 1024
 """Tokens of the longest request that engines prepare for."""
 
+LONGEST = 300
+"""Seconds of a turn; an engine that needs more, by what its first answers take, is left out."""
+
 KV_CACHE = 2 << 30
 """Bytes of vLLM's KV cache: more than all requests need."""
 
@@ -126,8 +129,7 @@ def bench(
             notice(f"starting {name}")
             try:
                 engine = stack.enter_context(start())
-                for number in requests:
-                    engine.ask(_prompts(number, SHORT, 0), 2)
+                warm_up(engine, requests)
                 engines[name] = engine
             except W8A8Error as error:
                 failed[name] = first_line(error)
@@ -135,6 +137,14 @@ def bench(
         rows = race(engines, runs=runs, requests=requests, notice=notice)
     shutil.rmtree(home, ignore_errors=True)
     return EnginesResult(model, threads, rows, failed)
+
+
+def warm_up(engine: Contender, requests: Sequence[int]) -> None:
+    """Let an engine answer for the first time. Raises W8A8Error where a turn would take too long."""
+    seconds = sum(engine.ask(_prompts(number, SHORT, 0), 2)["seconds"] for number in requests)
+    turn = seconds * (LONG / SHORT + DECODED / 2)
+    if turn > LONGEST:
+        raise W8A8Error(f"a turn would take about {turn / 60:.0f} minutes here")
 
 
 def race(
