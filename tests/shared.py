@@ -10,16 +10,16 @@ import pytest
 
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
-    """The path `name`, alone in a folder of this run: `make(path)` writes it for the first that asks, others wait."""
+    """The path `name`, beside others: `make(path)` writes it for the first of this run that asks, others wait."""
     base = factory.getbasetemp()
     run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # a worker's folder lies in the run's
-    home = run / "shared" / name
-    home.mkdir(parents=True, exist_ok=True)
-    path, whole = home / name, home / "whole"
-    with (home / "lock").open("w") as lock:
+    path, made = run / "shared" / name, run / "shared-made"
+    for folder in (path.parent, made):
+        folder.mkdir(exist_ok=True)
+    with (made / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not whole.exists():
+        if not (made / name).exists():
             shutil.rmtree(path, ignore_errors=True)
             make(path)
-            whole.touch()
+            (made / name).touch()
     return path

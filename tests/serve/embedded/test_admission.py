@@ -29,10 +29,12 @@ def model() -> Any:
 def test_no_more_run_than_there_is_memory_for(model: Any, tokenizer: Any) -> None:
     asked = list(zip(prompts(3, 50, 7, 9, 11, 5), (47, 50, 13, 11, 9, 95), strict=True))
     sizes: list[int] = []
-    model.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
 
     async def every() -> list[list[int]]:
         batcher = Batcher(model, context=256, room=Caches(model).nbytes(100))
+        hook = model.register_forward_pre_hook(
+            lambda _, __, given: sizes.append(len(given["past_key_values"].layers[0].counts)), with_kwargs=True
+        )
         streams = [
             batcher.submit({"input_ids": torch.tensor([p])}, settings(n, eos_token_id=None), tokenizer._tokenizer)
             for p, n in asked
@@ -41,6 +43,7 @@ def test_no_more_run_than_there_is_memory_for(model: Any, tokenizer: Any) -> Non
             await stream.turn()
             assert [item async for item in stream.items()]
         batcher.stop()
+        hook.remove()
         return [stream.tokens for stream in streams]
 
     got = asyncio.run(every())
