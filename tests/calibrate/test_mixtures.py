@@ -1,7 +1,6 @@
 """`quantize --recipe` on mixtures of experts: nearer to the source than plain rounding, verified, in bounded memory."""
 
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import w8a8
 from tests.calibrate.checkpoints import make
+from tests.calibrate.test_run import _one_thread as _one_thread
 from tests.checkpoints import folder_bytes
 from w8a8.calibrate import setup
 from w8a8.checkpoint import Checkpoint
@@ -29,16 +29,6 @@ CONFIG: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 32,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads only wait for each other in models as small as these."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["Qwen3Moe", "Mixtral"])

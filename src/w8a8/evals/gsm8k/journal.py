@@ -10,22 +10,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import InvalidResultError, UsageError
 from w8a8.evals.asking import Reply
-from w8a8.evals.held import differing, held
+from w8a8.evals.held import Header, continued, held
 from w8a8.storage.journal import Journal
 
 HEADER_KIND = "w8a8.gsm8k.journal"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first line: which model is asked what, since when."""
-
-    kind: str
-    schema: int
-    started: str
-    asking: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +77,16 @@ def open_journal(
     """
     with held(path, restart=restart) as path:
         journal = Journal(path, Header, Line)
-        found = _continued(journal, asking, questions)
-        if found is None:
-            journal.append(Header(HEADER_KIND, 1, started, dict(asking)))
-            found = OutcomeJournal(journal, started)
+        header = Header(HEADER_KIND, 1, started, dict(asking))
+        started, noted = continued(journal, header, "eval gsm8k", "all questions")
+        found = OutcomeJournal(journal, started, noted.damage)
+        for line in noted.done:
+            if 0 <= line.index < questions:
+                found.seconds = max(found.seconds, line.seconds)
+                if line.error is None:
+                    found.replies[line.index] = Reply(
+                        line.answer, line.finish_reason, line.prompt_tokens, line.completion_tokens
+                    )
+            else:
+                found.damage = found.damage or f"there is no question {line.index}"
         yield found
-
-
-def _continued(journal: Journal[Header, Line], asking: Mapping[str, Any], questions: int) -> OutcomeJournal | None:
-    """What the journal holds, None if it is empty."""
-    noted = journal.read()
-    if noted.job is None and not noted.damage:
-        return None
-    if noted.job is None or noted.job.kind != HEADER_KIND:
-        problem = f"{journal.path}: not a journal of `w8a8 eval gsm8k`"
-        raise InvalidResultError(f"{problem}; move it away, or give another --out")
-    if noted.job.asking != asking:
-        raise UsageError(
-            f"{journal.path}: the run that wrote it was another one: {differing(noted.job.asking, asking)}; give the "
-            "same options, or another --out, or --restart to ask all questions again"
-        )
-    found = OutcomeJournal(journal, noted.job.started, noted.damage)
-    for line in noted.done:
-        if 0 <= line.index < questions:
-            found.seconds = max(found.seconds, line.seconds)
-            if line.error is None:
-                found.replies[line.index] = Reply(
-                    line.answer, line.finish_reason, line.prompt_tokens, line.completion_tokens
-                )
-        else:
-            found.damage = found.damage or f"there is no question {line.index}"
-    return found

@@ -11,21 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from w8a8.errors import InvalidResultError, UsageError
-from w8a8.evals.held import differing, held
+from w8a8.evals.held import Header, continued, held
 from w8a8.storage.journal import Journal
 
 KIND = "w8a8.lm.journal"
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """The first line: which model is asked what, since when."""
-
-    kind: str
-    schema: int
-    started: str
-    asking: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,18 +57,8 @@ def open_answers(path: Path, *, asking: Mapping[str, Any], started: str, restart
     """
     with held(path, restart=restart) as path:
         journal = Journal(path, Header, Answer)
-        noted = journal.read()
-        if noted.job is None and not noted.damage:
-            journal.append(Header(KIND, 1, started, dict(asking)))
-        elif noted.job is None or noted.job.kind != KIND:
-            raise InvalidResultError(f"{path}: not a journal of `w8a8 eval lm`; move it away, or give another --out")
-        elif noted.job.asking != asking:
-            raise UsageError(
-                f"{path}: the run that wrote it was another one: {differing(noted.job.asking, asking)}; give the same "
-                "options, or another --out, or --restart to ask everything again"
-            )
-        else:
-            started = noted.job.started
+        header = Header(KIND, 1, started, dict(asking))
+        started, noted = continued(journal, header, "eval lm", "everything")
         yield Answers(journal, started, {answer.request: answer for answer in noted.done}, noted.damage)
 
 
