@@ -157,13 +157,15 @@ class ApiModel(TemplateLM):  # type: ignore[misc]
         """Ask what the journal has no answer to; return all answers. Raises ServerError for the first that fails."""
         seen, keys, found = Counter[str](), list[str](), self._answers.found
         for request in requests:
-            drawn = request.body["temperature"] and seen[request.key]  # further samples of one request
-            keys.append(f"{request.key}-{drawn}" if drawn else request.key)
-            seen[request.key] += 1
+            key = request.key
+            drawn = request.body["temperature"] and seen[key]  # further samples of one request
+            keys.append(f"{key}-{drawn}" if drawn else key)
+            seen[key] += 1
         waiting = {name: request for name, request in zip(keys, requests, strict=True) if name not in found}
         names, before = list(waiting), self._answers.seconds
-        with self._progress(what, len(set(keys))) as advance:
-            advance(len(set(keys)) - len(waiting))
+        every = len(set(keys))
+        with self._progress(what, every) as advance:
+            advance(every - len(waiting))
 
             def answered(number: int, reply: Reply, seconds: float) -> None:
                 answer = waiting[names[number]].read(self._server.base_url, reply)

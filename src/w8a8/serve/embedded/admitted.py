@@ -51,7 +51,7 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Tokens of a sequence at the positions from `begin` to `end`, all of its prompt or all of its answer."""
+    """Tokens of a sequence's prompt, at the positions from `begin` to `end`."""
 
     sequence: Admitted
     begin: int
@@ -60,17 +60,14 @@ class Piece:
     @property
     def tokens(self) -> list[int]:
         """Return the tokens."""
-        stream, before = self.sequence.stream, len(self.sequence.stream.prompt)
-        if self.begin < before:
-            return stream.prompt[self.begin : self.end]
-        return stream.tokens[self.begin - before : self.end - before]
+        return self.sequence.stream.prompt[self.begin : self.end]
 
     def logits(self, model: Any) -> Tensor:
         """Read it by itself; return the logits [vocabulary] of its last token."""
         inputs, cache = self.sequence.stream.inputs, {"past_key_values": self.sequence.cache, "use_cache": True}
         if self.sequence.is_text:
-            positions = torch.arange(self.begin, self.end, device=model.device)[None]
-            inputs = {"input_ids": torch.tensor([self.tokens], device=model.device), "position_ids": positions}
+            places = torch.arange(self.begin, self.end, device=model.device)[None]
+            inputs = {"input_ids": torch.tensor([self.tokens], device=model.device), "position_ids": places}
         else:
             inputs = model.prepare_inputs_for_generation(is_first_iteration=True, **cache, **inputs)
         if self.sequence.stream.scores_prompt:

@@ -146,18 +146,23 @@ class Batcher:
         self._fail_all()
 
     def _admit(self) -> None:
+        while (stream := self._next_waiting()) is not None:
+            self._reading.append(Admitted(stream, self.caches))
+            self._prefixes.begin(self._reading[-1])
+            stream.begin()
+
+    def _next_waiting(self) -> Stream | None:
+        """Take the next request that this turn reads out of the queue; wait where there is nothing else to do."""
         with self._changed:
             while not self.stopping and len(self._begun) < self._limit and self._unread < CHUNK:
                 while self._waiting and self._waiting[0].cancelled:
                     self._waiting.popleft()
                 if self._waiting and self._fits(self._waiting[0]):
-                    self._reading.append(Admitted(self._waiting.popleft(), self.caches))
-                    self._prefixes.begin(self._reading[-1])
-                    self._reading[-1].stream.begin()
-                elif self._waiting or self._begun:
+                    return self._waiting.popleft()
+                if self._waiting or self._begun:
                     break
-                else:
-                    self._changed.wait()
+                self._changed.wait()
+        return None
 
     def _fits(self, stream: Stream) -> bool:
         """Say whether there is memory for a request beside those that run; for one alone there is, by `context`."""

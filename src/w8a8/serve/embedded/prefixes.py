@@ -55,8 +55,10 @@ class Prefixes:
             self._caches.copy(known.cache, sequence.cache)
             sequence.read = len(known.tokens)
             self._use(known)
-        shared = max((_shared(prompt, other) for other in self._prompts), default=0)
-        if shared - sequence.read >= LEAST:
+        least = sequence.read + LEAST
+        alike = (other for other in self._prompts if other[:least] == prompt[:least])
+        shared = max((_shared(prompt, other) for other in alike), default=0)
+        if shared >= least:
             sequence.pause = shared
         self._prompts.append(prompt)
 
