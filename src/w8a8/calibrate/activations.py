@@ -6,13 +6,12 @@ fits.
 """
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load, save
-from torch import Tensor
 
 from w8a8.errors import UnreadableError
 from w8a8.reading import open_file, reading
@@ -40,50 +39,32 @@ def spread(samples: int, count: int, *, apart: bool) -> Sequence[int]:
 
 
 @dataclass(frozen=True, slots=True)
-class SampleFile:
-    """A file of tensors by name, for one sample after the other."""
-
-    path: Path
-
-    def write(self, samples: Iterable[Mapping[str, Tensor]]) -> None:
-        """Write the tensors of every sample, and sync the file. Raises `DiskFullError` or `UnwritableError`."""
-        with SequentialWriter(self.path) as writer:
-            for each in samples:
-                data = save({name: tensor.cpu().contiguous() for name, tensor in each.items()})
-                writer.append(len(data).to_bytes(LENGTH, "little"))
-                writer.append(data)
-            writer.finish()
-
-    def read(self, device: torch.device, numbers: Collection[int] | None = None) -> Iterator[dict[str, Tensor]]:
-        """Read the tensors of every sample, or of those with these `numbers`, onto `device`.
-
-        Raises `UnreadableError`, also where the file is not what was written.
-        """
-        with reading(self.path), io.BufferedReader(open_file(self.path)) as file:
-            number, left = 0, self.path.stat().st_size
-            while left:
-                length = int.from_bytes(file.read(LENGTH), "little")
-                left -= LENGTH + length
-                if left < 0:
-                    raise UnreadableError(f"{self.path}: it ends in the middle of a sample; run again")
-                if numbers is None or number in numbers:
-                    yield {name: tensor.to(device) for name, tensor in load(file.read(length)).items()}
-                else:
-                    file.seek(length, 1)
-                number += 1
-
-
-@dataclass(frozen=True, slots=True)
 class Activations:
-    """The states that enter a layer, in a file."""
+    """The states that enter a layer, in a file of tensors by name, for one sample after the other."""
 
     path: Path
 
     def write(self, states: Iterable[States]) -> None:
         """Write the states of every sample, and sync the file. Raises `DiskFullError` or `UnwritableError`."""
-        SampleFile(self.path).write({HIDDEN: each.hidden, **each.left} for each in states)
+        with SequentialWriter(self.path) as writer:
+            for each in states:
+                tensors = {HIDDEN: each.hidden, **each.left}
+                data = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+                writer.append(len(data).to_bytes(LENGTH, "little"))
+                writer.append(data)
+            writer.finish()
 
     def states(self, device: torch.device) -> Iterator[States]:
-        """Read the states of every sample onto `device`."""
-        for tensors in SampleFile(self.path).read(device):
-            yield States(tensors.pop(HIDDEN), tensors)
+        """Read the states of every sample onto `device`.
+
+        Raises `UnreadableError`, also where the file is not what was written.
+        """
+        with reading(self.path), io.BufferedReader(open_file(self.path)) as file:
+            left = self.path.stat().st_size
+            while left:
+                length = int.from_bytes(file.read(LENGTH), "little")
+                left -= LENGTH + length
+                if left < 0:
+                    raise UnreadableError(f"{self.path}: it ends in the middle of a sample; run again")
+                tensors = {name: tensor.to(device) for name, tensor in load(file.read(length)).items()}
+                yield States(tensors.pop(HIDDEN), tensors)

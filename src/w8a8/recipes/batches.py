@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, cat
 
-from w8a8.recipes.costs import Cost
+from w8a8.recipes.costs import Cost, place_of
 from w8a8.recipes.groups import Group
 
 
@@ -33,18 +33,24 @@ class Use:
     held_out: bool
     costed: bool
 
+    def has(self, *, held_out: bool, costed: bool) -> bool:
+        """Say whether a batch that is `held_out`, and one whose token costs are known, has this use."""
+        return held_out is self.held_out and (costed or not self.costed)
+
     def of(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Those of `batches`."""
         for batch in batches:
-            if batch.held_out is self.held_out and (batch.token_costs is not None or not self.costed):
+            if self.has(held_out=batch.held_out, costed=batch.token_costs is not None):
                 yield batch
 
     def costs(
-        self, batches: Iterable[Batch], paths: Iterable[str], row_costs: Mapping[str, Tensor]
+        self, batches: Iterable[Batch], paths: Sequence[str], row_costs: Mapping[str, Tensor]
     ) -> Mapping[str, Cost]:
         """The costs of errors in the outputs of the linear layers `paths`, for all tokens."""
         known = [batch.token_costs for batch in self.of(batches) if batch.token_costs is not None]
-        return {path: Cost(cat([each[path] for each in known]), row_costs[path]) for path in paths}
+        one = {place_of(path): path for path in paths}  # all experts of a place have the same tokens' costs
+        tokens = {place: cat([each[path] for each in known]) for place, path in one.items()}
+        return {path: Cost(tokens[place_of(path)], row_costs[path]) for path in paths}
 
 
 TRAINING = Use(held_out=False, costed=False)

@@ -56,7 +56,7 @@ class Cost:
     @classmethod
     def by_path(cls, parts: Sequence[Mapping[str, tuple[Tensor, Tensor]]], paths: Sequence[str]) -> dict[str, "Cost"]:
         """The costs in the linear layers `paths`; `parts` have `squares` by path, and by place for experts."""
-        token = {place: cls.summed([part[place] for part in parts]).token for place in map(place_of, paths)}
+        token = {place: cls.summed([part[place] for part in parts]).token for place in {*map(place_of, paths)}}
         rows = {path: torch.stack([part[path][1] for part in parts]).sum(0) for path in paths}
         return {path: cls(token[place_of(path)], row / (2 * len(token[place_of(path)]))) for path, row in rows.items()}
 

@@ -85,16 +85,21 @@ def divide(layer: nn.Module, group: Group, scales: Tensor, dtype: torch.dtype) -
         folded = _gain(layer, group.producer, group) / scales - group.offset
         changed["weight"] = torch.where(scales == 1, producer.weight, _rounded(folded, dtype))
     else:
-        rows = scales.new_ones(producer.out_features)
-        rows[group.start : group.start + len(scales)] = scales
-        scales = rows
+        scales = by_row(scales, producer.out_features, group.start)
         if isinstance(producer, W8A8Linear):
             changed["weight_scale"] = producer.weight_scale / scales
         else:
             changed["weight"] = producer.weight / scales[:, None]
     if getattr(producer, "bias", None) is not None:
         changed["bias"] = _rounded(producer.bias / scales, dtype)
-    return _set(layer, {f"{group.producer}.{name}": value for name, value in changed.items()})
+    return put(layer, {f"{group.producer}.{name}": value for name, value in changed.items()})
+
+
+def by_row(scales: Tensor, rows: int, start: int) -> Tensor:
+    """The scales of `rows` rows [rows], of which those from `start` on have `scales`, and the others 1."""
+    made = scales.new_ones(rows)
+    made[start : start + len(scales)] = scales
+    return made
 
 
 def multiply(layer: nn.Module, paths: Iterable[str], by_channel: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -103,7 +108,7 @@ def multiply(layer: nn.Module, paths: Iterable[str], by_channel: Tensor, dtype: 
     They are rounded to `dtype`, and returned by name. Parameters of `layer` are replaced, not written to.
     """
     weights: dict[str, Tensor] = {f"{path}.weight": layer.get_submodule(path).weight for path in paths}
-    return _set(layer, {name: _rounded(weight * by_channel, dtype) for name, weight in weights.items()})
+    return put(layer, {name: _rounded(weight * by_channel, dtype) for name, weight in weights.items()})
 
 
 def shared_copy(layer: nn.Module) -> nn.Module:
@@ -113,7 +118,7 @@ def shared_copy(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, {id(tensor): tensor for tensor in tensors})
 
 
-def _set(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
+def put(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Put `values` in the place of the parameters of these names; return them."""
     for name, value in values.items():
         path, _, parameter = name.rpartition(".")

@@ -33,7 +33,6 @@ from w8a8.recipes.groups import Group
 from w8a8.recipes.state import LayerState, int8_linear, run_as
 from w8a8.recipes.tokens import CHUNK, AllTokens, ExpertTokens, Routed, Tokens
 from w8a8.runtime.experts import LAYER
-from w8a8.runtime.linear import frozen
 from w8a8.runtime.samples import HERE, Hands
 
 CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
@@ -109,10 +108,7 @@ def quantized(layer: nn.Module, result: LayerResult, paths: Iterable[str] | None
     for path in every if paths is None else paths:
         codes = result.tensors.get(f"{path}.weight")
         run_as(made, path, codes if isinstance(codes, Codes) else None)
-    for name, value in result.tensors.items():
-        if isinstance(value, Tensor):
-            path, _, parameter = name.rpartition(".")
-            setattr(made.get_submodule(path), parameter, frozen(value.float()))
+    folding.put(made, {name: value.float() for name, value in result.tensors.items() if isinstance(value, Tensor)})
     return made
 
 
@@ -185,7 +181,8 @@ def _candidates(
 ) -> Iterator[Candidate]:
     """Make the candidates of the recipe, rounding to nearest first; their errors are sums over `text` tokens."""
     weights = [state.weight(path) for path in part.paths]
-    inputs, costs = part.inputs(JUDGING), [part.costs(JUDGING)[path] for path in part.paths]
+    inputs, known = part.inputs(JUDGING), part.costs(JUDGING)
+    costs = [known[path] for path in part.paths]
 
     def candidate(name: str, codes: Iterable[Codes], scales: Tensor | float) -> Candidate:
         made = tuple(codes)

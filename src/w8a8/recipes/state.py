@@ -1,7 +1,6 @@
 """A decoder layer while it is calibrated, and what its samples are asked for, block by block."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +9,9 @@ from w8a8.recipes import folding
 from w8a8.recipes.batches import TRAINING, Batch, Use
 from w8a8.recipes.gptq import Codes, hessian_of, nearest
 from w8a8.recipes.groups import Group
+from w8a8.runtime.calls import arguments_of
 from w8a8.runtime.linear import W8A8Linear, frozen
 from w8a8.runtime.samples import Placed
-from w8a8.runtime.streamed import StopForward
 from w8a8.runtime.unread import Unread
 
 
@@ -90,17 +89,16 @@ def int8_linear(weight: Codes, bias: Tensor | None) -> W8A8Linear:
 
 def _inputs(layer: nn.Module, batches: Iterable[Batch], path: str, dtype: torch.dtype) -> Iterator[Tensor]:
     """The inputs [tokens, in] of the module `path` for each batch, as `dtype`."""
-    found: list[Tensor] = []
-
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        found.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]).to(dtype))
-        raise StopForward
-
     for batch in batches:
-        hook = layer.get_submodule(path).register_forward_pre_hook(keep)
-        with hook, suppress(StopForward):
-            layer(batch.hidden.clone(), **batch.kwargs)
-        yield found.pop()
+        inputs = read_by(layer, path, batch)[0]
+        yield inputs.detach().reshape(-1, inputs.shape[-1]).to(dtype)
+
+
+def read_by(layer: nn.Module, path: str, batch: Batch) -> tuple[Tensor, ...]:
+    """What the module `path` is given when `layer` reads a batch, which stops there."""
+    found = arguments_of(layer.get_submodule(path), lambda: layer(batch.hidden.clone(), **batch.kwargs))
+    assert found is not None
+    return found
 
 
 def inputs_of_block(layer: nn.Module, block: Iterable[Batch], path: str, dtype: torch.dtype, use: Use) -> list[Tensor]:

@@ -6,9 +6,8 @@ from the router's weights, whichever tokens it is sent once the layers before ar
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from w8a8.recipes.batches import JUDGING, SEARCHING, TRAINING, Batch, Known, Use
 from w8a8.recipes.costs import TINY, Cost
 from w8a8.recipes.gptq import hessian_of
-from w8a8.recipes.state import LayerState
-from w8a8.runtime.streamed import StopForward
+from w8a8.recipes.state import LayerState, read_by
 
 CHUNK = 2048
 """Number of tokens computed at once."""
@@ -85,6 +83,7 @@ class Routed:
     cost: Tensor
     uses: Mapping[Use, Tensor]
     by_channel: Tensor | float = 1.0
+    _sent: dict[int, Mapping[Use, tuple[Tensor, Tensor]]] = field(init=False, default_factory=dict)
 
     @classmethod
     def of(cls, state: LayerState, place: str, path: str) -> "Routed":
@@ -95,11 +94,19 @@ class Routed:
         uses = {}
         for use in (TRAINING, SEARCHING, JUDGING):
             has = [
-                torch.full((len(own),), held_out is use.held_out and (cost is not None or not use.costed))
+                torch.full((len(own),), use.has(held_out=held_out, costed=cost is not None))
                 for own, _, _, cost, held_out in found
             ]
             uses[use] = torch.cat(has).to(inputs.device)
         return cls(inputs, chosen, weights, torch.cat(known), uses)
+
+    def sent_to(self, number: int) -> Mapping[Use, tuple[Tensor, Tensor]]:
+        """By use, the numbers of the tokens that an expert is sent, and the router's weights; found once."""
+        if number not in self._sent:
+            own = self.chosen == number
+            places = {use: own & has[:, None] for use, has in self.uses.items()}
+            self._sent[number] = {use: (at.nonzero(as_tuple=True)[0], self.weights[at]) for use, at in places.items()}
+        return self._sent[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +147,7 @@ class ExpertTokens:
 
     def _chosen(self, use: Use) -> tuple[Tensor, Tensor]:
         """The numbers of its tokens that have this use, and the router's weights."""
-        places = (self.routed.chosen == self.number) & self.routed.uses[use][:, None]
-        tokens, _ = places.nonzero(as_tuple=True)
-        return tokens, self.routed.weights[places]
+        return self.routed.sent_to(self.number)[use]
 
     def _cost(self, use: Use) -> Tensor:
         tokens, shares = self._chosen(use)
@@ -163,17 +168,9 @@ def _routed_of_block(
 ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None, bool]]:
     """For each batch: what the experts at `place` read, the numbers of those chosen, their weights, the costs, and
     whether it is held out."""
-    found: list[Any] = []
-
-    def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs, chosen, weights = arguments
-        found.append((inputs.detach().to(dtype), chosen.to(torch.int16), weights.float()))
-        raise StopForward
-
+    found = []
     for batch in block:
-        hook = layer.get_submodule(place).register_forward_pre_hook(keep)
-        with hook, suppress(StopForward):
-            layer(batch.hidden.clone(), **batch.kwargs)
+        inputs, chosen, weights = read_by(layer, place, batch)
         known = batch.token_costs[path] if batch.token_costs is not None else None
-        found[-1] = (*found[-1], known, batch.held_out)
+        found.append((inputs.detach().to(dtype), chosen.to(torch.int16), weights.float(), known, batch.held_out))
     return found

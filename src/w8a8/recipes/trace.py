@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from w8a8.recipes.folding import channels_of, divide, expand, heads_of, multiply, shared_copy
+from w8a8.recipes.folding import by_row, channels_of, divide, expand, heads_of, multiply, shared_copy
 from w8a8.recipes.groups import Group
 from w8a8.runtime.calls import Call, States
 from w8a8.runtime.experts import LAYER, Experts, holds_experts
@@ -264,9 +264,7 @@ def _divide(layer: nn.Module, group: Group, scales: Tensor) -> None:
         return
 
     def after(_module: nn.Module, _arguments: Any, output: Tensor) -> Tensor:
-        rows = output.new_ones(output.shape[-1])
-        rows[group.start : group.start + len(scales)] = scales
-        return output / rows
+        return output / by_row(scales, output.shape[-1], group.start)
 
     layer.get_submodule(group.producer).register_forward_hook(after)
 

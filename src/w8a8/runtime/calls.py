@@ -12,12 +12,13 @@ What is left for later layers passes from layer to layer with the states.
 
 import json
 from collections import UserDict, defaultdict
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Kwargs = Mapping[str, Any]
 """Arguments of a layer's `forward` by name, other than the states."""
@@ -113,3 +114,20 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, Mapping) and isinstance(other, Mapping) and not isinstance(one, Mailbox):
         return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
     return type(one) is type(other)
+
+
+class _StopForward(Exception):  # noqa: N818 - no error, like StopIteration
+    """Stops a forward pass at the module whose arguments are wanted."""
+
+
+def arguments_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, ...] | None:
+    """Return what `module` is given first when `run` runs, which stops there; None if it is given nothing."""
+    found: list[tuple[Any, ...]] = []
+
+    def keep(_module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        found.append(arguments)
+        raise _StopForward
+
+    with module.register_forward_pre_hook(keep), suppress(_StopForward):
+        run()
+    return found[0] if found else None

@@ -14,7 +14,7 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from transformers.quantizers.base import _assign_is_quantized
 
 from w8a8.errors import UnsupportedModelError, first_line
 from w8a8.formats import detect
-from w8a8.runtime.calls import Call, Passed, States, filled, left_by, noted, own
+from w8a8.runtime.calls import Call, Passed, States, arguments_of, filled, left_by, noted, own
 from w8a8.runtime.fitting import EXPERT, fit_to, settle
 from w8a8.runtime.linear import frozen
 from w8a8.runtime.loading import engine_errors, load_config, model_class, quiet
@@ -224,23 +224,17 @@ class StreamedModel:
 
     def read_by_head(self, ids: Sequence[int], states: Tensor) -> Tensor:
         """Return what the head reads [1, tokens, hidden] when `states` leave the last layer; it has their gradient."""
-        found: list[Tensor] = []
-
-        def keep(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found.append(arguments[0])
-            raise StopForward
-
-        hook = self.model.get_output_embeddings().register_forward_pre_hook(keep)
-        with hook, suppress(StopForward):
-            self._end(ids, states)
-        if not found:
+        found = arguments_of(self.model.get_output_embeddings(), lambda: self._end(ids, states))
+        if found is None:
             raise UnsupportedModelError(f"{self.name}: {type(self.model).__name__} does not run its head as a layer")
-        return found[0]
+        read: Tensor = found[0]
+        return read
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def logit_scale(self, ids: Sequence[int]) -> float:
         """Return what the model multiplies its head's outputs by; soft caps change small ones by nothing else."""
-        head, rows = self.model.get_output_embeddings(), self._named[self._head_tensor("weight")].shape[0]
+        ids, head = ids[:1], self.model.get_output_embeddings()  # all its outputs are alike
+        rows = self._named[self._head_tensor("weight")].shape[0]
         outputs = torch.full((1, len(ids), rows), SMALL, device=self.device)
         head.forward = lambda *_: outputs
         try:
@@ -328,10 +322,6 @@ class _Lazy:
     def __getitem__(self, _: Any) -> Tensor:
         data = RowReader(self.folder).read(self.tensor)
         return torch.frombuffer(data, dtype=DTYPES[self.tensor.dtype]).reshape(self.tensor.shape)
-
-
-class StopForward(Exception):  # noqa: N818 - no error, like StopIteration
-    """Stops a forward pass at the module whose inputs are wanted."""
 
 
 def _experts_bytes(tensors: Iterable[LogicalTensor], dtype: torch.dtype) -> int:
