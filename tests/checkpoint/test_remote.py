@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from pathlib import Path
@@ -31,6 +32,24 @@ from w8a8.errors import (
 pytestmark = pytest.mark.slow
 
 MEGABYTES = 40
+FAILING = """
+import sys
+import threading
+from pathlib import Path
+from w8a8.checkpoint.hub import HubFolder
+from w8a8.checkpoint.remote import lay_out
+from w8a8.errors import HubError
+repo, folder, failed = sys.argv[1:]
+try:
+    lay_out(HubFolder.find(repo, None), Path(folder))
+except HubError:
+    Path(failed).touch()
+    for thread in {*threading.enumerate()} - {threading.current_thread()}:
+        thread.join()
+else:
+    sys.exit("nothing failed")
+"""
+"""Lays out a repository of which a shard fails, says so in a file, and waits for all threads."""
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +94,13 @@ def assert_refused(source: str, error: type[W8A8Error], *mentions: str, env: Map
     assert run.returncode == error.exit_code, run.stderr
     [line] = run.stderr.splitlines()
     assert [mention for mention in mentions if mention not in line] == [], line
+
+
+def until(path: Path) -> None:
+    """Wait for a file, but not for ever."""
+    end = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def with_file(hub: Hub, name: str, content: bytes, repo: str = "org/llama") -> str:
@@ -165,6 +191,16 @@ def test_a_length_that_cannot_be_is_refused(
     assert run.returncode == error.exit_code or (error is W8A8Error and 19 <= run.returncode <= 23), run.stderr
     assert "Traceback" not in run.stderr
     assert "org/llama" in run.stderr
+
+
+def test_once_a_shard_has_failed_no_other_is_written(hub: Hub, client: Mapping[str, str], tmp_path: Path) -> None:
+    folder, failed = tmp_path / "folder", tmp_path / "failed"
+    folder.mkdir()
+    hub.lengths["model-00001-of-00002.safetensors"] = "-5"
+    hub.pace = lambda name, _begin: until(failed) if name == "model-00002-of-00002.safetensors" else None
+    run = python("-c", FAILING, "org/llama", str(folder), str(failed), env=client)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors.index.json"}
 
 
 @pytest.mark.parametrize(

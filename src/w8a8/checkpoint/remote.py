@@ -236,17 +236,20 @@ def lay_out(remote: Remote, folder: Path) -> Sequence[str]:
 
 
 def _headers(remote: Remote, shards: Iterable[str], folder: Path) -> None:
+    left, ended, writing = iter(shards), threading.Event(), threading.Lock()
+
     def shard(name: str) -> None:
         content, length = start_of(remote, name, FIRST_BYTES)
         if len(content) >= 8:
             (header,) = struct.unpack("<Q", content[:8])
             if len(content) < 8 + header <= length and header <= MAX_HEADER_BYTES:
                 content, length = start_of(remote, name, 8 + header)
-        with (folder / name).open("wb") as file:
-            file.write(content)
-            file.truncate(length)
-
-    left, ended = iter(shards), threading.Event()
+        with writing:
+            if ended.is_set():  # one failed, and whose folder this is may remove it
+                return
+            with (folder / name).open("wb") as file:
+                file.write(content)
+                file.truncate(length)
 
     def read() -> None:
         for name in left:  # each reader takes the next
@@ -258,4 +261,5 @@ def _headers(remote: Remote, shards: Iterable[str], folder: Path) -> None:
         for reader in as_completed([begun(read) for _ in range(WORKERS)]):
             reader.result()
     finally:
-        ended.set()
+        with writing:
+            ended.set()
