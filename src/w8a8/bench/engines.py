@@ -140,8 +140,9 @@ def bench(
 
 
 def warm_up(engine: Contender, requests: Sequence[int]) -> None:
-    """Let an engine answer for the first time. Raises W8A8Error where a turn would take too long."""
-    seconds = sum(engine.ask(_prompts(number, SHORT, 0), 2)["seconds"] for number in requests)
+    """Let an engine answer for the first time, and once more. Raises W8A8Error where a turn would take too long."""
+    for _ in range(2):  # the first answers wait for what is compiled
+        seconds = sum(engine.ask(_prompts(number, SHORT, 0), 2)["seconds"] for number in requests)
     turn = seconds * (LONG / SHORT + DECODED / 2)
     if turn > LONGEST:
         raise W8A8Error(f"a turn would take about {turn / 60:.0f} minutes here")
@@ -191,13 +192,12 @@ def show(result: EnginesResult, say: Callable[[Any], None]) -> None:
     turns = len(result.rows[0].prompt[numbers[0]]) if rows else 0
     say(f"{clean(result.model)}, {result.threads} threads, medians of {turns}; tokens per second")
     kinds = (("prompt", "prompts"), ("decode", "decode"))
-    table = plain_table("engine", *(f"{title}, {n} at once" for _, title in kinds for n in numbers), "", left=1)
-    table.columns[-1].justify, table.columns[-1].overflow = "left", "fold"
+    table = plain_table("engine", *(f"{title}, {n} at once" for _, title in kinds for n in numbers), left=1)
     for row in rows:
         table.add_row(clean(row["name"]), *(f"{row[f'{kind}_median'][n]:.1f}" for kind, _ in kinds for n in numbers))
-    for name, reason in result.failed.items():
-        table.add_row(clean(name), *([""] * len(kinds) * len(numbers)), f"left out: {clean(reason)}")
     say(table)
+    for name, reason in result.failed.items():
+        say(f"{clean(name)} is left out: {clean(reason)}")
 
 
 class _Served:
