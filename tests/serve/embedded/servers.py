@@ -91,7 +91,8 @@ def serving(
     folder: Path, name: str, *, key: str = "", context: int = 0, limits: Mapping[str, float] | None = None
 ) -> Iterator[Server]:
     """A server that is ready, with some of its limits changed; it is killed at the end, if it has not ended before."""
-    port, log = free_port(), folder.with_name(f"{folder.name}-{name.replace('/', '-')}.log")
+    port = free_port()
+    log = folder.with_name(f"{folder.name}-{port}.log")  # of its own, also where another serves the same model
     command = [sys.executable, "-c", SERVE, name, str(folder), str(port), key, str(context), json.dumps(limits or {})]
     with started(command, log, OFFLINE | {"OMP_NUM_THREADS": "1"}) as running:
         server = Server(running.process, log, port, name, key or "none")
