@@ -262,9 +262,9 @@ class Said:
 
 def ask(server: Server, model: Path, messages: Sequence[Mapping[str, str]], tokens: int) -> Said:
     """Ask for a greedy answer of at most `tokens` tokens, as a stream."""
-    from openai import OpenAI
+    from w8a8.serve.client import connect
 
-    client: Any = OpenAI(base_url=server.base_url, api_key=server.api_key)
+    client = connect(server.base_url, server.api_key)
     pieces, times, begin = [], [], time.perf_counter()
     for chunk in client.chat.completions.create(
         model=str(model),

@@ -251,6 +251,13 @@ def test_a_hub_that_fails_is_reported(hub: Hub, client: Mapping[str, str]) -> No
     assert_refused("org/llama", HubError, "org/llama", "503", env=client)
 
 
+@pytest.mark.parametrize("spared", [{}, {"NO_PROXY": "corp.example"}, {"no_proxy": "*"}])
+def test_a_hub_on_this_machine_is_asked_without_a_proxy(client: Mapping[str, str], spared: Mapping[str, str]) -> None:
+    nobody = dict.fromkeys(("HTTP_PROXY", "http_proxy", "ALL_PROXY"), "http://127.0.0.1:9")
+    env = {**client, **nobody, "NO_PROXY": "", "no_proxy": "", **spared}
+    assert len(tensors_seen("org/llama", env)) == len(llama_tensors())
+
+
 def test_offline_nothing_is_asked_for(hub: Hub, client: Mapping[str, str]) -> None:
     assert_refused("org/llama", HubError, "org/llama", "offline", env={**client, "HF_HUB_OFFLINE": "1"})
     assert hub.requests == []

@@ -33,6 +33,7 @@ def main() -> None:
 
     gc.set_threshold(100_000, 20, 20)  # what is imported stays: looking it through again and again takes a while
     guard_streams()
+    _reach_this_machine_directly()
     if {"--json", OPTION, "--quiet", "-q"} & set(sys.argv):
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
@@ -52,6 +53,14 @@ def main() -> None:
                 print(json.dumps(about(error)), flush=True)
         complain(error)
         sys.exit(error.exit_code)
+
+
+def _reach_this_machine_directly() -> None:
+    """Keep every client here, and in what is started, from asking a proxy for this machine, which it cannot reach."""
+    names = ("no_proxy", "NO_PROXY")
+    known = next(filter(None, map(os.environ.get, names)), "")
+    if known.strip() != "*" and any(name.lower().endswith("_proxy") for name in os.environ):
+        os.environ.update(dict.fromkeys(names, ",".join(filter(None, (known, "localhost", "127.0.0.1", "::1")))))
 
 
 def _check_here() -> None:
