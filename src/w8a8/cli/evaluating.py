@@ -67,6 +67,13 @@ def eval_gsm8k(
     restart: Annotated[
         bool, typer.Option("--restart", help="Ask all questions again, also those answered already.")
     ] = False,
+    no_texts: Annotated[
+        bool,
+        typer.Option(
+            "--no-texts",
+            help="Leave the texts of questions and answers out of the result and its journal: small files.",
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
@@ -109,6 +116,7 @@ def eval_gsm8k(
             concurrency=concurrency,
             out=out,
             restart=restart,
+            texts=not no_texts,
             progress=progress,
             notice=terminal.notice,
         )

@@ -20,14 +20,14 @@ FEWEST = 6
 
 @dataclass(frozen=True, slots=True)
 class Flip:
-    """A question that only one model answered right; `right` names it, `base` or `quant`."""
+    """A question that only one model answered right; `right` names it, `base` or `quant`. Texts may be left out."""
 
     index: int
-    question: str
+    question: str | None
     gold: str
     right: str
-    base_answer: str
-    quant_answer: str
+    base_answer: str | None
+    quant_answer: str | None
 
 
 @dataclass(frozen=True, slots=True)

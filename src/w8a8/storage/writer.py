@@ -89,7 +89,7 @@ def _claimed(path: Path) -> IO[bytes]:
         file.close()  # the other writer has finished it, and it is no temporary file any more
 
 
-def write_json(path: Path, value: Any, *, indent: int = 2, resumable: bool = False) -> None:
+def write_json(path: Path, value: Any, *, indent: int | None = 2, resumable: bool = False) -> None:
     """Write `value` as JSON in UTF-8, with a newline at its end; see `write_whole`."""
     # Half a character, which UTF-8 cannot hold, is spelled as JSON spells it, which is as Python does.
     text = (json.dumps(value, indent=indent, ensure_ascii=False) + "\n").encode(errors="backslashreplace")

@@ -70,6 +70,30 @@ def test_flips_hold_both_answers() -> None:
     assert (flip.base_answer, flip.quant_answer) == ("It is 3.\n#### 3", "It is 4.\n#### 4")
 
 
+def without_texts(result: dict[str, Any]) -> dict[str, Any]:
+    """The result as `--no-texts` writes it."""
+    texts = {"question", "answer"}
+    slim = [{name: o[name] for name in o if name not in texts} for o in result["outcomes"]]
+    return {**result, "outcomes": slim}
+
+
+def test_results_without_texts_compare_alike(tmp_path: Path) -> None:
+    base, quant = pair(5, 4, 3, 2)
+    whole = compare(base, quant).to_dict()
+    for file, found in (("base", base), ("quant", quant)):
+        (tmp_path / f"{file}.json").write_text(json.dumps(without_texts(found)))
+    slim, left_out = read(tmp_path / "base.json"), read(tmp_path / "quant.json")
+    for first, second in ((slim, left_out), (base, left_out), (slim, quant)):
+        found = compare(first, second).to_dict()
+        assert {**found, "flips": ()} == {**whole, "flips": ()}
+        assert [flip["gold"] for flip in found["flips"]] == [flip["gold"] for flip in whole["flips"]]
+    shown = cli("compare", tmp_path / "base.json", tmp_path / "quant.json", "--flips", "1", check=True).stdout
+    assert "question 5" in shown
+    assert "left out" in shown
+    with pytest.raises(UsageError, match="questions_sha256"):
+        compare(slim, {**left_out, "protocol": {**left_out["protocol"], "questions_sha256": "c"}})
+
+
 def test_without_order_in_the_files() -> None:
     base, quant = pair(5, 4, 3, 2)
     shuffled = {**quant, "outcomes": quant["outcomes"][::-1]}

@@ -39,6 +39,33 @@ def test_a_killed_run_goes_on_where_it_was(data: Path, out: Path, tmp_path: Path
     assert sorted(line["index"] for line in lines[1:]) == list(range(QUESTIONS))
 
 
+def test_a_journal_without_texts_is_gone_on_with_to_the_same_scores(data: Path, out: Path, tmp_path: Path) -> None:
+    with running_api() as api:
+        whole = run(api.url, data, tmp_path / "whole.json")
+        run(api.url, data, out, texts=False)
+        journal = out.with_suffix(".jsonl")
+        lines = journal.read_text().splitlines()
+        journal.write_text("\n".join([*lines[:9], ""]))
+        kept = {json.loads(line)["index"] for line in lines[1:9]}
+        api.requests.clear()
+        found = run(api.url, data, out, texts=False)
+        assert sorted(api.asked()) == sorted(set(range(QUESTIONS)) - kept)
+    assert not [file for file in (out, journal) if "pears" in file.read_text()]
+    same = ("strict", "flexible", "cut_off", "empty", "errors", "tokens", "protocol")
+    assert [found.to_dict()[name] for name in same] == [whole.to_dict()[name] for name in same]
+    assert [(o["index"], o["gold"], o["strict"]) for o in outcomes(out)] == [
+        (o["index"], o["gold"], o["strict"]) for o in outcomes(tmp_path / "whole.json")
+    ]
+
+
+def test_answers_whose_texts_were_left_out_stay_scored_in_a_result_with_texts(data: Path, out: Path) -> None:
+    with running_api() as api:
+        before = run(api.url, data, out, texts=False)
+        after = run(api.url, data, out)
+    assert {outcome["answer"] for outcome in outcomes(out)} == {None}
+    assert after.to_dict()["strict"] == before.to_dict()["strict"]
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_how_to_go_on(number: signal.Signals, code: int, data: Path, out: Path) -> None:
     with running_api(delay=0.4) as api:
@@ -107,7 +134,12 @@ def test_a_file_that_is_no_journal_is_left_alone(content: str, data: Path, out: 
     assert journal.read_text() == content
 
 
-LINES = ['{"index": 99}', '{"index": 0, "answer": 5}', "null", "{", "[1]", "[" * 99999, '"\\ud800"']
+UNKNOWN = (
+    '{"index": 0, "answer": null, "finish_reason": null, "prompt_tokens": 1, "completion_tokens": 1, "error": null, '
+    '"seconds": 1}'
+)
+"""An outcome with neither the text of the answer nor its marks."""
+LINES = ['{"index": 99}', UNKNOWN, '{"index": 0, "answer": 5}', "null", "{", "[1]", "[" * 99999, '"\\ud800"']
 
 
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line[:9])

@@ -117,7 +117,7 @@ def test_progress_tells_accuracy_and_tokens_so_far(data: Path, out: Path) -> Non
     with running_api() as api:
         result = run(api.url, data, out, progress=seen.append)
     assert [now.done for now in seen] == list(range(1, QUESTIONS + 1))
-    assert (seen[-1].total, seen[-1].right) == (QUESTIONS, sum(o.strict for o in result.outcomes))
+    assert (seen[-1].total, seen[-1].right) == (QUESTIONS, sum(o.marks.strict for o in result.outcomes))
     assert seen[-1].tokens == sum(range(QUESTIONS))
 
 

@@ -28,7 +28,8 @@ def compare(base: Mapping[str, Any], quant: Mapping[str, Any], *, score: str = "
 
 def _flip(base: Mapping[str, Any], quant: Mapping[str, Any], score: str) -> Flip:
     right = "base" if base[score] else "quant"
-    return Flip(base["index"], base["question"], base["gold"], right, base["answer"], quant["answer"])
+    question = base.get("question") or quant.get("question")
+    return Flip(base["index"], question, base["gold"], right, base.get("answer"), quant.get("answer"))
 
 
 def _errors(result: Mapping[str, Any]) -> int:
@@ -43,7 +44,8 @@ def _check_same(base: Mapping[str, Any], quant: Mapping[str, Any]) -> None:
         for n in names
         if first.get(n) != second.get(n)
     ]
-    if not differing and _asked(base) != _asked(quant):
+    texts = all("question" in outcome for result in (base, quant) for outcome in result["outcomes"])
+    if not differing and _asked(base, texts=texts) != _asked(quant, texts=texts):
         differing = ["the questions"]
     if differing:
         raise UsageError(
@@ -52,5 +54,6 @@ def _check_same(base: Mapping[str, Any], quant: Mapping[str, Any]) -> None:
         )
 
 
-def _asked(result: Mapping[str, Any]) -> set[tuple[Any, ...]]:
-    return {(outcome["index"], outcome["question"], outcome["gold"]) for outcome in result["outcomes"]}
+def _asked(result: Mapping[str, Any], *, texts: bool) -> set[tuple[Any, ...]]:
+    names = ("index", "gold", "question") if texts else ("index", "gold")
+    return {tuple(outcome[name] for name in names) for outcome in result["outcomes"]}

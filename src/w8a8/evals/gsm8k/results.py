@@ -37,14 +37,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """A question, its right answer, the model's answer, and whether that is right."""
+    """A question, its right answer, the model's answer, and whether that is right; texts may be left out."""
 
     index: Count
-    question: str
     gold: str
-    answer: str
     strict: bool
     flexible: bool
+    question: str | None = None
+    answer: str | None = None
     error: str | None = None
 
 

@@ -18,7 +18,7 @@ from w8a8.errors import UsageError
 from w8a8.evals.asking import Model, Reply, Server, ask_all, find_model
 from w8a8.evals.gsm8k.journal import OutcomeJournal, open_journal
 from w8a8.evals.gsm8k.questions import ANSWER_FORMAT, DATASET, Data, Question, prompt_sha256, request
-from w8a8.evals.gsm8k.scoring import flexible, strict
+from w8a8.evals.gsm8k.scoring import Marks, mark
 from w8a8.evals.statistics import wilson
 from w8a8.storage.writer import write_json
 from w8a8.version import __version__
@@ -53,28 +53,25 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One question and the model's reply."""
+    """One question and the model's reply; `noted` are the marks of one whose text was left out of the journal."""
 
     index: int
     question: Question
     reply: Reply
+    noted: Marks | None = None
 
     @property
-    def strict(self) -> bool:
-        """Is the number after the last `####` right?"""
-        return not self.reply.error and strict(self.reply.text) == strict(self.question.solution)
+    def marks(self) -> Marks:
+        """What is scored; a failed request is not right."""
+        return Marks() if self.reply.error else self.noted or mark(self.reply.text, self.question.solution)
 
-    @property
-    def flexible(self) -> bool:
-        """Is the last number right?"""
-        return not self.reply.error and flexible(self.reply.text) == strict(self.question.solution)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The outcome as the result file holds it."""
+    def to_dict(self, *, texts: bool = True) -> dict[str, Any]:
+        """The outcome as the result file holds it, with the `texts` of question and answer or without."""
+        about = self.about
         return {
-            **self.about,
+            **(about if texts else {name: value for name, value in about.items() if name != "question"}),
             "index": self.index,
-            "answer": self.reply.text,
+            **({"answer": None if self.noted else self.reply.text} if texts else {}),
             "finish_reason": self.reply.finish_reason,
             "error": self.reply.error,
         }
@@ -85,14 +82,14 @@ class Outcome:
         return {
             "question": self.question.text,
             "gold": self.question.gold,
-            "strict": self.strict,
-            "flexible": self.flexible,
+            "strict": self.marks.strict,
+            "flexible": self.marks.flexible,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The result of an evaluation; `to_dict` is the content of its file."""
+    """The result of an evaluation; `to_dict` is the content of its file, with the `texts` of the answers or without."""
 
     model: str
     base_url: str
@@ -102,6 +99,7 @@ class Result:
     seconds: float
     outcomes: Sequence[Outcome]
     path: Path
+    texts: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain JSON values."""
@@ -123,13 +121,13 @@ class Result:
             "questions": len(self.outcomes),
             **{score: self._score(score) for score in SCORES},
             "cut_off": sum(reply.finish_reason == "length" for reply in replies),
-            "empty": sum(not reply.error and not reply.text.strip() for reply in replies),
+            "empty": sum(outcome.marks.empty for outcome in self.outcomes),
             "errors": sum(reply.error is not None for reply in replies),
-            "outcomes": [outcome.to_dict() for outcome in self.outcomes],
+            "outcomes": [outcome.to_dict(texts=self.texts) for outcome in self.outcomes],
         }
 
     def _score(self, score: str) -> dict[str, Any]:
-        correct, asked = sum(getattr(outcome, score) for outcome in self.outcomes), len(self.outcomes)
+        correct, asked = sum(getattr(outcome.marks, score) for outcome in self.outcomes), len(self.outcomes)
         return {"correct": correct, "accuracy": correct / asked, "interval": wilson(correct, asked)}
 
 
@@ -155,13 +153,14 @@ def evaluate(
     concurrency: int = 16,
     out: Path | None = None,
     restart: bool = False,
+    texts: bool = True,
     progress: Callable[[Progress], None] = lambda _: None,
     notice: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Ask all questions in `data` (or those a stopped run left), score the answers, and write the result to `out`.
 
-    `out` ends in .json (default: `results/gsm8k-MODEL.json`); the journal beside it ends in .jsonl. Raises ServerError,
-    UsageError and what `open_journal` raises.
+    `out` ends in .json (default: `results/gsm8k-MODEL.json`); the journal beside it ends in .jsonl. Without `texts`
+    neither holds the text of a question or an answer. Raises ServerError, UsageError and what `open_journal` raises.
     """
     # 1) Find the model: a server that would refuse every request ends the run before anything is written.
     found = find_model(server, model)
@@ -195,7 +194,7 @@ def evaluate(
                 f"{journal.path}: {len(journal.replies):,} of {len(data.questions):,} are answered already; "
                 "--restart asks them again"
             )
-        _ask(server, found, data, protocol, journal, progress)
+        _ask(server, found, data, protocol, journal, texts, progress)
         # 5) Build the result from all outcomes, sorted by question, and write it.
         result = Result(
             model=found.name,
@@ -204,11 +203,18 @@ def evaluate(
             versions=_versions(found),
             started=journal.started,
             seconds=journal.seconds,
-            outcomes=[Outcome(i, data.questions[i], reply) for i, reply in sorted(journal.replies.items())],
+            outcomes=_outcomes(data, journal),
             path=out,
+            texts=texts,
         )
-        write_json(result.path, result.to_dict(), indent=1)
+        write_json(result.path, result.to_dict(), indent=1 if texts else None)
     return result
+
+
+def _outcomes(data: Data, journal: OutcomeJournal) -> list[Outcome]:
+    """What the journal has, sorted by question."""
+    replies = sorted(journal.replies.items())
+    return [Outcome(i, data.questions[i], reply, journal.marks.get(i)) for i, reply in replies]
 
 
 def _ask(
@@ -217,17 +223,21 @@ def _ask(
     data: Data,
     protocol: Protocol,
     journal: OutcomeJournal,
+    texts: bool,
     progress: Callable[[Progress], None],
 ) -> None:
     """Ask the questions that the journal has no answer to, and record each outcome in it."""
     before, done, tokens = journal.seconds, len(journal.replies), 0
-    right = sum(Outcome(i, data.questions[i], reply).strict for i, reply in journal.replies.items())
+    right = sum(outcome.marks.strict for outcome in _outcomes(data, journal))
 
     def record(index: int, reply: Reply, seconds: float) -> None:
         nonlocal done, right, tokens
         outcome = Outcome(index, data.questions[index], reply)
-        journal.record(index, reply, before + seconds, outcome.about)
-        done, right, tokens = done + 1, right + outcome.strict, tokens + reply.completion_tokens
+        if texts:
+            journal.record(index, reply, before + seconds, outcome.about)
+        else:
+            journal.record(index, reply, before + seconds, {}, outcome.marks)
+        done, right, tokens = done + 1, right + outcome.marks.strict, tokens + reply.completion_tokens
         progress(Progress(done, len(data.questions), right, tokens, seconds))
 
     how = {"model": model.name, "temperature": protocol.temperature, "max_tokens": protocol.max_tokens}

@@ -8,6 +8,7 @@ On answers that keep to the format, both agree with lm-evaluation-harness's `gsm
 """
 
 import re
+from dataclasses import dataclass
 from decimal import Decimal
 
 MARK = "####"
@@ -17,6 +18,21 @@ _NUMBER = re.compile(
     r"(?:[$€£¥]\s?(?P<minus_inside>[-−])?)?"
     r"(?P<digits>[0-9][0-9,]*(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """What a result says of an answer: whether it is right by either score, and whether it is empty."""
+
+    strict: bool = False
+    flexible: bool = False
+    empty: bool = False
+
+
+def mark(answer: str, solution: str) -> Marks:
+    """Score an answer against the data set's, which ends in `#### <number>`."""
+    right = strict(solution)
+    return Marks(strict(answer) == right, flexible(answer) == right, not answer.strip())
 
 
 def strict(answer: str) -> Decimal | None:

@@ -15,6 +15,8 @@ from w8a8.terminal.output import Terminal, plain_table
 from w8a8.terminal.progress import live
 from w8a8.terminal.wording import clean, printable
 
+LEFT_OUT = "(left out, as --no-texts asks)"
+
 
 @contextmanager
 def live_score(terminal: Terminal, questions: int) -> Iterator[Callable[[Progress], None]]:
@@ -97,11 +99,14 @@ def _side_by_side(flip: Flip) -> Panel:
         heads.append(f"[bold]{name}[/bold], [{'green]right' if right else 'red]wrong'}[/]")
     answers.add_row(*heads)
     answers.add_row(_text(flip.base_answer), _text(flip.quant_answer))
-    question = Text.assemble((_lines(flip.question), "italic"), f"\nThe answer is {printable(flip.gold)}.\n")
+    asked = (_lines(flip.question or ""), "italic") if flip.question else (LEFT_OUT, "dim")
+    question = Text.assemble(asked, f"\nThe answer is {printable(flip.gold)}.\n")
     return Panel(Group(question, answers), title=f"question {flip.index}", title_align="left", border_style="dim")
 
 
-def _text(answer: str) -> Text:
+def _text(answer: str | None) -> Text:
+    if answer is None:
+        return Text(LEFT_OUT, style="dim")
     return Text(_lines(answer.strip())) if answer.strip() else Text("(empty)", style="dim")
 
 
