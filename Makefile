@@ -63,7 +63,7 @@ bench: .venv/.demo
 	$(BIN)/w8a8 bench quantize
 
 clean:
-	rm -rf .venv .venv-vllm .demo .cache site .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-vllm .demo .example .cache site .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 # torch goes first and is pinned, so that nothing brings another build of it later.
 .venv/.%: pyproject.toml

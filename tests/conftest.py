@@ -54,6 +54,7 @@ LONGEST = (
     "tests/engines/test_lm_eval.py",
     "tests/real/test_gemma3.py",
     "tests/kernels/cpu/test_instructions.py",
+    "tests/test_example.py",
     "tests/test_kills.py",
     "tests/bench/test_quality.py",
     "tests/bench/test_stream.py",
