@@ -1,9 +1,9 @@
 """`w8a8 bench quality`: the KL divergence from BF16 that each way of quantizing a model costs, in one table.
 
-Two kinds of text are measured apart: GSM8K's test questions with their answers, and English prose (by default
-`prose.txt` beside this file, written for it). The recipes and the peers that calibrate all use the same text of both
-kinds: the built-in calibration text, mostly prose, and about as much of GSM8K's training questions. No measured text is
-in it.
+Three kinds of text are measured apart: GSM8K's test questions with their answers, English prose (`prose.txt` beside
+this file, written for it), and a kind that no calibration saw (German prose, `german.txt`, written for it too). The
+recipes and the peers that calibrate all use the same text of the first two kinds: the built-in calibration text, mostly
+English prose, and about as much of GSM8K's training questions. No measured text is in it.
 
 Everything is computed in float32, so that only quantization counts. BF16 arithmetic alone, which every engine adds to
 all of them alike, has its own row.
@@ -95,6 +95,7 @@ def bench(
     folder: Path,
     gsm8k: Path | None = None,
     prose: Path | None = None,
+    other: Path | None = None,
     tokens: int = 4096,
     samples: int = SAMPLES,
     peers: bool = False,
@@ -109,7 +110,7 @@ def bench(
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
     source, out = resolve(model).path, folder / "w8a8-bench-out"
-    texts = _texts(gsm8k, prose)
+    texts = measured_texts(gsm8k, prose, other)
     calibration = folder / "w8a8-bench-calibration.jsonl"
     calibration.write_text("".join(f"{json.dumps({'text': text})}\n" for text in _calibration(gsm8k)), encoding="utf-8")
     # 2) The source itself, in BF16.
@@ -164,11 +165,18 @@ def show(result: QualityResult, say: Callable[[Any], None]) -> None:
         say(f"{clean(name)} did not run: {clean(reason)}")
 
 
-def _texts(gsm8k: Path | None, prose: Path | None) -> dict[str, Text]:
-    """Return the texts to measure, by kind."""
-    given = choose(text=prose) if prose else None
-    own = Text("prose.txt", (files("w8a8.bench").joinpath("prose.txt").read_text(encoding="utf-8"),))
-    return {"GSM8K": choose(data=gsm8k), "prose": given or own}
+def measured_texts(gsm8k: Path | None, prose: Path | None, other: Path | None) -> dict[str, Text]:
+    """Return the texts to measure, by kind; `other` is of a kind that no calibration saw."""
+    return {
+        "GSM8K": choose(data=gsm8k),
+        "prose": choose(text=prose) if prose else _own("prose.txt"),
+        **({other.name: choose(text=other)} if other else {"German": _own("german.txt")}),
+    }
+
+
+def _own(name: str) -> Text:
+    """A text beside this file."""
+    return Text(name, (files("w8a8.bench").joinpath(name).read_text(encoding="utf-8"),))
 
 
 def _calibration(gsm8k: Path | None) -> Iterator[str]:

@@ -241,7 +241,7 @@ def bench_compile(
 Examples:
 
 - `w8a8 bench quality google/gemma-3-270m`
-- `w8a8 bench quality ./gemma --gsm8k ./gsm8k --prose essays.txt`
+- `w8a8 bench quality ./gemma --gsm8k ./gsm8k --prose essays.txt --other program.py`
 - `w8a8 bench quality ./gemma --peers`
 """,
 )
@@ -254,6 +254,12 @@ def bench_quality(
     prose: Annotated[
         Path | None, typer.Option("--prose", help="Text file of English prose.", show_default="a built-in text")
     ] = None,
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            "--other", help="Text file of a kind that no calibration saw.", show_default="a built-in text in German"
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to measure of each kind of text.")] = 4096,
     samples: Annotated[int, typer.Option(min=2, help="Samples to calibrate on, of 512 tokens each.")] = 64,
     peers: Peers = False,
@@ -263,7 +269,10 @@ def bench_quality(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model by every recipe, and compare the results' KL divergence from BF16 on GSM8K and on prose."""
+    """Quantize a model by every recipe, and compare the results' KL divergence from BF16 on three kinds of text.
+
+    Calibration reads other questions of GSM8K and other English prose, and nothing of the third kind, German prose.
+    """
     from w8a8.bench.quality import bench, show
     from w8a8.terminal.output import Terminal
 
@@ -273,6 +282,7 @@ def bench_quality(
         folder=folder,
         gsm8k=gsm8k,
         prose=prose,
+        other=other,
         tokens=tokens,
         samples=samples,
         peers=peers,
