@@ -26,6 +26,7 @@ from w8a8.storage.arrivals import Repository
 from w8a8.version import __version__
 
 if TYPE_CHECKING:
+    from w8a8.calibrate.estimate import Estimate
     from w8a8.cluster import NodeWork
     from w8a8.execute.delivery import Delivery
     from w8a8.execute.shard import Finished
@@ -145,6 +146,23 @@ def dry_run(source: str | Path, options: Options = Options()) -> Plan:
     return prepare(source, options).plan
 
 
+def estimated(
+    job: Job,
+    *,
+    progress: Progress = lambda _layers: nullcontext(lambda _: None),
+    notice: Notice = lambda _: None,
+) -> "Estimate | None":
+    """Say what the calibration of a job will take, measured here on a layer of each kind; None without one.
+
+    `progress(layers)` shows how many of these layers are done. Nothing is left behind.
+    """
+    if job.request is None:
+        return None
+    with _eval_extra():
+        from w8a8.calibrate.estimate import estimated as estimated_
+    return estimated_(job.source.name, job.view, job.request, job.make, progress=progress, notice=notice)
+
+
 def quantize(
     source: str | Path,
     out: str | Path,
@@ -238,12 +256,8 @@ def calibrated(
     if job.request is None:
         yield job
         return
-    try:
+    with _eval_extra():
         from w8a8.calibrate.run import calibrated as found_
-    except ModuleNotFoundError as missing:
-        raise MissingExtraError(
-            f"the package {missing.name} is not installed; --recipe needs it: pip install 'w8a8[eval]'"
-        ) from missing
     place = str(real(out))
     with (
         connected(ray, f"calibrating {place}", workers, here=worker_count()) if ray else nullcontext() as cluster,
@@ -261,6 +275,17 @@ def calibrated(
         ) as found,
     ):
         yield replace(job, plan=found.plan, finished=found.finished)
+
+
+@contextmanager
+def _eval_extra() -> Iterator[None]:
+    """Raise MissingExtraError where a package is missing that calibration needs."""
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(
+            f"the package {missing.name} is not installed; --recipe needs it: pip install 'w8a8[eval]'"
+        ) from missing
 
 
 def run(

@@ -102,11 +102,18 @@ def _forwards(setup: Setup, numbers: Sequence[int], folder: Path, done: Callable
     entering = [Activations(folder / f"states-{layer:05}.bin") for layer in range(model.count + 1)]
     entering[0].write(setup.embedded(numbers))
     for number in range(model.count):
-        calls = setup.calls(number, entering[number], numbers)
-        with model.layer(number) as layer, setup.hands.placed(layer, calls) as placed:
-            entering[number + 1].write(chain.from_iterable(placed.each(forward_block)))
+        forwards_through(number, setup, numbers, entering[number], entering[number + 1])
         done(1)
     return entering
+
+
+def forwards_through(
+    number: int, setup: Setup, numbers: Sequence[int], entering: Activations, leaving: Activations
+) -> None:
+    """Write the states of the samples `numbers` that leave a layer."""
+    calls = setup.calls(number, entering, numbers)
+    with setup.model.layer(number) as layer, setup.hands.placed(layer, calls) as placed:
+        leaving.write(chain.from_iterable(placed.each(forward_block)))
 
 
 def _backwards(
@@ -118,18 +125,30 @@ def _backwards(
 ) -> list[LayerCosts]:
     """Carry the gradients back from the logits through every layer, and turn those of outputs into costs."""
     model = setup.model
-    gradients = _at_the_end(setup, numbers, entering.pop())
+    gradients = at_the_end(setup, numbers, entering.pop())
     costs: list[LayerCosts] = []
     for number in reversed(range(model.count)):
-        samples = zip(setup.calls(number, entering[number], numbers), gradients, strict=True)
-        with model.layer(number) as layer, setup.hands.placed(layer, samples) as placed:
-            watched = [*dict.fromkeys([*map(place_of, paths[number]), *paths[number]])]
-            made = [*chain.from_iterable(placed.each(_backward_block, watched))]
-        gradients = [gradient for gradient, _ in made]
-        costs.insert(0, Cost.by_path([squared for _, squared in made], paths[number]))
+        gradients, cost = backwards_through(number, setup, numbers, paths[number], entering[number], gradients)
+        costs.insert(0, cost)
         entering[number].path.unlink()
         done(1)
     return costs
+
+
+def backwards_through(
+    number: int,
+    setup: Setup,
+    numbers: Sequence[int],
+    paths: Sequence[str],
+    entering: Activations,
+    gradients: Sequence[States],
+) -> tuple[list[States], LayerCosts]:
+    """Carry the gradients of the samples `numbers` back through a layer: those before it, and its costs."""
+    samples = zip(setup.calls(number, entering, numbers), gradients, strict=True)
+    with setup.model.layer(number) as layer, setup.hands.placed(layer, samples) as placed:
+        watched = [*dict.fromkeys([*map(place_of, paths), *paths])]
+        made = [*chain.from_iterable(placed.each(_backward_block, watched))]
+    return [gradient for gradient, _ in made], Cost.by_path([squared for _, squared in made], paths)
 
 
 def _backward_block(
@@ -147,7 +166,7 @@ def _backward_block(
     return made
 
 
-def _at_the_end(setup: Setup, numbers: Sequence[int], leaving: Activations) -> list[States]:
+def at_the_end(setup: Setup, numbers: Sequence[int], leaving: Activations) -> list[States]:
     """The gradients of a random direction of the logits, by the states after the last layer."""
     model = setup.model
     states = [each.hidden.requires_grad_() for each in leaving.states(model.device)]

@@ -51,7 +51,7 @@ def traced(model: StreamedModel, rules: Rules, ids: Sequence[int]) -> list[tuple
     found = []
     for number in range(model.count):
         layer, consumers = model.hollow(number), _quantized(model, number, rules)
-        kind = (_kind(layer), consumers)
+        kind = (kind_of(layer), consumers)
         if kind not in known:
             copy, call = random_copy(layer, model.device), Call(States(hidden, left), kwargs[number])
             try:
@@ -82,7 +82,7 @@ def _changeable(model: StreamedModel, number: int, group: Group) -> Group:
     return group if all(model.is_stored(number, name) for name in changed) else replace(group, producer=None)
 
 
-def _kind(layer: nn.Module) -> tuple[Any, ...]:
+def kind_of(layer: nn.Module) -> tuple[Any, ...]:
     """What tells kinds of layers apart: their modules, the sizes of these, and their settings, but for the number."""
     return tuple(
         (

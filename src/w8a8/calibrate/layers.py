@@ -50,15 +50,15 @@ def calibrate_layers(
         done(len(journal.gains))
     # 2) Calibrate one layer after the other
     chosen = frozenset(module_name(d.tensor.name) for d in plan.decisions if d.quantize)
-    this = _Pass(setup, costs, chosen, journal)
+    this = Pass(setup, costs, chosen, journal)
     for number in range(len(journal.gains), model.count):
-        journal.record(_calibrate(number, this))
+        journal.record(calibrate_one(number, this))
         done(1)
     return journal
 
 
 @dataclass(frozen=True, slots=True)
-class _Pass:
+class Pass:
     """What the layers of a pass share; `chosen` are the modules to quantize, by their names in the checkpoint."""
 
     setup: Setup
@@ -97,7 +97,7 @@ class Batches:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _calibrate(number: int, this: _Pass) -> tuple[Gain, ...]:
+def calibrate_one(number: int, this: Pass) -> tuple[Gain, ...]:
     """Calibrate one layer: write its finished tensors, and the states that leave it; return its groups' gains."""
     setup, model, batches = this.setup, this.setup.model, this.batches(number)
     with model.layer(number) as layer:

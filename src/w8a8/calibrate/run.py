@@ -15,10 +15,10 @@ from w8a8.calibrate import costs
 from w8a8.calibrate.layers import calibrate_layers
 from w8a8.calibrate.outcome import choose_kept, finished_tensors, record, say_gains
 from w8a8.calibrate.request import Progress, Request
+from w8a8.calibrate.room import check_room
 from w8a8.calibrate.setup import Setup
 from w8a8.cluster import Cluster
-from w8a8.errors import DiskFullError
-from w8a8.execute.run import SLACK_BYTES, check_apart
+from w8a8.execute.run import check_apart
 from w8a8.execute.shard import Finished
 from w8a8.execute.staging import Staging
 from w8a8.plan import Plan
@@ -70,7 +70,7 @@ def calibrated(
     gpu = setup.model.device.type == "cuda"
     with lock_folder(home, out), on_nodes(cluster, gpu=gpu, notice=notice) as hands:
         passes = 2 if request.keep_bf16 else 1
-        _check_room(plan, setup, home, passes)
+        check_room(plan, setup, home, passes)
         inputs = setup.inputs.stored(setup.model, setup.samples, home / "inputs")
         setup = replace(setup, hands=hands, inputs=inputs)
         # 2) Measure what errors cost
@@ -89,24 +89,3 @@ def calibrated(
         yield Calibrated(make(kept=kept, calibration=record(finished, setup, plan, kept)), finished)
         # 6) Nothing is left to go on with
         shutil.rmtree(home, ignore_errors=True)
-
-
-def _check_room(plan: Plan, setup: Setup, home: Path, passes: int) -> None:
-    """Raise DiskFullError unless the disk has room for calibration's files, and then the result.
-
-    Files of an interrupted run count as room.
-    """
-    samples = len(setup.samples)
-    codes = sum(decision.tensor.numel for decision in plan.decisions if decision.quantize)
-    sample = next(setup.embedded([0])).hidden.nbytes
-    passing = passes * codes + (passes + 1) * samples * sample + plan.bytes_out
-    needed = max(passing, len(costs.probed(samples, setup.tokens)) * sample * (setup.model.count + 1)) + SLACK_BYTES
-    there = sum(path.stat().st_size for path in home.rglob("*") if path.is_file())
-    free = shutil.disk_usage(home).free
-    if needed > free + there:
-        if not there:
-            home.rmdir()
-        raise DiskFullError(
-            f"{home.parent}: calibrating needs {(needed - there) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "free some space or choose another disk"
-        )

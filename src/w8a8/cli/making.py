@@ -41,6 +41,7 @@ Examples:
 - `w8a8 quantize ./gemma ./gemma-W8A8 --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --format compressed-tensors --exclude '*.layers.0.*'`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe auto`
+- `w8a8 quantize ./gemma --recipe auto --dry-run`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --recipe smooth+gptq --calibration questions.jsonl --keep-bf16 2%`
 - `w8a8 quantize ./gemma ./gemma-W8A8 --calibration openai/gsm8k:main --samples 128`
 - `w8a8 quantize /shared/DeepSeek-V3 /shared/DeepSeek-V3-W8A8 --ray auto`
@@ -137,7 +138,10 @@ def quantize(
         bool, typer.Option("--public", help="With --push: make a new repository public.", show_default="private")
     ] = False,
     ray: Ray = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; read no weight, write nothing.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the plan, and what a recipe will take, as its first layer does."),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     log_json: LogJson = False,
@@ -152,11 +156,12 @@ def quantize(
     object stores: `s3://`, `gs://`, `az://`.
 
     With a recipe that calibrates, the model first reads a text, one decoder layer in memory at a time, on the GPU if
-    there is one. OUT has the same size and speed, and is closer to SRC.
+    there is one. OUT has the same size and speed, and is closer to SRC. With --dry-run a layer of each kind is run, to
+    say how long all of it takes, and how much memory and disk.
     """
     from w8a8.checkpoint.source import hub_id, is_on_hub
     from w8a8.cli.tables import by_node, show_plan, show_quantized
-    from w8a8.quantization import Options, calibrated, in_a_store, prepare, run
+    from w8a8.quantization import Options, calibrated, estimated, in_a_store, prepare, run
     from w8a8.terminal.output import Terminal
     from w8a8.terminal.progress import live
 
@@ -188,7 +193,8 @@ def quantize(
     with interruptible("nothing was begun"):
         job = prepare(source, options, cache=cache)
         if dry_run:
-            show_plan(terminal, job.plan)
+            measuring = partial(live, terminal, "measuring", unit="layers")
+            show_plan(terminal, job.plan, estimated(job, progress=measuring, notice=terminal.notice))
             return
         target = in_a_store(job, out, overwrite=overwrite) if out else None
         if target and push:

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from w8a8.plan import module_name
 from w8a8.terminal.output import Terminal, plain_table
-from w8a8.terminal.wording import clean, count, first_few, plural, size
+from w8a8.terminal.wording import clean, count, duration, first_few, plural, size
 
 if TYPE_CHECKING:
+    from w8a8.calibrate.estimate import Estimate
     from w8a8.cluster import NodeWork
     from w8a8.conversion import ConvertResult
     from w8a8.doctor.findings import Diagnosis
@@ -28,10 +29,11 @@ SHOWN = 10
 """Problems or warnings listed before the rest is only counted."""
 
 
-def show_plan(terminal: Terminal, plan: "Plan") -> None:
-    """Print what `quantize` would do."""
+def show_plan(terminal: Terminal, plan: "Plan", estimate: "Estimate | None" = None) -> None:
+    """Print what `quantize` would do, and the `estimate` of what its calibration takes."""
     if terminal.json:
-        terminal.print_json({**plan.to_dict(), "totals": _totals(plan)})
+        more = {"estimate": estimate.to_dict()} if estimate else {}
+        terminal.print_json({**plan.to_dict(), "totals": _totals(plan), **more})
         return
     terminal.say(f"[bold]{clean(plan.source)}[/bold]: {clean(plan.architecture)} to {plan.format}, {plan.recipe}")
     terminal.print(_component_table(plan, why=True))
@@ -44,6 +46,26 @@ def show_plan(terminal: Terminal, plan: "Plan") -> None:
     _not_copied(terminal, plan)
     for warning in plan.warnings:
         terminal.say(f"[yellow]warning:[/yellow] {clean(warning)}")
+    if estimate:
+        _show_estimate(terminal, estimate)
+
+
+def _show_estimate(terminal: Terminal, found: "Estimate") -> None:
+    ran = f"{plural(len(found.layers), 'layer')} of {found.of} run here ({', '.join(map(str, found.layers))})"
+    terminal.say(
+        f"\n[bold]calibration[/bold], {found.recipe}, {found.samples} samples of {found.tokens} tokens, on "
+        f"{found.device}: an estimate, {ran}"
+    )
+    table = plain_table("", "measured, s", "times", "in all, s", left=1)
+    for part in found.parts:
+        table.add_row(part.name, f"{part.seconds:.2f}", f"{part.times}", f"{part.total:.0f}")
+    terminal.print(table)
+    gpu = f", and {size(found.gpu_memory)} on the GPU" if found.gpu_memory else ""
+    terminal.say(
+        f"about {duration(found.seconds)} if this machine stays as busy as it is, and then that of writing OUT\n"
+        f"memory {size(found.memory)}{gpu}: what measuring took, and {size(found.counted)} counted besides\n"
+        f"disk {size(found.disk.needed)} at most, counted; {size(found.disk.result)} of it stays as OUT"
+    )
 
 
 def show_quantized(terminal: Terminal, result: "QuantizeResult", upload: "Upload | None" = None) -> None:
