@@ -66,7 +66,7 @@ def make_model(folder: Path, seed: int = 0, context: int = 256) -> Path:
     """A small random Llama in float32 that reads characters, with a beginning, an end and a chat template."""
     words = ["<s>", "</s>", *"\n abcdefghijklmnopqrstuvwxyz0123456789.,:?"]
     set_seed(seed)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     more = {"vocab_size": len(words), "max_position_embeddings": context, "initializer_range": 0.3}
     LlamaForCausalLM(LlamaConfig(**sizes, **more, bos_token_id=0, eos_token_id=1)).save_pretrained(folder)
     characters = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], unk_token=" "))

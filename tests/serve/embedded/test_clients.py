@@ -58,7 +58,14 @@ def test_what_answers_carry_besides_is_ignored_in_a_history(client: openai.OpenA
     [
         {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "user": "me", "safety_identifier": "x"},
         {"reasoning_effort": "low", "verbosity": "low", "prediction": None, "prompt_cache_key": "x"},
-        {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "logit_bias": {}, "presence_penalty": 0.0},
+        {
+            "n": 1,
+            "logprobs": False,
+            "top_logprobs": 0,
+            "response_format": {"type": "text"},
+            "logit_bias": {},
+            "presence_penalty": 0.0,
+        },
         {"extra_body": {"frobnicate": 1, "functions": None, "modalities": ["text"], "max_length": 10**9}},
         {"stop": [], "extra_body": {"stream_options": {"include_usage": True}}},
         {"parallel_tool_calls": False},

@@ -9,12 +9,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tests.serve.embedded.servers import NAME, prompt
+from tests.serve.embedded.servers import NAME, message, prompt
 from tests.serve.embedded.test_batching import gemma3, gemma4, llama, prompts, qwen35, settings, tokenizer
 from w8a8.serve.embedded import batching, scoring
 from w8a8.serve.embedded.batching import Batcher
 from w8a8.serve.embedded.prompts import Prompts
 from w8a8.serve.embedded.protocol import CompletionRequest
+from w8a8.serve.embedded.spelled import spell, spell_bytes
 from w8a8.serve.embedded.stream import Stream
 
 __all__ = ["tokenizer"]
@@ -127,6 +128,68 @@ def test_the_api_spells_them_with_offsets_into_the_text(client: openai.OpenAI) -
     assert (nothing.text, nothing.finish_reason) == (prompt(2), "length")
     assert nothing.logprobs is not None
     assert nothing.logprobs.token_logprobs == found.token_logprobs[:-3]
+
+
+@pytest.mark.engine
+def test_a_chat_is_told_what_a_completion_of_its_prompt_is(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": NAME, "temperature": 0, "max_tokens": 5}
+    truth = client.completions.create(prompt=" w8 w7 w9", logprobs=4, **asked).choices[0]
+    assert truth.logprobs is not None
+    chat: dict[str, Any] = {"messages": message(" w8 w7"), "logprobs": True, **asked}
+    whole = client.chat.completions.create(top_logprobs=4, **chat).choices[0]
+    assert whole.message.content == truth.text
+    assert whole.logprobs is not None
+    found = whole.logprobs.content
+    assert found is not None
+    assert [entry.token for entry in found] == truth.logprobs.tokens
+    assert [entry.logprob for entry in found] == pytest.approx(truth.logprobs.token_logprobs, abs=1e-5)
+    for entry, tops in zip(found, truth.logprobs.top_logprobs or [], strict=True):
+        assert entry.bytes == list(entry.token.encode())
+        assert {top.token: top.logprob for top in entry.top_logprobs} == pytest.approx(tops, abs=1e-5)
+        assert entry.top_logprobs[0].token == entry.token  # greedy
+        assert all(top.bytes == list(top.token.encode()) for top in entry.top_logprobs)
+    # None is asked for; nor is any told where they are not.
+    alone = client.chat.completions.create(**chat).choices[0].logprobs
+    assert alone is not None
+    assert [(e.logprob, e.top_logprobs) for e in alone.content or []] == [
+        (pytest.approx(entry.logprob, abs=1e-5), []) for entry in found
+    ]
+    assert client.chat.completions.create(**{**chat, "logprobs": False}).choices[0].logprobs is None
+    # Streamed, each piece of the text comes with its own tokens.
+    chunks = list(client.chat.completions.create(top_logprobs=4, stream=True, **chat))
+    streamed: list[Any] = []
+    for chunk in chunks:
+        (choice,) = chunk.choices
+        pieces = (choice.logprobs and choice.logprobs.content) or []
+        assert "".join(entry.token for entry in pieces) == (choice.delta.content or "")
+        streamed += pieces
+    assert [entry.token for entry in streamed] == [entry.token for entry in found]
+    assert [entry.logprob for entry in streamed] == pytest.approx([entry.logprob for entry in found], abs=1e-5)
+    assert [entry.top_logprobs[0].token for entry in streamed] == truth.logprobs.tokens
+
+
+def sentencepiece() -> Tokenizer:
+    """Words that begin with a space, as Llama 2 has them: the decoder drops that of the first one."""
+    words = ["<unk>", "<s>", "▁", "▁the", "he", *(f"<0x{byte:02X}>" for byte in range(256))]
+    core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    core.decoder = decoders.Sequence(steps)
+    return core
+
+
+@pytest.mark.slow
+def test_tokens_and_their_bytes_add_up_to_the_text() -> None:
+    text = "a the 🍐é \ufffd the"
+    core = spaced()._tokenizer
+    ids = core.encode(text, add_special_tokens=False).ids
+    assert [spell(core, token) for token in ids].count("\ufffd") == 4 + 2 + 3  # each a byte
+    assert bytes(byte for token in ids for byte in spell_bytes(core, token)).decode() == text
+    core = sentencepiece()
+    ids = [core.token_to_id(name) for name in ["▁the", "▁", "▁the", "he", "<0xC3>", "<0xA9>"]]
+    assert core.decode(ids) == "the  thehe\N{LATIN SMALL LETTER E WITH ACUTE}"
+    assert [spell(core, token) for token in ids] == [" the", " ", " the", "he", "\ufffd", "\ufffd"]
+    joined = bytes(byte for token in ids for byte in spell_bytes(core, token)).decode()
+    assert joined == f" {core.decode(ids)}"
 
 
 class Model:

@@ -152,6 +152,15 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "logprobs in a stream": (COMPLETIONS, {"prompt": "a", "logprobs": 1, "stream": True}, "logprobs"),
     "echo in a stream": (COMPLETIONS, {"prompt": "a", "echo": True, "stream": True}, "echo"),
     "echo in a chat": (CHAT, {"messages": message("a"), "echo": True}, "echo"),
+    "logprobs of a chat by number": (CHAT, {"messages": message("a"), "logprobs": 1}, "logprobs"),
+    "top_logprobs alone": (CHAT, {"messages": message("a"), "top_logprobs": 2}, "top_logprobs: needs logprobs"),
+    "top_logprobs without logprobs": (CHAT, {"messages": message("a"), "logprobs": False, "top_logprobs": 1}, "needs"),
+    "more top_logprobs than there are": (
+        CHAT, {"messages": message("a"), "logprobs": True, "top_logprobs": 21}, "top_logprobs",
+    ),
+    "fewer top_logprobs than none": (
+        CHAT, {"messages": message("a"), "logprobs": True, "top_logprobs": -1}, "top_logprobs",
+    ),
     "a token that is none": (COMPLETIONS, {"prompt": [1, 320]}, "320"),
     "a negative token": (COMPLETIONS, {"prompt": [1, -1]}, "prompt"),
     "no tokens at all": (COMPLETIONS, {"prompt": []}, "empty"),
@@ -169,7 +178,7 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "an image by path": (CHAT, {"messages": image_message("/etc/hostname")}, "fetches nothing"),
     "an image elsewhere": (CHAT, {"messages": image_message("http://127.0.0.1/a.png")}, "fetches nothing"),
     "no image at all": (CHAT, {"messages": image_message("data:image/png;base64,AAAA")}, "not a readable image"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", BAD)

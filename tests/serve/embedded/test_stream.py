@@ -56,7 +56,9 @@ def tokenizer() -> Tokenizer:
     return made
 
 
-def answers(said: Sequence[str | int], *, parsed: bool, limit: int = 100) -> tuple[Any, list[Any]]:
+def answers(
+    said: Sequence[str | int], *, parsed: bool, limit: int = 100, likeliest: int | None = None
+) -> tuple[Any, list[Any]]:
     """The choice of a whole answer, and the choices of a streamed one, for words and bytes that a model says."""
     core = tokenizer()
     vocabulary = core.get_vocab()
@@ -64,6 +66,7 @@ def answers(said: Sequence[str | int], *, parsed: bool, limit: int = 100) -> tup
 
     def stream() -> Stream:
         config = GenerationConfig(max_new_tokens=limit, eos_token_id=END)
+        config.logprobs = likeliest
         made = Stream(
             {"input_ids": torch.tensor([[1]])},
             config,
@@ -73,7 +76,7 @@ def answers(said: Sequence[str | int], *, parsed: bool, limit: int = 100) -> tup
         )
         for token in ids:
             if not made.done:
-                made.take(token)
+                made.take(token, torch.eye(len(vocabulary))[token])
         return made
 
     async def both() -> tuple[Any, list[Any]]:
@@ -121,6 +124,23 @@ def test_reasoning_and_calls_are_the_same_whole_and_streamed() -> None:
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == message["reasoning_content"]
     assert [call for delta in deltas for call in delta.get("tool_calls", [])] == [{"index": 0, **call}]
     assert chunks[-1]["finish_reason"] == whole["finish_reason"] == "tool_calls"
+
+
+def test_log_probabilities_come_with_the_text_of_their_tokens() -> None:
+    said = ["<think>", "Hi", "</think>", *EMOJI, "Hi", "<end>"]
+    whole, chunks = answers(said, parsed=True, likeliest=2)
+    entries = whole["logprobs"]["content"]
+    assert bytes(byte for entry in entries for byte in entry["bytes"]).decode() == "<think>Hi</think>🍐Hi<end>"
+    assert [entry["token"] for entry in entries[3:7]] == ["\ufffd"] * 4
+    for entry in entries:
+        assert [len(entry["top_logprobs"]), entry["top_logprobs"][0]["bytes"]] == [2, entry["bytes"]]
+        assert entry["logprob"] == entry["top_logprobs"][0]["logprob"] > entry["top_logprobs"][1]["logprob"]
+    pieces = [(chunk["delta"], chunk["logprobs"]["content"]) for chunk in chunks if chunk["logprobs"]]
+    assert [entry for _, found in pieces for entry in found] == entries
+    assert [found for delta, found in pieces if delta == {"content": "🍐"}] == [entries[2:7]]  # all that it waited for
+    assert chunks[-1]["logprobs"]["content"] == entries[-1:]  # the end has no text, and stands for itself
+    unasked, chunks = answers(said, parsed=True)
+    assert unasked["logprobs"] is None is chunks[-1]["logprobs"]
 
 
 def test_an_answer_that_cannot_be_chosen_fails_alone() -> None:

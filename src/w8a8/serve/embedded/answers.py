@@ -3,7 +3,7 @@
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from transformers.cli.serving.utils import ReasoningText, ToolCall
 
 from w8a8.serve.embedded.protocol import failure
 from w8a8.serve.embedded.scoring import Scored
+from w8a8.serve.embedded.spelled import spell, spell_bytes
 from w8a8.serve.embedded.stream import Item, Stream
 
 
@@ -27,21 +28,24 @@ class Spelling(ABC):
 
     def whole(self, items: Sequence[Item], stream: Stream) -> dict[str, Any]:
         """Spell the whole answer."""
-        choice = self._choice(items)
+        choice = self._scored(self._choice(items), stream)
         return {**self._head(self.kind), "choices": [self._ended(choice, items, stream)], "usage": _usage(stream)}
 
     async def events(self, stream: Stream, with_usage: bool) -> AsyncIterator[str]:
         """Spell the answer as it comes; an error in the middle is the API's."""
         usage = {"usage": None} if with_usage else {}
         called: list[ToolCall] = []
+        told = 0
         try:
             for choice in self._opening():
                 yield self._event([choice], usage)
             async for item in stream.items():
-                yield self._event([self._piece(item, len(called))], usage)
+                yield self._event([self._scored(self._piece(item, len(called)), stream, told)], usage)
+                told = stream.told
                 if isinstance(item, ToolCall):
                     called.append(item)
-            yield self._event([self._ended(self._piece(None, 0), called, stream)], usage)
+            last = self._scored(self._piece(None, 0), stream, told)
+            yield self._event([self._ended(last, called, stream)], usage)
             if with_usage:
                 yield self._event([], {"usage": _usage(stream)})
         except HTTPException as error:
@@ -61,8 +65,18 @@ class Spelling(ABC):
         called = any(isinstance(item, ToolCall) for item in items)
         return {**choice, "finish_reason": "tool_calls" if called else stream.finish_reason}
 
+    def _scored(self, choice: dict[str, Any], stream: Stream, begin: int = 0) -> dict[str, Any]:
+        """Give a choice the scores from `begin` on, up to those of the items read so far, if they are asked for."""
+        if stream.likeliest is None:
+            return choice
+        return {**choice, "logprobs": self._logprobs(stream, stream.scores[begin : stream.told])}
+
     def _opening(self) -> list[dict[str, Any]]:
         return []
+
+    @abstractmethod
+    def _logprobs(self, stream: Stream, scores: Sequence[Scored]) -> dict[str, Any] | None:
+        """Spell log-probabilities."""
 
     @abstractmethod
     def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
@@ -77,39 +91,33 @@ class Spelling(ABC):
 class Completion(Spelling):
     """An answer of `/v1/completions`: a text, behind the `text` of a prompt that is echoed.
 
-    `begins` are the characters at which that prompt's tokens begin; `spell` writes a token.
+    `begins` are the characters at which that prompt's tokens begin.
     """
 
     kind = kind_of_chunk = "text_completion"
     text: str = ""
     begins: Sequence[int] = ()
-    spell: Callable[[int], str] = str
-
-    def whole(self, items: Sequence[Item], stream: Stream) -> dict[str, Any]:
-        """Spell the whole answer, with log-probabilities if they are asked for."""
-        made = super().whole(items, stream)
-        if stream.likeliest is not None:
-            made["choices"][0]["logprobs"] = self._logprobs(stream)
-        return made
 
     def _choice(self, items: Sequence[Item]) -> dict[str, Any]:
         return self._piece(self.text + "".join(map(str, items)), 0)
 
-    def _logprobs(self, stream: Stream) -> dict[str, Any]:
+    def _logprobs(self, stream: Stream, scores: Sequence[Scored]) -> dict[str, Any]:
         """Spell log-probabilities; the first token of an echoed prompt has none, as nothing predicts it."""
-        first = [self.spell(token) for token in stream.prompt[:1] if stream.echo]
+        first = stream.prompt[:1] if stream.echo else []
+        tokens = [*first, *(scored.token for scored in scores)]
         none: list[Any] = [None] * len(first)
         return {
-            "tokens": first + [self.spell(scored.token) for scored in stream.scores],
-            "token_logprobs": none + [scored.logprob for scored in stream.scores],
-            "top_logprobs": none + [self._likeliest(scored) for scored in stream.scores],
+            "tokens": [spell(stream.tokenizer, token) for token in tokens],
+            "token_logprobs": none + [scored.logprob for scored in scores],
+            "top_logprobs": none + [self._likeliest(stream.tokenizer, scored) for scored in scores],
             "text_offset": [*self.begins, *(len(self.text) + begin for begin in stream.begins)],
         }
 
-    def _likeliest(self, scored: Scored) -> dict[str, float]:
+    @staticmethod
+    def _likeliest(tokenizer: Any, scored: Scored) -> dict[str, float]:
         """Spell the likeliest tokens and the token itself; of several that are spelled alike, the likeliest."""
-        found = {self.spell(token): logprob for token, logprob in reversed(scored.likeliest)}
-        return {self.spell(scored.token): scored.logprob, **found}
+        found = {spell(tokenizer, token): logprob for token, logprob in reversed(scored.likeliest)}
+        return {spell(tokenizer, scored.token): scored.logprob, **found}
 
     def _piece(self, item: Item | None, number: int) -> dict[str, Any]:  # noqa: ARG002
         return {"index": 0, "text": item or "", "logprobs": None, "finish_reason": None}
@@ -133,6 +141,19 @@ class Chat(Spelling):
             **({"tool_calls": [self._call(call, i) for i, call in enumerate(calls)]} if calls else {}),
         }
         return {"index": 0, "message": message, "logprobs": None}
+
+    def _logprobs(self, stream: Stream, scores: Sequence[Scored]) -> dict[str, Any] | None:
+        """Spell log-probabilities of all tokens, those of reasoning, calls and the end included."""
+
+        def spelled(token: int, logprob: float) -> dict[str, Any]:
+            text, values = spell(stream.tokenizer, token), spell_bytes(stream.tokenizer, token)
+            return {"token": text, "logprob": logprob, "bytes": values}
+
+        content = [
+            {**spelled(scored.token, scored.logprob), "top_logprobs": [spelled(*each) for each in scored.likeliest]}
+            for scored in scores
+        ]
+        return {"content": content, "refusal": None} if content else None
 
     def _opening(self) -> list[dict[str, Any]]:
         return [self._delta({"role": "assistant", "content": ""})]

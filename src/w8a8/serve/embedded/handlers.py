@@ -59,7 +59,7 @@ class Api:
         prompt = await self._prompts.of_completion(asked)
         limit = DEFAULT_COMPLETION_TOKENS if asked.limit is None else asked.limit
         name = f"cmpl-{uuid.uuid4().hex}"
-        spelling = Completion(name, self._model.name, text=prompt.text, begins=prompt.begins, spell=self._spell)
+        spelling = Completion(name, self._model.name, text=prompt.text, begins=prompt.begins)
         return await self._answer(asked, prompt, limit, spelling)
 
     async def chat(self, call: Call) -> Response:
@@ -82,10 +82,6 @@ class Api:
         if name != self._model.name:
             raise HTTPException(404, f"the model {name} does not exist; this server has {self._model.name}")
 
-    def _spell(self, token: int) -> str:
-        spelled: str = self._model.tokenizer.decode([token], skip_special_tokens=False)
-        return spelled
-
     async def _answer(self, asked: Request, prompt: Prompt, limit: int | None, spelling: Spelling) -> Response:
         config = generation_config(asked, self._model.model.generation_config, limit)
         stream = self._batcher.submit(prompt.inputs, config, self._model.tokenizer, prompt.parser)
@@ -105,8 +101,7 @@ def generation_config(asked: Request, defaults: Any, limit: int | None) -> Any:
         config.top_k = None
     config.do_sample = config.temperature != 0
     config.seed = asked.seed
-    if isinstance(asked, CompletionRequest):
-        config.echo, config.logprobs = asked.echo, asked.logprobs
+    config.echo, config.logprobs = isinstance(asked, CompletionRequest) and asked.echo, asked.likeliest
     config.stop_strings = [asked.stop] if isinstance(asked.stop, str) else asked.stop
     config.max_new_tokens = limit
     if asked.ignore_eos:

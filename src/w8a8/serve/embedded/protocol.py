@@ -5,6 +5,7 @@ unless it would change the answer: `UNSUPPORTED` lists those, and a request that
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -43,9 +44,8 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 """Fields that would change the answer and that this engine lacks -> the values, beside null, that ask for nothing."""
 
 UNSUPPORTED_IN_CHAT: Mapping[str, tuple[Any, ...]] = {
-    "echo": (False,), "logprobs": (False,), "top_logprobs": (0,), "functions": ([],),
-    "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],), "web_search_options": (),
-    "chat_template": (), "add_generation_prompt": (True,),
+    "echo": (False,), "functions": ([],), "function_call": ("none", "auto"), "audio": (), "modalities": (["text"],),
+    "web_search_options": (), "chat_template": (), "add_generation_prompt": (True,),
     "continue_final_message": (False,), "add_special_tokens": (False,), "documents": ([],), "images": ([],),
     "processor_kwargs": ({},), "mm_processor_kwargs": ({},), "tokenizer_kwargs": ({},),
 }  # fmt: skip
@@ -166,6 +166,11 @@ class Request(_Fields):
         return self.max_tokens
 
     @property
+    @abstractmethod
+    def likeliest(self) -> int | None:
+        """The likeliest tokens that are told beside each token and its log-probability; None: nothing is told."""
+
+    @property
     def with_usage(self) -> bool:
         """Whether a stream should end with its usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
@@ -191,6 +196,11 @@ class CompletionRequest(Request):
         if self.stream and (self.echo or self.logprobs is not None):
             raise ValueError("stream: with echo or logprobs this engine answers whole (vLLM may do it)")
         return self
+
+    @property
+    def likeliest(self) -> int | None:
+        """The likeliest tokens that are told beside each token and its log-probability; None: nothing is told."""
+        return self.logprobs
 
 
 class _Text(_Fields):
@@ -283,6 +293,8 @@ class ChatRequest(Request):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INTEGER)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LIKELIEST)
     tools: Annotated[list[dict[str, Any]], AfterValidator(_tools)] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
@@ -297,10 +309,21 @@ class ChatRequest(Request):
             raise ValueError("parallel_tool_calls: false is not supported by this engine (vLLM may do it)")
         return self
 
+    @model_validator(mode="after")
+    def _scored_to_be_told(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: needs logprobs to be true")
+        return self
+
     @property
     def limit(self) -> int | None:
         """The most tokens of an answer."""
         return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def likeliest(self) -> int | None:
+        """The likeliest tokens that are told beside each token and its log-probability; None: nothing is told."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def offered(self) -> list[dict[str, Any]] | None:

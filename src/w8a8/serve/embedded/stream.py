@@ -68,10 +68,12 @@ class Stream:
         self._characters = 0
         self.finish_reason: Literal["stop", "length"] = "stop"
         self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Item | _Failure | None] = asyncio.Queue()
+        self.told = 0  # the scores that belong to the items read so far
+        self._queue: asyncio.Queue[tuple[Item | _Failure | None, int]] = asyncio.Queue()
         self._begun = asyncio.Event()
         self._cancelled = threading.Event()
-        self._tokenizer, self._parser, self._processors = tokenizer, parser, processors
+        self.tokenizer = tokenizer
+        self._parser, self._processors = parser, processors
         self._decoder = DecodeStream([], skip_special_tokens=parser is None)
         self._unread = ""
         self._generator = None
@@ -100,7 +102,10 @@ class Stream:
     async def items(self) -> AsyncIterator[Item]:
         """Yield the answer piece by piece. Raises HTTPException 503 if the engine fails; cancels what nobody reads."""
         try:
-            while (item := await self._queue.get()) is not None:
+            while True:
+                item, self.told = await self._queue.get()
+                if item is None:
+                    return
                 if isinstance(item, _Failure):
                     raise HTTPException(503, item.message)
                 yield item
@@ -168,7 +173,7 @@ class Stream:
         self.begins.append(self._characters)
         if self.likeliest is not None and logits is not None:
             self.scores += score(logits[None], [token], self.likeliest)
-        text = self._decoder.step(self._tokenizer, token) or ""
+        text = self._decoder.step(self.tokenizer, token) or ""
         self._characters += len(text)
         self._say(self._stop.feed(text))
         if token in self._eos or self._stop.found:
@@ -209,7 +214,7 @@ class Stream:
 
     def _send(self, items: Sequence["Item | _Failure | None"]) -> None:
         for item in items:
-            self._call(self._queue.put_nowait, item)
+            self._call(self._queue.put_nowait, (item, len(self.scores)))
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Call a function on the event loop."""
