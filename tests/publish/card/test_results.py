@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from tests.command import cli
 from tests.publish.card.reading import metadata, rows
@@ -92,5 +94,31 @@ def test_other_tasks_stand_in_a_table_of_their_own(out: Path, tmp_path: Path) ->
     assert table[1] == ("| mmlu | acc | 5 | 120 | 0.6667 ± 0.0123 | 0.6667 ± 0.0123 | +0.0 (+0.0 to +0.0), p = 1.00 |")
     assert table[2] == r"| prose | bits\_per\_byte | 5 | 60 | 0.7500 | 0.7500 |  |"
     assert "No difference shown in any of 2 tasks." in text
+    assert "model-index" not in make(out, results=Results(lm_baseline=base)).text
     alone = make(out, results=Results(lm_quant=quant)).text
     assert r"| arc\_easy | acc | 5 | 60 | not measured | 0.6667 ± 0.0123 |  |" in alone
+
+
+def test_the_hub_reads_the_checkpoints_scores_of_all_tasks(out: Path, files: Results, tmp_path: Path) -> None:
+    right = [i % 3 > 0 for i in range(60)]
+    told = lm("quant", right)
+    strict = {"metric": "exact_match", "filter": "strict-match", "value": 0.5, "stderr": None, "higher_is_better": True}
+    told["rows"][0]["metrics"].append(strict)
+    told["protocol"]["chat"] = True
+    path = write(tmp_path / "lm.json", told)
+    text = make(out, results=Results(quant=files.quant, lm_quant=path)).text
+    data = ModelCard(text).data
+    assert isinstance(data, ModelCardData)
+    name, found = model_index_to_eval_results(metadata(text)["model-index"])
+    assert (name, data.eval_results) == ("llama-W8A8", found)
+    assert [(each.dataset_type, each.metric_type, each.metric_value, each.metric_name) for each in found] == [
+        ("openai/gsm8k", "exact_match", 65.0, "8-shot accuracy, strict, 60 questions"),
+        ("arc_easy", "acc", 0.6667, "5-shot acc, chat, 60 documents"),
+        ("arc_easy", "exact_match", 0.5, "5-shot exact_match,strict-match, chat, 60 documents"),
+        ("mmlu", "acc", 0.6667, "5-shot acc, chat, 120 documents"),
+        ("prose", "bits_per_byte", 0.75, "5-shot bits_per_byte, chat, 60 documents"),
+    ]
+    assert {each.task_type for each in found} == {"text-generation"}
+    assert {each.source_name for each in found[1:]} == {"lm-evaluation-harness 0.4.13"}
+    results = metadata(text)["model-index"][0]["results"]
+    assert [len(result["metrics"]) for result in results] == [1, 2, 1, 1]  # a task's are together

@@ -99,7 +99,7 @@ def make(
     inspection = inspect(made.path)
 
     # 3) metadata: what a person added stays
-    metadata = describe_model(made, origin, measured.quant, name)
+    metadata = describe_model(made, origin, measured, name)
     added = entries_but(ours, OURS | metadata.keys())
     license_ = metadata.get("license") or metadata_of(ours).get("license")
     notices = list(origin.notices)
