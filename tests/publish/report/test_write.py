@@ -71,6 +71,20 @@ def test_the_command_takes_results_from_the_environment(golden: Path, tmp_path: 
     assert all(Path(path).is_file() for path in [said["page"], *said["figures"]])
 
 
+def test_flips_of_results_without_texts_are_counted(golden: Path, tmp_path: Path) -> None:
+    base, quant = [True] * 9 + [False], [True] * 6 + [False] * 3 + [True]
+    files = []
+    for name, right in (("base", base), ("quant", quant)):
+        found = results.gsm8k(name, right)
+        slim = [{key: o[key] for key in o if key not in {"question", "answer"}} for o in found["outcomes"]]
+        files.append(results.write(tmp_path / f"{name}.json", {**found, "outcomes": slim}))
+    report = reports.run(reports.prepare(golden / "quark-0.13", baseline=files[0], quant=files[1]))
+    page = reports.write(report, tmp_path / "report.html", tmp_path).page.read_text()
+    assert "4 answers that flipped" in page
+    assert "3 only the original, 1 only the quantized. The results hold no texts" in page
+    assert '<details class="flip">' not in page
+
+
 def test_what_is_not_w8a8_is_refused(golden: Path) -> None:
     with pytest.raises(UnsupportedSchemeError, match="not quantized"):
         reports.prepare(golden / "source")
