@@ -66,9 +66,9 @@ class W8A8Linear(nn.Module):  # type: ignore[misc]
 
         Raises ValueError for other input.
         """
-        bias = self.bias if bias is None else bias
         if x.dtype not in KINDS or x.shape[-1:] != (self.in_features,):
             raise ValueError(f"expected [..., {self.in_features}] of {[*KINDS]}, got {[*x.shape]} of {x.dtype}")
+        bias = self.bias if bias is None else bias
         if x.device.type == "cpu":
             return fused(x, self.weight, self.weight_scale, bias)
         if x.is_cuda and find_spec("triton"):
@@ -92,8 +92,9 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
     """Compute the layer on a CPU, by `int8_cpu.linear` on torch's own threads: `x` [..., in] to [..., out]."""
     n, k = weight.shape
     x, weight, weight_scale = x.contiguous(), weight.contiguous(), weight_scale.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    bias = bias if bias is None else bias.float().contiguous()
+    y = torch.empty((*x.shape[:-1], n), dtype=x.dtype)
+    if bias is not None:
+        bias = bias.contiguous() if bias.dtype in KINDS else bias.float()
     int8_cpu.linear(
         x.data_ptr(),
         weight.data_ptr(),
@@ -102,6 +103,7 @@ def fused(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) 
         y.data_ptr(),
         (x.numel() // k, n, k),
         KINDS[x.dtype],
+        bias_kind="F32" if bias is None else KINDS[bias.dtype],
         threads=torch.get_num_threads(),
         fork=openmp_fork(),
     )

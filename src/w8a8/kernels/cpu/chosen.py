@@ -70,7 +70,9 @@ def _dot(tokens: int) -> Any:
     tile = dot_tile(CPU, min(4, CPU.dot_sums // tokens), tokens)
 
     @intrinsic
-    def call(_context: Any, _weight: Any, _k: Any, _last: Any, _codes: Any, _stride: Any, _out: Any, _step: Any) -> Any:
+    def call(
+        _context: Any, _weight: Any, _k: Any, _last: Any, _codes: Any, _stride: Any, _out: Any, _step: Any, _ahead: Any
+    ) -> Any:
         return tile.intrinsic()
 
     return call

@@ -9,7 +9,8 @@ second copy of a weight is kept.
 The weight [out, in] is stored row by row. There are two ways through it:
 
 - *dot*, few tokens: 64 inputs of 3 or 4 rows meet each token, and lanes are summed at a row's end. The weight is read
-  once, in order, with software prefetch. Reading takes all the time: 2 tokens cost no more than 1.
+  once; the next rows are fetched meanwhile, in the order in which they lie in memory. Reading takes all the time: 2
+  tokens cost no more than 1.
 - *outer*, more tokens: lanes are tokens. Tokens are packed by vectors, a word (4 bytes) of a row is broadcast, and as
   many sums as there are registers for stay in them. An instruction that multiplies several rows with several tokens
   takes the words of as many rows instead. Blocks of 48 rows stay in L2 while up to 512 tokens pass; where
@@ -40,8 +41,8 @@ KINDS = ("BF16", "F16", "F32")
 
 ROWS = 48
 """Rows of the weight that a thread takes at once."""
-DOT_TOKENS = 8
-"""Most tokens that the dot tiles multiply."""
+DOT_TOKENS = 8 * CPU.code
+"""Most tokens that the dot tiles multiply: more where the outer tiles have to write weights as 16-bit integers first."""
 SLAB = 512
 """Tokens that pass while a block of the weight stays in L2."""
 DEPTH = 4096 // CPU.code**2
@@ -60,11 +61,11 @@ OUTER_ROWS = (0, *(CPU.outer_rows(vectors) for vectors in range(1, OUTER_GROUP +
 PARALLEL_TOKENS = 1 << 19
 """Several threads quantize a slab with at least this many values (about 60 us of work). Below, starting them costs
 more: on a busy machine, waiting for a thread that is not running takes milliseconds."""
-PARALLEL_WEIGHTS = 1 << 20
-"""Several threads multiply when weights times (1 + tokens / 8) reach this number (about 25 us of work)."""
+PARALLEL_WEIGHTS = 1 << 19
+"""Several threads multiply when weights times (1 + tokens / 8) reach this number (about 50 us of work)."""
 
 # Positions of a call's parameters in the array that every thread reads: addresses, sizes, the counter of blocks taken.
-X, WEIGHT, SCALE, BIAS, OUT, CODES, TOKEN_SCALE, OFFSET, M, N, K, WIDTH, KIND, PHASE, COUNTER = range(15)
+X, WEIGHT, SCALE, BIAS, OUT, CODES, TOKEN_SCALE, OFFSET, M, N, K, WIDTH, KIND, PHASE, COUNTER, BIAS_KIND = range(16)
 
 
 @jit()
@@ -110,6 +111,23 @@ def _quantize_row(p, t, codes):  # type: ignore[no-untyped-def]
 
 
 @jit()
+def _read_bias(p, first, bias):  # type: ignore[no-untyped-def]
+    """Write the bias of the channels from `first` on as float32."""
+    if p[BIAS] == 0:
+        return
+    if p[BIAS_KIND] == 0:
+        half = carray(as_pointer(p[BIAS] + 2 * first), bias.shape[0], np.uint16)
+        for j in range(bias.shape[0]):
+            bias[j] = as_float32(half[j])
+    elif p[BIAS_KIND] == 1:
+        fp16 = carray(as_pointer(p[BIAS] + 2 * first), bias.shape[0], np.int16)
+        for j in range(bias.shape[0]):
+            bias[j] = as_float32(fp16[j])
+    else:
+        bias[:] = carray(as_pointer(p[BIAS] + 4 * first), bias.shape[0], np.float32)
+
+
+@jit()
 def _finish_row(sums, offset, scale, token_scale, bias, has_bias, out):  # type: ignore[no-untyped-def]
     for j in range(sums.shape[0]):
         y = np.float32(np.int32(sums[j] - offset)) * scale[j] * token_scale
@@ -119,13 +137,12 @@ def _finish_row(sums, offset, scale, token_scale, bias, has_bias, out):  # type:
 
 
 @jit()
-def _finish(p, t, first, sums):  # type: ignore[no-untyped-def]
+def _finish(p, t, first, sums, bias):  # type: ignore[no-untyped-def]
     """Write results of token `t`, channels from `first` on: its sums scaled, shifted by the bias, and rounded."""
     count = sums.shape[0]
     offset = carray(as_pointer(p[OFFSET]), p[M], np.int32)[t]
     token_scale = carray(as_pointer(p[TOKEN_SCALE]), p[M], np.float32)[t]
     scale = carray(as_pointer(p[SCALE] + 4 * first), count, np.float32)
-    bias = carray(as_pointer(p[BIAS] + 4 * first), count, np.float32)
     has_bias = p[BIAS] != 0
     at = t * p[N] + first
     if p[KIND] == 0:
@@ -189,25 +206,29 @@ def _multiply_dot(p):  # type: ignore[no-untyped-def]
     group = _dot_group(m)
     rows = min(4, DOT_SUMS // group)
     sums = np.empty((-(-m // group) * group, ROWS), np.int32)
-    while True:
-        first = fetch_add(p[COUNTER], ROWS)
-        if first >= n:
-            return
+    bias = np.zeros(ROWS, np.float32)
+    first = fetch_add(p[COUNTER], ROWS)
+    while first < n:
+        # Rows are taken one turn early, so that they can be fetched while those before are multiplied.
+        following = fetch_add(p[COUNTER], ROWS)
         count = min(ROWS, n - first)
         for r in range(0, count, rows):
             row, last = p[WEIGHT] + (first + r) * k, n - 1 - first - r
+            ahead = k * (rows if r + rows < count else following - first - r)
             for t in range(0, m, group):
                 codes, to = p[CODES] + t * width, sums.ctypes.data + 4 * (t * ROWS + r)
                 if group == 1:
-                    dot1(row, k, last, codes, width, to, 4 * ROWS)
+                    dot1(row, k, last, codes, width, to, 4 * ROWS, ahead)
                 elif group == 2:
-                    dot2(row, k, last, codes, width, to, 4 * ROWS)
+                    dot2(row, k, last, codes, width, to, 4 * ROWS, ahead)
                 elif group == 4:
-                    dot4(row, k, last, codes, width, to, 4 * ROWS)
+                    dot4(row, k, last, codes, width, to, 4 * ROWS, ahead)
                 else:
-                    dot8(row, k, last, codes, width, to, 4 * ROWS)
+                    dot8(row, k, last, codes, width, to, 4 * ROWS, ahead)
+        _read_bias(p, first, bias[:count])
         for t in range(m):
-            _finish(p, t, first, sums[t, :count])
+            _finish(p, t, first, sums[t, :count], bias)
+        first = following
 
 
 @jit()
@@ -226,6 +247,7 @@ def _multiply_outer(p):  # type: ignore[no-untyped-def]
     sums = np.empty((LANES * vectors, ROWS), np.int32)
     turned = np.empty((LANES, ROWS), np.int32)
     wide = np.empty((ROWS * (CODE - 1), DEPTH), np.int16)
+    bias = np.zeros(ROWS, np.float32)
     while True:
         first = fetch_add(p[COUNTER], ROWS)
         if first >= n:
@@ -254,6 +276,7 @@ def _multiply_outer(p):  # type: ignore[no-untyped-def]
                         outer1(weight + r * stride, stride, codes, words, to + 4 * LANES * r)
                 v += group
         # 2) Turn them so that a token's sums lie side by side, and finish each token.
+        _read_bias(p, first, bias)
         for v in range(vectors):
             group = _outer_group(v, vectors)
             start = v // group * group
@@ -261,7 +284,7 @@ def _multiply_outer(p):  # type: ignore[no-untyped-def]
                 block = sums.ctypes.data + 4 * LANES * (start * ROWS + group * r + v - start)
                 transpose(block, 4 * LANES * group, turned.ctypes.data + 4 * r, 4 * ROWS)
             for t in range(min(LANES, m - LANES * v)):
-                _finish(p, LANES * v + t, first, turned[t])
+                _finish(p, LANES * v + t, first, turned[t], bias)
 
 
 def _work(data):  # type: ignore[no-untyped-def]
@@ -280,7 +303,7 @@ def _work(data):  # type: ignore[no-untyped-def]
 
 
 @jit()
-def _linear(x, weight, scale, bias, out, m, n, k, kind, work, threads, fork):  # type: ignore[no-untyped-def]
+def _linear(x, weight, scale, bias, out, m, n, k, kind, bias_kind, work, threads, fork):  # type: ignore[no-untyped-def]
     # 1) Buffers for one slab of tokens, and the parameters that every thread reads.
     width = -(-k // LINE) * LINE * CODE
     size = 4 if kind == 2 else 2
@@ -290,7 +313,8 @@ def _linear(x, weight, scale, bias, out, m, n, k, kind, work, threads, fork):  #
     offset = np.empty(slab, np.int32)
     taken = np.zeros(1, np.int64)
     p = np.zeros(16, np.int64)
-    p[WEIGHT], p[SCALE], p[BIAS], p[N], p[K], p[WIDTH], p[KIND] = weight, scale, bias, n, k, width, kind
+    p[WEIGHT], p[SCALE], p[BIAS], p[BIAS_KIND] = weight, scale, bias, bias_kind
+    p[N], p[K], p[WIDTH], p[KIND] = n, k, width, kind
     p[CODES], p[TOKEN_SCALE], p[OFFSET] = codes.ctypes.data, token_scale.ctypes.data, offset.ctypes.data
     p[COUNTER] = taken.ctypes.data
     for first in range(0, m, SLAB):
@@ -320,6 +344,7 @@ def linear(
     shape: tuple[int, int, int],
     kind: str,
     *,
+    bias_kind: str = "F32",
     threads: int = 1,
     fork: int = 0,
 ) -> None:
@@ -327,10 +352,11 @@ def linear(
 
     Every array is contiguous and passed by its address, because Numba unpacks five arrays more slowly than a small
     layer is computed: `x` [tokens, inputs] and `out` of `kind` ("BF16", "F16" or "F32"), `weight` int8 [outputs,
-    inputs], `scale` float32 [outputs], `bias` float32 [outputs] or 0 for none. `shape` is (tokens, outputs, inputs);
-    dot products of up to 132,104 inputs fit INT32. Without `fork` (see above) one thread works. The arithmetic is that
-    of `w8a8.runtime.linear`, to the bit. Callable from many threads at once; holds no GIL.
+    inputs], `scale` float32 [outputs], `bias` of `bias_kind` [outputs] or 0 for none. `shape` is (tokens, outputs,
+    inputs); dot products of up to 132,104 inputs fit INT32. Without `fork` (see above) one thread works. The arithmetic
+    is that of `w8a8.runtime.linear`, to the bit. Callable from many threads at once; holds no GIL.
     """
     m, n, k = shape
     work = _work_compiled().address
-    _linear(x, weight, scale, bias, out, m, n, k, KINDS.index(kind), work, threads if fork else 1, fork)
+    kinds = KINDS.index(kind), KINDS.index(bias_kind)
+    _linear(x, weight, scale, bias, out, m, n, k, *kinds, work, threads if fork else 1, fork)

@@ -14,8 +14,6 @@ from w8a8.kernels.cpu.instructions import ARM, InstructionSet, Matrix
 from w8a8.kernels.cpu.ir import BYTE, LONG, WORD, Tile, Value, function, long, pointer
 from w8a8.kernels.cpu.vectors import add_matrix, add_products, lanes_of, load_weights, opaque, signs, splat
 
-AHEAD = 512
-"""Bytes that the dot tiles prefetch ahead."""
 LINE = 64
 """Bytes of a row, and so inputs, that a dot tile takes at once: a cache line."""
 
@@ -30,11 +28,12 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
 
     Arguments: address of the first row; bytes of a row; index of the last row that exists (read again in place of rows
     past it); address of the first token's codes (zeros up to a multiple of `LINE` inputs); bytes from one token's codes
-    to the next's; address of the first sum; bytes from one token's sums to the next's.
+    to the next's; address of the first sum; bytes from one token's sums to the next's; bytes from the first row to what
+    is fetched meanwhile, line by line in the order of memory.
     """
 
     def body(builder: Builder, args: Sequence[Value]) -> None:
-        weight, k, last, codes, stride, out, out_stride = args
+        weight, k, last, codes, stride, out, out_stride, ahead = args
         lanes = lanes_of(cpu)
         # 1) Sums of zero; the addresses of rows and tokens.
         sums = [
@@ -61,9 +60,9 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
         prefetch = function(builder, "llvm.prefetch.p0", ir.VoidType(), BYTE.as_pointer(), WORD, WORD, WORD)
         with cgutils.for_range(builder, builder.sdiv(k, long(LINE))) as loop:
             at = builder.mul(loop.index, long(LINE))
-            for address in row:
-                ahead = pointer(builder, BYTE, address, at, long(AHEAD))
-                builder.call(prefetch, [ahead, WORD(0), WORD(3), WORD(1)])
+            for r in range(rows):
+                place = pointer(builder, BYTE, weight, ahead, builder.mul(at, long(rows)), long(LINE * r))
+                builder.call(prefetch, [place, WORD(0), WORD(3), WORD(1)])
             line([builder.add(address, at) for address in row], at)
         left = builder.srem(k, long(LINE))
         done = builder.sub(k, left)
@@ -79,7 +78,7 @@ def dot_tile(cpu: InstructionSet, rows: int, tokens: int) -> Tile:
                 to = pointer(builder, WORD, out, builder.mul(long(t), out_stride), long(4 * r))
                 builder.store(builder.call(add_up, [builder.load(sums[t][r])]), to)
 
-    return Tile(f"w8a8_{cpu.name}_dot_{rows}_{tokens}", 7, body, _features(cpu))
+    return Tile(f"w8a8_{cpu.name}_dot_{rows}_{tokens}", 8, body, _features(cpu))
 
 
 def outer_tile(cpu: InstructionSet, rows: int, vectors: int) -> Tile:

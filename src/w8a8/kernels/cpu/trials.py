@@ -56,6 +56,7 @@ def dot(cpu: InstructionSet, rows: int, weight: Codes, codes: Codes) -> Trial:
         stored.strides[0],
         sums_at,
         sums.strides[0],
+        0,
     ]
     return Trial(dot_tile(cpu, rows, tokens), memory, arguments, sums)
 
