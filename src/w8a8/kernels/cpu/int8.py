@@ -42,7 +42,7 @@ KINDS = ("BF16", "F16", "F32")
 ROWS = 48
 """Rows of the weight that a thread takes at once."""
 DOT_TOKENS = 8 * CPU.code
-"""Most tokens that the dot tiles multiply: more where the outer tiles have to write weights as 16-bit integers first."""
+"""Most tokens that the dot tiles multiply; more where the outer tiles write weights as 16-bit integers first."""
 SLAB = 512
 """Tokens that pass while a block of the weight stays in L2."""
 DEPTH = 4096 // CPU.code**2

@@ -10,13 +10,17 @@ from transformers.cli.serving.utils import Modality
 
 from w8a8.errors import EngineError, first_line
 from w8a8.runtime.loading import engine_errors, load_model, load_processor, load_tokenizer
+from w8a8.runtime.norms import in_one_call
 from w8a8.runtime.unquantized import widen
 
 DEFAULT_CONTEXT = 8192
 
 
 class OneModel:
-    """A model with its processor, loaded for good; its unquantized layers compute as `runtime.unquantized` says."""
+    """A model with its processor, loaded for good.
+
+    Its unquantized layers compute as `runtime.unquantized` says, its norms as `runtime.norms` does.
+    """
 
     def __init__(self, name: str, folder: Path, max_model_len: int | None, dtype: str = "auto") -> None:
         """Load the model to compute in `dtype` ("auto": as stored). Raises EngineError, or the checkpoint's error."""
@@ -26,7 +30,7 @@ class OneModel:
         with engine_errors(f"{name}: this server cannot run it"):
             self.tokenizer = getattr(self.processor, "tokenizer", self.processor)._tokenizer
             check_decoder(self.tokenizer)
-        self.model = widen(load_model(name, folder, dtype))
+        self.model = in_one_call(widen(load_model(name, folder, dtype)))
         text = self.model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None) or DEFAULT_CONTEXT
         self.context = min(limit, max_model_len or DEFAULT_CONTEXT)
