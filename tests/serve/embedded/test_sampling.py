@@ -14,7 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from w8a8.serve.embedded import sampling
-from w8a8.serve.embedded.sampling import let_through, sample
+from w8a8.serve.embedded.sampling import let_through, likeliest, sample
 
 VOCABULARY = 3000
 
@@ -86,3 +86,18 @@ def test_scores_that_are_no_numbers_are_an_error() -> None:
     for settings in ({}, {"top_k": 2}, {"top_p": 0.5}):
         with pytest.raises(RuntimeError):
             sample(torch.full((4,), torch.nan), GenerationConfig(do_sample=True, **settings))
+
+
+@given(st.lists(st.sampled_from([-torch.inf, -1.0, -0.0, 0.0, 1.0, torch.inf, torch.nan]), min_size=1, max_size=70))
+def test_the_likeliest_token_is_torchs_argmax(scores: list[float]) -> None:
+    held = torch.tensor(scores)
+    assert likeliest(held) == int(held.argmax())
+
+
+def test_of_many_equal_scores_the_first_is_the_likeliest() -> None:
+    scores = torch.zeros(100_003)
+    scores[[70_000, 20_000, 90_000]] = 1.0
+    with torch.inference_mode():
+        assert likeliest(scores + 0) == 20_000
+        scores[80_000] = torch.nan
+        assert likeliest(scores.requires_grad_()) == 80_000

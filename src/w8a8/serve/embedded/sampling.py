@@ -14,6 +14,14 @@ FEW = 1024
 """Likeliest tokens that are looked at where there is no top-k; if the settings let more through, all are."""
 
 
+def likeliest(scores: Tensor) -> int:
+    """Return the first token with the highest of `scores` [vocabulary], or the first whose score is NaN.
+
+    This is `scores.argmax()`, by NumPy, which is several times as fast on a CPU.
+    """
+    return int(scores.numpy(force=True).argmax())
+
+
 def sample(scores: Tensor, config: Any, generator: torch.Generator | None = None) -> int:
     """Draw a token by float32 `scores` [vocabulary] and the settings of `config`, a `GenerationConfig`.
 

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from transformers.cli.serving.utils import response_events_to_chunks
 
 from w8a8.errors import first_line
-from w8a8.serve.embedded.sampling import sample
+from w8a8.serve.embedded.sampling import likeliest, sample
 from w8a8.serve.embedded.scoring import Scored, score
 
 Item: TypeAlias = Any
@@ -162,7 +162,7 @@ class Stream:
                 read = torch.tensor([self.prompt + self.tokens], device=scores.device)
                 scores = self._processors(read, scores[None])[0]
             drawn = self.config.do_sample
-            self.take(sample(scores, self.config, self._generator) if drawn else int(scores.argmax()), logits)
+            self.take(sample(scores, self.config, self._generator) if drawn else likeliest(scores), logits)
         except Exception as error:  # noqa: BLE001 - one request's, not the batch's
             _log.exception("a request failed")
             self.fail(one_line(error))
