@@ -18,8 +18,10 @@ from w8a8.checkpoint.source import is_address
 from w8a8.errors import MissingExtraError
 from w8a8.formats import Format
 from w8a8.plan import Plan, make_plan
+from w8a8.plan.rotation import rotated
 from w8a8.plan.viewing import format_for, view_of
 from w8a8.reading import real
+from w8a8.recipes import ROTATES
 from w8a8.sources.arriving import Opened, arrivals
 from w8a8.sources.view import View
 from w8a8.storage.arrivals import Repository
@@ -46,8 +48,9 @@ class Options:
         compat: reproduce another tool's bits: `quark-0.11`, `quark-0.13` or `llm-compressor-0.14`.
         include: globs over tensor or module names to quantize although the rules would not.
         exclude: globs to leave unquantized; they win over `include`.
-        recipe: `rtn` rounds to nearest; `smooth`, `smooth+gptq` and `auto` choose scales and codes by what they do to
-            a text. Default: `rtn`, and `auto` where `calibration` is given. Needs torch and transformers.
+        recipe: `rtn` rounds to nearest; `smooth`, `smooth+gptq`, `rotate+smooth+gptq` and `auto` choose scales and
+            codes by what they do to a text. Default: `rtn`, and `auto` where `calibration` is given. Needs torch and
+            transformers.
         calibration: the text: a file, JSONL, or the name of a data set; default: a small built-in one.
         samples: number of samples of the text, at most.
         tokens: tokens per sample.
@@ -119,6 +122,8 @@ def prepare(source: str | Path, options: Options = Options(), *, cache: bool = F
     opened = Opened.here(source) if cache or asked else Opened.anywhere(source)
     found = opened.source
     view = view_of(opened.checkpoint, split=options.compat is None)  # no other tool splits stacks
+    if asked and asked.recipe.startswith(ROTATES):
+        view = rotated(view)
     # 3) the plan
     fmt = format_for(view, options.format, options.compat)
     recipe = asked.recipe if asked else "rtn"

@@ -29,7 +29,9 @@ def result(gemma4: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 def test_every_recipe_is_measured_on_every_kind_of_text(result: dict[str, Any]) -> None:
-    assert [row["name"] for row in result["rows"]] == [ARITHMETIC, *OURS]
+    assert [row["name"] for row in result["rows"]] == [ARITHMETIC, *(name for name in OURS if "rotate" not in name)]
+    assert "not known to stay what they are" in result["failed"].pop("w8a8 rotate+smooth+gptq")
+    assert not result["failed"]
     assert result["tokens"] == {"GSM8K": 200, "prose": 200, "program.py": 200}
     for row in result["rows"]:
         assert row["scores"].keys() == result["tokens"].keys()

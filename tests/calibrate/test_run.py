@@ -78,7 +78,13 @@ def states_after(out: Path, sample: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "recipe"), [("Llama", "smooth"), ("Llama", "smooth+gptq"), *((kind, "auto") for kind in KINDS)]
+    ("kind", "recipe"),
+    [
+        ("Llama", "smooth"),
+        ("Llama", "smooth+gptq"),
+        ("Qwen2", "rotate+smooth+gptq"),
+        *((kind, "auto") for kind in KINDS),
+    ],
 )
 def test_the_result_runs_as_it_was_simulated(kind: str, recipe: str, text: Path, tmp_path: Path) -> None:
     source, out = make(tmp_path / "model", kind), tmp_path / "out"
@@ -191,8 +197,11 @@ def test_layers_left_out_stay_as_they_are(source: Path, text: Path, tmp_path: Pa
     assert w8a8.verify(out, source).ok
 
 
-def test_a_result_is_verified_against_a_source_that_is_far_away(source: Path, text: Path, tmp_path: Path) -> None:
-    w8a8.quantize(source, tmp_path / "out", Options(recipe="smooth", calibration=str(text), **SIZES))
+@pytest.mark.parametrize("recipe", ["smooth", "rotate+smooth+gptq"])
+def test_a_result_is_verified_against_a_source_that_is_far_away(
+    recipe: str, source: Path, text: Path, tmp_path: Path
+) -> None:
+    w8a8.quantize(source, tmp_path / "out", Options(recipe=recipe, calibration=str(text), **SIZES))
     far = filesystem("memory")
     for path in source.iterdir():
         far.pipe_file(f"/far/{path.name}", path.read_bytes())

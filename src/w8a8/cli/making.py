@@ -87,7 +87,7 @@ def quantize(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="`rtn` rounds to nearest; `smooth`, `smooth+gptq` and `auto` calibrate.",
+            help="`rtn` rounds to nearest; the others calibrate.",
             show_default="rtn; auto with --calibration",
             autocompletion=_recipes,
         ),

@@ -20,7 +20,8 @@ Kind = Literal["norm", "linear", "value"]
 
 _BY_KEY = ("keep", "never", "reasons", "quantize", "memory")
 """What a table takes from another one key by key."""
-_KEYS = {"like", "model_types", "text", "fused", "whole", "stacks", "stacked", "spellings", "groups", *_BY_KEY}
+_FLAGS = ("whole", "stacked", "rotates")
+_KEYS = {"like", "model_types", "text", "fused", "stacks", "spellings", "groups", *_FLAGS, *_BY_KEY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Architecture:
     """One table, with what is common to all; `keep` and `quantize` are patterns by component.
 
     `never` and `reasons` say why components are kept. `stacks` are all that tensors of experts may be, its own first;
-    `saved` are those that transformers saves.
+    `saved` are those that transformers saves. `rotates` says that `plan/rotation.py` knows its layers.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Architecture:
     stacks: tuple[Stack, ...]
     spellings: tuple[str, ...]
     groups: tuple[Group, ...]
+    rotates: bool
     memory: MemoryRules
 
 
@@ -167,7 +169,7 @@ def _inherit(table: Mapping[str, Any], above: Mapping[str, Mapping[str, Any]], w
         return table
     if table["like"] not in above:
         raise ValueError(f"{where}: like = {table['like']!r} names no table above this one")
-    other = above[table["like"]]
+    other = {key: value for key, value in above[table["like"]].items() if key != "rotates"}
     return {**other, **table, **{key: {**other.get(key, {}), **table.get(key, {})} for key in _BY_KEY}}
 
 
@@ -196,6 +198,7 @@ def _architecture(name: str, table: Mapping[str, Any], common: Mapping[str, Any]
         stacks=(*stacks, *shared),
         spellings=_strings(table.get("spellings", list(FORMATS)), f"{name}.spellings"),
         groups=tuple(_group(each, f"{name}.groups") for each in table.get("groups", [])),
+        rotates=_value(bool, table.get("rotates", False), f"{name}.rotates"),
         memory=_record(MemoryRules, {**common["memory"], **table.get("memory", {})}, f"{name}.memory"),
     )
 

@@ -39,6 +39,7 @@ CANDIDATES: Mapping[RecipeName, tuple[str, ...]] = {
     "rtn": ("rtn",),
     "smooth": ("rtn", "smooth"),
     "smooth+gptq": ("rtn", "smooth+gptq"),
+    "rotate+smooth+gptq": ("rtn", "smooth+gptq"),
     "auto": ("rtn", "smooth", "smooth+gptq"),
 }
 SAMPLED = 2048

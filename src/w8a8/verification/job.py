@@ -9,7 +9,9 @@ from w8a8.checkpoint import Checkpoint, TensorSpec
 from w8a8.formats import FORMATS, Scheme, detect
 from w8a8.formats.provenance import CalibrationRecord, Provenance
 from w8a8.plan import QUANTIZABLE, Rules
+from w8a8.plan.rotation import rotated
 from w8a8.plan.viewing import view_of
+from w8a8.recipes import ROTATES
 from w8a8.sources.arriving import Opened
 from w8a8.sources.opening import with_stacks
 from w8a8.sources.view import LogicalTensor, View
@@ -80,6 +82,10 @@ def prepare(out: str | Path, source: str | Path, *, here: bool = False) -> Job:
     """Open both checkpoints. With `here`, all of the source has to be here. Raises `W8A8Error` if one does not open."""
     result = Checkpoint.open(out)
     opened = Opened.here(source) if here else Opened.anywhere(source)
-    original = with_stacks(view_of(opened.checkpoint), result.tensors.keys())
+    provenance = Provenance.read(result.path)
+    seen = view_of(opened.checkpoint)
+    if provenance and provenance.recipe.startswith(ROTATES):
+        seen = rotated(seen)
+    original = with_stacks(seen, result.tensors.keys())
     rules = Rules.for_config(original.config)
-    return Job(original, result, detect(result.config), Provenance.read(result.path), rules, opened.repository)
+    return Job(original, result, detect(result.config), provenance, rules, opened.repository)
