@@ -7,6 +7,7 @@ other bits stays as it is.
 
 import copy
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from w8a8.kernels.cpu.norm import MOST, ORDERS, norm
 
 KINDS = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
-LANES = {"AVX2": 8, "AVX512": 16}.get(torch.backends.cpu.get_cpu_capability(), 4)
-"""Numbers in a vector of torch's."""
+LANES = (8, 16, 4)
+"""Numbers that a vector of torch's may have: not all of its operators use the widest that the CPU has."""
 
 TRIED = (1, 2, 3, 16)
 """Numbers of tokens that a class is tried with."""
 
 
 class _InOneCall:
-    """Goes before a class of RMSNorm; `in_one_call` holds what is added to the mean, and the order of the products."""
+    """Goes before a class of RMSNorm; `in_one_call`: what is added to the mean, the order of the products, lanes."""
 
     weight: Tensor
-    in_one_call: tuple[float, str]
+    in_one_call: tuple[float, str, int]
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm `x` [..., inputs]."""
@@ -40,15 +41,14 @@ class _InOneCall:
         if not (x.is_contiguous() or (x.dim() == 4 and x.transpose(1, 2).is_contiguous())):
             x = x.contiguous()
         y = torch.empty_like(x)  # in the same order as `x`
-        eps, order = self.in_one_call
         shape = x.numel() // inputs, inputs
-        norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), shape, KINDS[x.dtype], eps, order, LANES)
+        norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), shape, KINDS[x.dtype], *self.in_one_call)
         return y
 
 
 def in_one_call(model: Any) -> Any:
     """Have every RMSNorm of `model` for which it is proved computed in one call, in place; return `model`."""
-    proved: dict[Any, str | None] = {}
+    proved: dict[Any, tuple[float, str, int] | None] = {}
     for module in model.modules():
         weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not type(module).__name__.endswith("RMSNorm") or weight is None or not isinstance(eps, float):
@@ -58,9 +58,9 @@ def in_one_call(model: Any) -> Any:
         kind: Any = type(module)
         key = kind, len(weight), weight.dtype, eps
         if key not in proved:
-            proved[key] = _order_of(module, eps)
-        if (order := proved[key]) is not None:
-            module.in_one_call = eps, order
+            proved[key] = _proved(module, eps)
+        if (found := proved[key]) is not None:
+            module.in_one_call = found
             module.__class__ = _class(kind)
     return model
 
@@ -72,8 +72,8 @@ def _class(kind: Any) -> Any:
 
 
 @torch.inference_mode()  # type: ignore[untyped-decorator]
-def _order_of(module: nn.Module, eps: float) -> str | None:
-    """Find the order in which the kernel gives the same bits as `module` with weights and tokens drawn at random."""
+def _proved(module: nn.Module, eps: float) -> tuple[float, str, int] | None:
+    """Find how the kernel gives the same bits as `module` with weights and tokens drawn at random."""
     generator = torch.Generator().manual_seed(0)
     theirs = copy.deepcopy(module)
     weight = theirs.weight
@@ -89,9 +89,9 @@ def _order_of(module: nn.Module, eps: float) -> str | None:
         return None
     kind: Any = type(module)
     theirs.__class__ = _class(kind)
-    for order in ORDERS:
-        theirs.in_one_call = eps, order
+    for order, lanes in product(ORDERS, LANES):
+        theirs.in_one_call = how = eps, order, lanes
         found = [theirs(x) for x in tokens]
         if all(y.dtype == x.dtype and torch.equal(x, y) for x, y in zip(found, expected, strict=True)):
-            return order
+            return how
     return None
