@@ -231,7 +231,7 @@ def test_a_budget_keeps_whole_groups_in_bf16(source: Path, text: Path, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "magic"}, "unknown recipe 'magic'; there are rtn, smooth, smooth.gptq, auto"),
+        ({"recipe": "magic"}, "unknown recipe 'magic'; there are rtn, smooth, smooth.gptq, rotate.smooth.gptq, auto"),
         ({"recipe": "rtn", "calibration": "t"}, "--calibration needs a recipe"),
         ({"keep_bf16": "2%"}, "--keep-bf16 needs a recipe"),
         ({"recipe": "auto", "keep_bf16": "101%"}, "up to 100%"),
