@@ -4,14 +4,15 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from tests.calibrate.checkpoints import make, make_elastic_gemma, write_text
+from tests.calibrate.checkpoints import make, make_elastic_gemma
+from tests.calibrate.test_run import SIZES
+from tests.calibrate.test_run import _one_thread as _one_thread
+from tests.calibrate.test_run import text as text
 from tests.checkpoints import folder_bytes
 from tests.command import W8A8, cli
 from w8a8.calibrate.estimate import Estimate
@@ -19,23 +20,6 @@ from w8a8.checkpoint import Checkpoint
 from w8a8.quantization import Options, calibrated, estimated, prepare
 
 pytestmark = pytest.mark.slow
-
-SIZES: dict[str, Any] = {"samples": 9, "tokens": 48}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads only wait for each other in models as small as these."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    return write_text(tmp_path)
 
 
 @pytest.fixture
